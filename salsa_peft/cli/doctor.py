@@ -3,7 +3,7 @@
     salsa doctor          versions, devices, memory, disk, attention, 4-bit quantisation, the Hub
     salsa doctor RUN      also a run's folder: which process uses it, and which results are complete
 
-Each check is a function and a row of CHECKS. The GPU memory that a recipe needs is shown by its --dry-run.
+Each check is a function in CHECKS. `salsa run RECIPE --dry-run` shows the GPU memory that a recipe needs.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT",
 DISKS = {"results": "--output-dir", "Hub's cache": "HF_HOME", "temporary": "TMPDIR"}
 """Kind of files → the option or variable that chooses another folder for them."""
 LOW_DISK, LOW_MEMORY, TIMEOUT = 5.0, 2.0, 5.0
-"""GiB, GiB, seconds."""
+"""Free disk space and memory (GiB) below which there is a warning; timeout for the Hub (seconds)."""
 
 
 class Finding(NamedTuple):
-    """A line of the output."""
+    """A result of a check: one line of the output."""
 
     name: str
     found: str
     advice: str | None = None
-    """What to do about a problem; None if all is well."""
+    """Advice if there is a problem, else None."""
 
 
 def error_text(error: Exception) -> str:
@@ -68,7 +68,7 @@ def error_text(error: Exception) -> str:
 
 
 def versions() -> Iterator[Finding]:
-    """Python, the package, and its dependencies with the supported versions."""
+    """Versions of Python, the package and its dependencies, and whether they are supported."""
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("salsa-peft", f"{salsa_peft.__version__} in {Path(salsa_peft.__file__).parent}")
     for needed in _requirements(""):
@@ -77,14 +77,14 @@ def versions() -> Iterator[Finding]:
 
 
 def extras() -> Iterator[Finding]:
-    """Optional packages; if installed, their versions must be supported too."""
+    """Versions of optional packages, and whether the installed ones are supported."""
     for name, (extra, use) in EXTRAS.items():
         found = next((_version(needed) for needed in _requirements(extra) if needed.name == name), None)
         yield found or Finding(name, f"not installed ({use}: pip install 'salsa-peft[{extra}]')")
 
 
 def _requirements(extra: str) -> list[Requirement]:
-    """The package's own dependencies, or those of an extra; none if the package runs from a checkout."""
+    """The package's dependencies, or those of an extra; empty if the package itself is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -104,16 +104,16 @@ def _version(needed: Requirement) -> Finding | None:
         return None
     fits = version is not None and needed.specifier.contains(version, prereleases=True)
     command = f"pip install '{needed.name}{needed.specifier}'"
-    advice = None if fits else f"Supported are versions {needed.specifier}: {command}"
+    advice = None if fits else f"The supported versions are {needed.specifier}: {command}"
     return Finding(needed.name, version or "damaged: no version", advice)
 
 
 def libraries() -> Iterator[Finding]:
-    """Whether the libraries can be imported; installed versions may not work together."""
+    """Whether the libraries can be imported, since the installed versions may not work together."""
     for name in LIBRARIES:
         try:
             importlib.import_module(name)
-        except Exception as error:  # any error of an import is the finding
+        except Exception as error:  # every error of an import is reported
             advice = "Reinstall this library, or the one that the error names"
             yield Finding(f"import {name}", error_text(error), advice)
 
@@ -136,7 +136,7 @@ def devices() -> Iterator[Finding]:
             if not bool((ones @ ones == 64).all()):
                 advice = "It computes wrong products; do not use this GPU"
         except RuntimeError as error:
-            advice = f"It does not compute ({error_text(error)}); check the driver, or end other processes on this GPU"
+            advice = f"It cannot compute ({error_text(error)}); check the driver, or end other processes on this GPU"
         size = f"{properties.total_memory / GIB:.1f} GiB, {free / GIB:.1f} free"
         compute = f"compute {properties.major}.{properties.minor}"
         yield Finding(f"GPU {number}", f"{properties.name}, {size}, {compute}", advice)
@@ -193,33 +193,35 @@ def four_bits() -> Iterator[Finding]:
         weights = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
         packed, state = functional.quantize_4bit(weights, quant_type="nf4")
         error = (functional.dequantize_4bit(packed, state) - weights).abs().max().item()
-    except Exception as problem:  # bitsandbytes' own errors, and those of loading its library
-        yield Finding("4 bits", error_text(problem), "Install a bitsandbytes for this CUDA version")
+    except Exception as problem:  # errors of bitsandbytes, or of loading its CUDA library
+        yield Finding("4 bits", error_text(problem), "Install a version of bitsandbytes that fits the CUDA version")
         return
     advice = None if error < 0.2 else "The error should be at most 0.2; install another version of bitsandbytes"
-    yield Finding("4 bits", f"nf4 works on {device}, largest error {error:.2f} of 1", advice)
+    yield Finding("4 bits", f"nf4 works on {device}, largest error {error:.2f} for weights in [-1, 1]", advice)
 
 
 def hub() -> Iterator[Finding]:
-    """Whether the Hub answers, and the login. The token is sent to the Hub alone and is not shown."""
+    """Whether the Hub answers, and who is logged in. The token is sent only to the Hub and is not shown."""
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        yield Finding("Hub", "not asked: HF_HUB_OFFLINE is set, so only the local cache is used")
+        yield Finding("Hub", "not contacted: HF_HUB_OFFLINE is set, so only the local cache is used")
         return
     answer, advice = _hub_answer(constants.ENDPOINT)
     yield Finding("Hub", f"{constants.ENDPOINT} {answer}", advice)
     if get_token() is None:
-        gated = "`hf auth login`, or set HF_TOKEN, for gated bases and pushes"
+        gated = "run `hf auth login` or set HF_TOKEN for gated bases and pushes"
         yield Finding("login", f"none: public repositories only; {gated}")
     elif advice is not None:
         yield Finding("login", "there is a token, but it could not be checked")
     else:
         try:
             user = HfApi().whoami()
-        except Exception as error:  # of huggingface_hub, or of the network
+        except Exception as error:  # errors of huggingface_hub, or of the network
             status = getattr(getattr(error, "response", None), "status_code", None)
-            retry = "The Hub does not know this token; `hf auth login` again" if status == 401 else "Try again later"
+            retry = (
+                "The Hub does not know this token; run `hf auth login` again" if status == 401 else "Try again later"
+            )
             yield Finding("login", f"the Hub answers {status}" if status else type(error).__name__, retry)
             return
         role = ((user.get("auth") or {}).get("accessToken") or {}).get("role", "of unknown rights")
@@ -227,19 +229,19 @@ def hub() -> Iterator[Finding]:
 
 
 def _hub_answer(endpoint: str) -> tuple[str, str | None]:
-    """How the Hub answered, and what to do if that is a problem."""
+    """The Hub's answer as text, and what to do if there is a problem, else None."""
     from huggingface_hub import get_session
 
     start = time.perf_counter()
     try:
         status = get_session().head(f"{endpoint}/api/models", timeout=TIMEOUT).status_code
-    except Exception as error:  # of the HTTP library that huggingface_hub uses
+    except Exception as error:  # errors of the HTTP library that huggingface_hub uses
         advice = "Check the network and proxies; if all files are local, set HF_HUB_OFFLINE=1"
         return f"cannot be reached ({type(error).__name__})", advice
     if status >= 500:
         return f"answers {status}", "The Hub has a problem; try again later"
     if status >= 300 and status not in (401, 404, 405):
-        return f"answers {status}", "Look for a proxy or a login page in between"
+        return f"answers {status}", "Look for a proxy or login page between this machine and the Hub"
     return f"answers in {1000 * (time.perf_counter() - start):.0f} ms", None
 
 
@@ -265,36 +267,36 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 
 
 def run_results(run: Path) -> Iterator[Finding]:
-    """A run's lock, and each result with the hashes of its manifest. Reads all files and writes nothing."""
+    """Who holds a run's lock, and whether each result's files match its manifest. Writes nothing."""
     holder = lock_holder(run)
     yield Finding("lock", holder or "free")
     advice = None if os.access(run, os.W_OK) else "You may not write there; change the folder's permissions"
     yield Finding("disk, run", f"{shutil.disk_usage(run).free / GIB:.1f} GiB free for {run}", advice)
     for folder in sorted(path.parent for path in run.glob(f"*/**/{cache.BEGUN}")):
         if cache.KEY_FOLDER.match(folder.name) and not (folder / MANIFEST).exists():
-            state = "in progress" if holder else "unfinished: the same command continues it or runs it again"
+            state = "in progress" if holder else "unfinished: run the same command again to finish it"
             yield Finding(folder.relative_to(run).as_posix(), state)
     for folder in sorted(path.parent for path in run.glob(f"*/**/{MANIFEST}")):
         if cache.KEY_FOLDER.match(folder.name):
             name, manifest = folder.relative_to(run), read_manifest(folder)
             damage = f"{MANIFEST} cannot be read" if manifest is None else changed_file(folder, manifest)
             size = sum(entry["size"] for entry in manifest["files"].values()) if manifest is not None else 0
-            again = None if damage is None else f"Run the recipe again; it makes {name.parent} again"
+            again = None if damage is None else f"Run the recipe again, which makes {name.parent} again"
             yield Finding(name.as_posix(), damage or f"complete, {size / 1e6:.1f} MB", again)
 
 
 def without_logins(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check's findings without logins in URLs. A check that fails becomes a finding itself."""
+    """A check's findings, without logins in URLs. An error raised by the check is a finding too."""
     hide = partial(re.sub, r"//[^/\s@]+@", "//…@")
     try:
         for finding in check():
             yield Finding(finding.name, hide(finding.found), finding.advice and hide(finding.advice))
-    except Exception as error:  # the other checks run all the same
-        yield Finding(name, hide(error_text(error)), "This check failed; correct what the error says first")
+    except Exception as error:  # the remaining checks still run
+        yield Finding(name, hide(error_text(error)), "This check stopped with an error; correct its cause first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0; 1 if there is a problem; 2 for a folder that is not a run."""
+    """Run the command `salsa doctor`. Returns 0; 1 if there is a problem; 2 for a folder that is not a run."""
     parser = Parser(prog="salsa doctor", description="Check what this machine has for a run, and report problems.",
                     epilog="Exit code 0: no problems; 1: there are problems.")  # fmt: skip
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder, to check its results too")
@@ -303,7 +305,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run is not None:
         try:
             require(Path(run).is_dir(), f"{run}: no such folder; name a run's folder, such as runs/quickstart-lora")
-            require(Path(run, "recipe.yaml").is_file(), f"{run}: not a run's folder, since it has no recipe.yaml")
+            require(
+                Path(run, "recipe.yaml").is_file(),
+                f"{run}: not a run's folder, since it has no recipe.yaml; check the path",
+            )
         except (SalsaError, OSError) as error:
             say(one_line(str(error)))
             return 2

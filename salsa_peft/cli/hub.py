@@ -1,8 +1,8 @@
 """`salsa hub`: pushes results of a run to the Hub, and pulls them.
 
     salsa hub push RUN soup salsa --to you/smollm2     you/smollm2-soup, you/smollm2-salsa; private, one commit each
-    salsa hub push RUN                                 the pending results, whose push failed
-    salsa hub pull you/smollm2-soup [FOLDER]           the files of a repository, weights in safetensors only
+    salsa hub push RUN                                 again the pending results, whose last push failed
+    salsa hub pull you/smollm2-soup [FOLDER]           the files of a repository; weights only as safetensors
 
 A recipe can name a Hub id as a seed (`sft: {from: […]}`), reward model or reference; it need not be pulled first.
 """
@@ -30,7 +30,7 @@ EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
 
 
 def parser() -> Parser:
-    """The command line."""
+    """The parser of the command line."""
     made = Parser(prog="salsa hub", description="Push results of a run to the Hub, or pull one.", epilog=EPILOG,
                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="push | pull")
@@ -42,7 +42,7 @@ def parser() -> Parser:
     push("--base-model", metavar="ID", help="the base's id on the Hub, if the run's base is a local folder")
     push("--dry-run", action="store_true", help="show the model card and the files, and send nothing")
     push("--debug", action="store_true", help="show the traceback of an error")
-    pull = commands.add_parser("pull", help="download a repository, weights in safetensors only").add_argument
+    pull = commands.add_parser("pull", help="download a repository, with weights only as safetensors").add_argument
     pull("repo", metavar="ID", help="namespace/name")
     in_cache = "the Hub's cache; its path is printed"
     pull("folder", nargs="?", metavar="FOLDER", help=f"an empty or new folder (default: {in_cache})")
@@ -52,7 +52,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command.
+    """Run the command `salsa hub`.
 
     Returns 0; 2 for an error of the user before anything is sent; 1 if the Hub refuses or cannot be reached.
     """
@@ -71,16 +71,19 @@ class HubFailure(Exception):
 
 
 def push(args: argparse.Namespace) -> int:
-    """Push the items that the arguments name, or the pending ones; prints the repositories' URLs."""
+    """Push the items that the arguments name, else the pending items; print the URLs of the repositories."""
     run, names, to, base = Path(os.path.abspath(args.run)), args.items, args.to, args.base_model
-    require((run / "recipe.yaml").is_file(), f"{args.run}: not a run's folder, since it has no recipe.yaml")
-    require(not to or bool(names), "--to: name the items to push as well, such as soup")
+    require(
+        (run / "recipe.yaml").is_file(), f"{args.run}: not a run's folder, since it has no recipe.yaml; check the path"
+    )
+    require(not to or bool(names), "--to: works only with items; name the items to push, such as soup")
     require(not names or bool(to), "--to: is required with items; add --to namespace/name")
     require(len(set(names)) == len(names), f"{' '.join(names)}: name each item once")
     require(base is None or REPO_ID.match(base) is not None, f"--base-model: found {short(base)}, {REPO_EXPECTED}")
     require(
         bool(names) or (not args.public and base is None),
-        "--public, --base-model: need items and --to; pending results are pushed with the options that they had before",
+        "--public, --base-model: work only with items and --to; add these, such as soup --to namespace/name. Without"
+        " items, pending results are pushed with the options of the first attempt",
     )
     repos = {name: to if len(names) == 1 else f"{to}-{name}" for name in names}
     for repo in repos.values():
@@ -96,7 +99,7 @@ def push(args: argparse.Namespace) -> int:
     with locked(run):
         folders = model_card.result_folders(run)
         recipe = model_card.recipe_of_run(run, folders)
-        for one in wanted:  # errors come before anything is sent or noted
+        for one in wanted:  # raise errors before anything is sent or recorded
             model_card.find_item(run, recipe, one.item, one.base_model, folders)
         try:
             done = hub_push.push_all(run, wanted or hub_push.pending(run), recipe, folders)
@@ -125,16 +128,16 @@ def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
 
 
 def pull(repo: str, folder: str | None, revision: str | None) -> int:
-    """Download the files of a repository that salsa_peft publishes; prints the folder."""
+    """Download those files of a repository that salsa_peft publishes; print the folder."""
     require(REPO_ID.match(repo) is not None, f"ID: found {short(repo)}, {REPO_EXPECTED}")
     require(folder != "" and revision != "", f"{repo}: FOLDER and --revision must not be empty")
     from huggingface_hub import HfApi, snapshot_download
 
     if folder is not None:
         made = Path(folder)
-        require(not made.exists() or made.is_dir(), f"{folder}: this is a file; name a folder")
+        require(not made.exists() or made.is_dir(), f"{folder}: this is a file; choose a folder")
         kept = min((path.name for path in made.glob("*") if path.name != ".cache"), default=None)
-        require(kept is None, f"{folder}: this folder is not empty (it has {kept}); name an empty or new one")
+        require(kept is None, f"{folder}: this folder is not empty (it has {kept}); choose an empty or new folder")
     patterns = [*model_card.PUBLISHED, model_card.CARD, model_card.FIGURE, model_card.RECIPE]
     download = functools.partial(
         snapshot_download, repo, revision=revision, local_dir=folder, allow_patterns=patterns, ignore_patterns="*/*"
@@ -144,7 +147,8 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
         require(
             bool({CONFIG, "config.json"} & set(names))
             and any(name.endswith(".safetensors") and "/" not in name for name in names),
-            f"{repo}: has no adapter and no checkpoint in safetensors; other formats are not downloaded",
+            f"{repo}: has no adapter or checkpoint in safetensors, and other formats are not downloaded; choose another"
+            " repository",
         )
         found = Path(hub_push.with_retries(download, repo))
     except SalsaError as error:

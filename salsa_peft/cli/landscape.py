@@ -1,8 +1,8 @@
 """`salsa landscape`: a measure along the line of two members and on the plane of three.
 
-This is the paper's Figure 2 without a recipe. Members are adapters of one base, or checkpoints. For adapters only the
-members' scales change between points; for checkpoints the model's weights are computed again. The landscape stage of a
-recipe (evaluation/landscape.py) also has intervals over prompts.
+This makes the paper's Figure 2 without a recipe. Members are adapters of one base, or checkpoints. Between points,
+adapters only change their scales; the weights of a soup of checkpoints are computed again. The landscape stage of a
+recipe (evaluation/landscape.py) also gives confidence intervals over prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RESULT = "landscape.json"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     made = Parser(prog="salsa landscape", description="A measure along the line of two members, and on the plane of"
                                                       " three.",
                   epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -38,18 +38,18 @@ def parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT", type=Path, help=f"folder for {RESULT} and the figures")
     add("members", metavar="MEMBER", nargs="+", help="two or three adapters, or checkpoints: folders or Hub ids")
     add("--alphas", metavar="α,α", help="points of the line (default: -0.5 to 1.5 in steps of 0.25)")
-    add("--scales", metavar="λ,λ", help="adapters: control points, the base plus λ times the first member's delta")
+    add("--scales", metavar="λ,λ", help="adapters: also measure the base plus λ times the first member's update")
     steps = "steps along an edge of the plane's triangle (default: 4)"
     add("--resolution", type=positive_integer, default=4, help=steps)
-    add("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
-    add("--same-base", action="store_true", help="adapters: take their bases as the same, whatever their names are")
+    add("--base", metavar="BASE", help="the base's folder or Hub id (default: the base that the adapters name)")
+    add("--same-base", action="store_true", help="adapters: treat their bases as the same, even if the names differ")
     add_measure(made)
     add("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 2 after an error."""
+    """Run the command `salsa landscape`. Returns 0, or 2 after an error."""
     args = parser().parse_args(join_weights(sys.argv[1:] if argv is None else argv, ("--alphas", "--scales")))
     return run_command("salsa landscape", args, measure_and_print)
 
@@ -65,14 +65,14 @@ def measure_and_print(args: argparse.Namespace, accepted: Callable[[], None]) ->
 
 
 def landscape_section(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
-    """The points to measure.
+    """Settings of the points to measure.
 
-    Without --scales the default control points are included if `shrinks`: members can be scaled.
+    shrinks: whether the members can be scaled; the default control points are then included, unless --scales is given.
 
     Raises SalsaError unless there are two or three members.
     """
     n = len(args.members)
-    require(n in (2, 3), f"MEMBER: found {n}, expected two (a line) or three (a plane, and the line of the first two)")
+    require(n in (2, 3), f"MEMBER: give two (a line) or three (a plane, and the line of the first two), not {n}")
     require(args.measure is not None, "--measure: is required; use sft_loss, reward or module:name")
     require(
         not args.scales or kind == ADAPTERS,
@@ -82,7 +82,7 @@ def landscape_section(args: argparse.Namespace, kind: str, shrinks: bool) -> Lan
     for option, text in (("alphas", args.alphas), ("scales", args.scales)):
         if text is not None:
             chosen[option] = parse_weights(text, f"--{option}")
-            require(all(map(math.isfinite, chosen[option])), f"--{option}: found {text}, expected finite numbers")
+            require(all(map(math.isfinite, chosen[option])), f"--{option}: the numbers must be finite, not {text}")
     if args.scales is None and not shrinks:
         chosen["scales"] = []
     return Landscape(**chosen)
@@ -94,10 +94,10 @@ def measure_all(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[
     kind, names = kind_of(folders), member_names(args.members)
     require(
         args.out.resolve() not in [folder.resolve() for folder in folders],
-        f"{args.out}: this folder is a member; name another one",
+        f"{args.out}: this folder is a member; choose another folder for OUT",
     )
     # weights that are averaged without a base (a score head) cannot be scaled
-    shrinks = kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].direct
+    shrinks = kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].non_lora
     section = landscape_section(args, kind, shrinks)
     args.out.mkdir(parents=True, exist_ok=True)
     from salsa_peft.evaluation.landscape import measure_points, points
@@ -108,7 +108,7 @@ def measure_all(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
         value = measure([weights.get(position, 0.0) for position in range(len(folders))])
-        return {name: {"mean": value, "low": value, "high": value}}  # one number: no interval
+        return {name: {"mean": value, "low": value, "high": value}}  # a measure gives one number without an interval
 
     found = measure_points(points(section, names), score, "landscape")
     found |= {"measures": [name], "members": names, "kind": kind, "data": args.data}

@@ -13,11 +13,11 @@ from salsa_peft.utils.messages import did_you_mean, one_line
 HELP = """usage: salsa COMMAND …
 
   salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   run a recipe, from the SFT seeds to the report
-  salsa soup OUT MEMBER MEMBER …                            average adapters or checkpoints
-  salsa landscape OUT MEMBER MEMBER [MEMBER] …              measure the models on the line or plane of members
+  salsa soup OUT MEMBER MEMBER …                            average adapters or checkpoints into one
+  salsa landscape OUT MEMBER MEMBER [MEMBER] …              measure models on the line or plane through members
   salsa hub push RUN ITEM … --to NAMESPACE/NAME             push results to the Hub; salsa hub pull ID
-  salsa report RUN [RUN …] | --paper                        make the report of one or several runs; the paper's tables
-  salsa doctor [RUN]                                        check this machine, and the results of a run
+  salsa report RUN [RUN …] | --paper                        write the report of runs, or show the paper's tables
+  salsa doctor [RUN]                                        check this machine, and the results of a run if given
 
 `salsa COMMAND --help` shows the options; `salsa --version` the version."""
 
@@ -30,11 +30,11 @@ COMMANDS = {
     "hub": "salsa_peft.cli.hub",
     "doctor": "salsa_peft.cli.doctor",
 }
-"""Command → the module whose `main` runs it; imported only when it is called."""
+"""Command → the module whose `main` runs it. The module is imported only for this command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code."""
+    """Run the console script `salsa`. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP)

@@ -19,19 +19,19 @@ from salsa_peft.utils.messages import one_line
 
 HELP = """usage: salsa report RUN [RUN …] | --paper
 
-  salsa report RUN                             the report of a finished run again, by its folder
-  salsa report RUN RUN … [--output-dir DIR]    one report of several runs, in DIR or in `joined` beside the first run
-  salsa report RECIPE --lora …                 the report of a finished run again, by `salsa run`'s arguments
-  salsa report --paper                         the paper's Tables 1 to 5 from their counts, and what disagrees"""
-NO_RUN = "not the folder of a run, since it has no recipe.yaml"
+  salsa report RUN                             write the report of a finished run again, given its folder
+  salsa report RUN RUN … [--output-dir DIR]    write one report of several runs (default: joined/ beside the first run)
+  salsa report RECIPE --lora …                 write the report of a finished run again, given `salsa run`'s arguments
+  salsa report --paper                         show the paper's Tables 1 to 5 from their counts, and contradictions"""
+NO_RUN = "not the folder of a run, since it has no recipe.yaml; check the path"
 JOINED = "joined"
-"""The folder of the report of several runs, beside the first run."""
+"""Name of the folder for the report of several runs, beside the folder of the first run."""
 NARROWEST = 165
-"""The columns that the paper's tables need on a terminal."""
+"""Number of terminal columns that the paper's tables need."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, 2 for an error of the user, or the exit code of `salsa run`."""
+    """Run `salsa report`. Returns 0, 2 for an error of the user, or the exit code of `salsa run`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if set(words) & {"-h", "--help"}:
         print(HELP)
@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _joined(names, words)
         if names is not None and names and not _is_recipe(names[0]):
             require(_is_run(names[0]), f"{names[0]}: {NO_RUN}")
-            require("--output-dir" not in words, f"--output-dir: is for several runs; the report of one run goes into {names[0]}")  # fmt: skip
+            require(
+                "--output-dir" not in words,
+                "--output-dir: works only with several runs; leave it out, and the report goes into the run",
+            )
     except SalsaError as error:
         say(one_line(error))
         return 2
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _names(words: Sequence[str]) -> list[str] | None:
-    """The runs, if --output-dir is the only option; None for `salsa run`'s options."""
+    """The names of runs or recipes; None if there is an option of `salsa run` besides --output-dir."""
     names, rest = [], iter(words)
     for word in rest:
         if word == "--output-dir":
@@ -104,12 +107,12 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
             gathered = gather(recipe, results, saved.read_text(encoding="utf-8"))
         except KeyError as error:
             raise SalsaError(
-                f"{name}: its results have no {error}, since an earlier salsa_peft made them; run it again: salsa run"
-                f" {name}/recipe.yaml --output-dir {name}"
+                f"{name}: its results have no {error}, since an earlier version of salsa_peft made them; run the recipe"
+                f" again: salsa run {name}/recipe.yaml --output-dir {name}"
             ) from error
         found.append(Run(gathered, folder))
     out = Path(os.path.abspath(out_dir or found[0].folder.parent / JOINED))
-    require(not _is_run(str(out)), f"--output-dir: {out} is a run's folder; choose another one")
+    require(not _is_run(str(out)), f"--output-dir: {out} is the folder of a run; choose a folder that is not one")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

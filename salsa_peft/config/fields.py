@@ -20,7 +20,7 @@ from salsa_peft.utils.messages import did_you_mean, short
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
 MAX_POLICIES = 1000
-"""Most policies of a recipe, with sweeps and searches expanded: a few lines of a sweep could ask for millions."""
+"""Maximum number of policies after sweeps and searches are expanded; a short sweep could ask for millions."""
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Positive = Annotated[float, Field(gt=0)]
@@ -35,29 +35,29 @@ UNSUPPORTED_LORA_FIELDS = (
     "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "qalora_group_size", "rank_pattern", "runtime_config", "target_parameters", "task_type",
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
-"""Fields of PEFT's LoraConfig that a recipe does not support. A test compares them with PEFT's."""
+"""Fields of PEFT's LoraConfig that a recipe does not support. A test checks the list against PEFT."""
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of YAML is a finite number, and not true or false."""
+    """Whether a value from YAML is an int or a float below 1e300 in magnitude. A bool is not."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 def require_unique(key: str, values: Sequence[Any]) -> None:
-    """Raise SalsaError for a list with repetitions."""
-    require(len(set(values)) == len(values), f"{key}: {short(values)} has an entry twice; give each once")
+    """Raise SalsaError if a list has a repeated entry."""
+    require(len(set(values)) == len(values), f"{key}: {short(values)} has a repeated entry; give each entry only once")
 
 
 def require_multiple(key: str, value: int, factor: int, of: str, more: str = "") -> None:
-    """Raise SalsaError unless `value` is a multiple of `factor`. `of` names the factor in the message."""
+    """Raise SalsaError unless `value` is a multiple of `factor`. of, more: texts for the message."""
     whole = math.ceil(value / factor) * factor
     require(value % factor == 0, f"{key}: {value} is not a multiple of {of}; set {key}={whole}{more}")
 
 
 def check_keys(label: str, value: Any, root: type) -> None:
-    """Raise SalsaError for the first key of `value` that the dataclass `root` and its sections do not have.
+    """Raise SalsaError for the first key of `value` that the dataclass `root` or its sections lack.
 
-    label: start of the message, which names the nearest key.
+    label: start of the message. The message also suggests the nearest known key.
     """
 
     def check(where: str, value: Any, hint: Any) -> None:
@@ -82,10 +82,10 @@ def check_keys(label: str, value: Any, root: type) -> None:
 
 
 def _advice(where: str, key: str, known: list[str], root: type) -> str:
-    """Advice on an unknown key: the nearest one, its section, or the supported fields of LoraConfig."""
+    """Advice for an unknown key: the nearest known key, the right section, or the supported LoRA fields."""
     if where == "adapter" and key in (*UNSUPPORTED_LORA_FIELDS, "lora"):
-        inside = " itself, not under `lora`" if key == "lora" else ""
-        return f"of PEFT's LoraConfig a recipe supports {', '.join(known)}, in `adapter`{inside}"
+        inside = ", not under `lora`" if key == "lora" else ""
+        return f"of PEFT's LoraConfig only {', '.join(known)} are supported; write them in `adapter`{inside}"
     names = [name.rstrip("_") for name in known]
     parts = [(name, part) for name, hint in field_types(root).items() for part in (hint, *typing.get_args(hint))]
     of = [name for name, part in parts if dataclasses.is_dataclass(part) and key in field_types(typing.cast(Any, part))]
@@ -97,11 +97,11 @@ def _advice(where: str, key: str, known: list[str], root: type) -> str:
 
 @functools.cache
 def field_types(section: Any) -> dict[str, Any]:
-    """Field → type of a dataclass. Cached, because evaluating annotations is slow for many policies."""
+    """Name of each field of a dataclass → its type. Cached, because evaluating annotations is slow."""
     return typing.get_type_hints(section, include_extras=True)
 
 
 def join_keys(where: str, key: str) -> str:
-    """`where.key`, or the key alone in the top section; an unprintable or long key is shown by its repr."""
+    """`where.key`, or `key` alone if `where` is empty. An unprintable or long key is shown by its repr."""
     key = key if key.isprintable() and len(key) <= 80 else short(key)
     return f"{where}.{key}" if where else key

@@ -1,4 +1,4 @@
-"""Unit and Job, the input of a stage, and the names of a run's results. Imports no torch."""
+"""Unit, Job (the argument of a stage's function), and the names of a run's results. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from salsa_peft.utils.messages import did_you_mean, short
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A piece of work with a result of its own: a seed, the soup, a policy."""
+    """A piece of work with its own result, such as the training of one seed or policy, or the soup."""
 
     stage: str
-    """Name of its stage: sft, ppo …"""
+    """Name of the stage, such as sft or ppo."""
     name: str
-    """seed-0, salsa …; the stage's name if the stage has only this unit."""
+    """Name within the stage, such as seed-0 or salsa; the stage's name if the stage has only this unit."""
     run: str
-    """Function that does the work, such as "salsa_peft.training.sft:run": run(job) → facts for the manifest."""
+    """Function that does the work, as "module:name". It takes a Job and returns facts for the manifest."""
     inputs: tuple[str, ...] = ()
-    """Ids of the units whose results it reads."""
+    """Ids of the units whose results this unit reads."""
     key_fields: dict[str, Any] = field(default_factory=dict)
-    """Cache-key fields: settings that the result depends on, as JSON data; local paths are in `files`."""
+    """Settings that the result depends on, as JSON data. They are part of the cache key. Paths are in `files`."""
     files: tuple[str, ...] = ()
     """Local files and folders whose content is part of the cache key."""
     multi_unit: bool = False
-    """Whether its stage can have several units (sft, ppo)."""
+    """Whether the stage can have several units, as sft and ppo can."""
 
     @property
     def id(self) -> str:
-        """stage/name, or the stage's name if the stage has one unit: sft/seed-0, soup."""
+        """stage/name (sft/seed-0), or the stage's name if the stage has only one unit (soup)."""
         return f"{self.stage}/{self.name}" if self.multi_unit else self.stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Argument of a stage's function."""
+    """Argument of the function that does the work of a unit."""
 
     recipe: Recipe
     """The resolved recipe."""
@@ -47,7 +47,7 @@ class Job:
     folder: Path
     """Output folder. At the start it holds begun.json, and the checkpoints of a stage that resumes."""
     inputs: dict[str, Path]
-    """Unit id → its finished folder."""
+    """Id of each input unit → folder with its finished result."""
     recipe_yaml: str
     """The resolved recipe as YAML, for the report and the model cards."""
 

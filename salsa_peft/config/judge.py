@@ -21,7 +21,7 @@ from salsa_peft.utils.messages import short, short_path
 
 @dataclass(config=STRICT, kw_only=True)
 class Judge:
-    """Settings of the judge, which compares each pair in both orders. An answer must win both (FastChat)."""
+    """Settings of the judge. To win, an answer must win in both orders of the pair, as in FastChat."""
 
     # The kinds are the keys of JUDGES in evaluation/judges/registry.py.
     kind: Literal["openai", "local", "reward", "function"]
@@ -29,35 +29,35 @@ class Judge:
     the recipe's reward. function: a Python function, module:name."""
     model: str | None = None
     """openai: name of the model at the endpoint. local: folder or Hub id of a chat model. function: module:name, as in
-    reward.model; evaluation/judges/registry.py has its signature."""
+    reward.model; evaluation/judges/registry.py shows the signature."""
     base_url: str | None = None
     """openai: address of the endpoint, such as http://localhost:8000/v1. None: the default of the package openai."""
     api_key_env: str = "OPENAI_API_KEY"
     """openai: name of the environment variable with the API key. The key itself is never in a recipe, log or file."""
     prompt: Literal["figure7", "fastchat"] = "figure7"
-    """Judge prompt. figure7: the paper's (Figure 7), reworded. fastchat: FastChat's, by turn and category."""
+    """Prompt of the judge. figure7: the paper's Figure 7, reworded. fastchat: FastChat's, by turn and category."""
     prompts: str | None = None
     """fastchat: path of FastChat's judge_prompts.jsonl."""
     references: str | None = None
     """fastchat: path of FastChat's reference answers (reference_answer/gpt-4.jsonl) for math, reasoning and coding.
-    None: the reference answers in the questions' data; without one, the prompt that needs none."""
+    None: the reference answers in the questions' data. A question without reference answers gets a prompt without them."""
     temperature: NonNegative = 0.0
-    """Sampling temperature of the judge (default: FastChat)."""
+    """Sampling temperature of the judge (FastChat's default)."""
     max_tokens: Count = 2048
-    """Maximum length of a judgment (default: FastChat)."""
+    """Maximum number of tokens of a judgment (FastChat's default)."""
     concurrency: Count = 8
     """openai: number of simultaneous requests. local: comparisons per batch. function: comparisons per call."""
     timeout: Positive = 120.0
     """openai: seconds until a request times out."""
     retries: Annotated[int, Field(ge=0)] = 6
-    """openai: retries, with growing pauses, after 408, 409, 429, 5xx, time-outs and lost connections."""
+    """openai: number of retries, with growing pauses, after 408, 409, 429, 5xx, time-outs and lost connections."""
     ask_again: Annotated[int, Field(ge=0)] = 1
     """How often the judge is asked again after a reply without a verdict, before the judgment counts as missing."""
     budget: Count | None = None
-    """openai: maximum number of requests of a run, including retries. Judgments beyond it count as missing; the next
-    run asks for them. None: no limit."""
+    """openai: maximum number of requests of a run, including retries. Judgments beyond it count as missing, and the
+    next run asks for them. None: no limit."""
     margin: NonNegative = 0.0
-    """reward: a score difference up to this is a tie."""
+    """reward: largest difference of two scores that counts as a tie."""
 
     def check(self, where: str) -> None:
         """Raise SalsaError for bad settings, and for local files or functions that are missing or unusable.
@@ -104,12 +104,12 @@ class Judge:
 
 
 def as_judge(value: Any) -> Any:
-    """Convert a judge given as text, its kind, to a mapping. Other values are unchanged."""
+    """Convert a judge that is given as text (its kind) to a mapping. Return other values unchanged."""
     return {"kind": value} if isinstance(value, str) else value
 
 
 def _check_address(where: str, url: str) -> None:
-    """Raise SalsaError for an invalid address, without showing one that may contain a password."""
+    """Raise SalsaError for an invalid address. An address that may hold a password is not shown."""
     try:
         parts = urlsplit(url)
         host, secret = parts.hostname, parts.username is not None or bool(parts.query)
@@ -117,14 +117,15 @@ def _check_address(where: str, url: str) -> None:
         raise SalsaError(f"{where}: must be an address such as http://localhost:8000/v1") from error
     require(
         not secret,
-        f"{where}: must not contain a password or a query, because recipes are saved; put a key into the environment",
+        f"{where}: must not contain a password or a query, because recipes are saved; put the key into an environment"
+        " variable, and its name into api_key_env",
     )
     fits = parts.scheme in ("http", "https") and bool(host)
     require(fits, f"{where}: must be an address such as http://localhost:8000/v1, not {short(url)}")
 
 
 def check_ready(judge: Judge, where: str) -> None:
-    """Raise SalsaError if judge openai lacks its package, or the API key of OpenAI's own endpoint."""
+    """Raise SalsaError if kind openai lacks the package openai, or the API key for OpenAI's endpoint."""
     if judge.kind != "openai":
         return
     require(
@@ -143,11 +144,11 @@ PROMPT_FIELDS = {
     "pair-v2": {"question", "answer_a", "answer_b"},
     "pair-v2-multi-turn": {"question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2"},
 }
-"""FastChat's pairwise prompts and the fields in their templates."""
+"""FastChat's prompts without reference answers → fields of the template. The judges' module adds the others."""
 
 
 def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
-    """FastChat's pairwise prompts from judge_prompts.jsonl. Raises SalsaError for a file of another form."""
+    """Read FastChat's pairwise prompts from judge_prompts.jsonl. Raises SalsaError for an unusable file."""
     prompts = {row["name"]: row for row in _rows(path, "judge_prompts.jsonl") if isinstance(row.get("name"), str)}
     file, lacking = short_path(str(path)), sorted(set(PROMPT_FIELDS) - set(prompts))
     require(not lacking, f"{file}: has no prompt {', '.join(lacking)}; give FastChat's judge_prompts.jsonl")
@@ -177,7 +178,7 @@ def _fields(template: str) -> set[str]:
 
 
 def read_references(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """FastChat's reference answers: question id as text → answers by turn. Raises SalsaError."""
+    """Read FastChat's reference answers: question id as text → answers by turn. Raises SalsaError."""
     found = {}
     for row in _rows(path, "reference answers"):
         try:

@@ -1,8 +1,11 @@
-"""Reading a recipe: layers of settings are merged and validated into one Recipe. Errors are one line.
+"""Reading a recipe: settings from several sources, called layers, are merged and validated.
+
+A later layer overrides an earlier one:
 
     defaults < recipe file < adapters/<preset>.yaml < the recipe's own `lora:` section < --set a.b=value
 
-Each layer is checked for unknown keys on its own, and a message names the layer that set the key. Imports no torch.
+Each layer is checked for unknown keys separately. An error is one line and names the layer that set the key. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -30,46 +33,46 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, explain_validation_error, short
 
 ATOMIC = {"reference"}
-"""Keys whose value a later layer replaces as a whole: {soup: …} and {shrunk: …} do not merge."""
+"""Keys whose value a later layer replaces as a whole, because {soup: …} and {shrunk: …} do not merge."""
 NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"))
-"""Mappings from names: a null in a later layer removes an entry."""
+"""Keys of mappings from names to values. A null in a later layer removes the name from the mapping."""
 SOURCE_KEYS = {field.name for field in dataclasses.fields(Source)}
 RECIPE_TYPE = TypeAdapter(Recipe)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Departures from the defaults, and their origin."""
+    """Settings from one source, without the defaults."""
 
     label: str
-    """Start of error messages: the file's name, or --set."""
+    """Name of the source, with which error messages start: the file's name, or --set."""
     data: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A validated recipe, and the layers that it was made from."""
+    """A validated recipe, with its file, its merged settings, and what --lora changed."""
 
     recipe: Recipe
     data: dict[str, Any]
-    """The merged departures of all layers, with absolute paths; `recipe` is validated from it."""
+    """Merged settings of all layers, with absolute paths and without defaults. Validating them gives `recipe`."""
     path: Path
     """The recipe file."""
     preset: str | None
     """Name of the adapter preset (--lora)."""
     changes: list[tuple[str, Any, Any]]
-    """(key, before or None, after) of each setting that the preset or the recipe's `lora:` section changed."""
+    """(key, old value or None, new value) of each setting that the preset or the recipe's `lora:` section changed."""
     reset_by_lora: frozenset[str] = frozenset()
-    """Keys that the recipe's `lora:` section sets, without those that `--set` changed afterwards."""
+    """Top-level keys that the recipe's `lora:` section sets, except those that `--set` changed afterwards."""
 
 
 def bundled_names(kind: str) -> list[str]:
-    """Names of the bundled `recipes` or `adapters`, without .yaml."""
+    """Names, without .yaml, of the bundled files of a kind: `recipes` or `adapters`."""
     return sorted(path.stem for path in bundled_folder(kind).glob("*.yaml"))
 
 
 def find_recipe(path_or_name: str) -> Path:
-    """The file of a recipe given by path or bundled name (.yaml is optional). Raises SalsaError."""
+    """Path of a recipe file, from a path or a bundled name (.yaml optional). Raises SalsaError if missing."""
     path = os.path.abspath(os.path.expanduser(path_or_name)) if "\0" not in path_or_name else ""
     if os.path.isfile(path):
         return Path(path)
@@ -85,10 +88,10 @@ def find_recipe(path_or_name: str) -> Path:
 def load_recipe(
     path_or_name: str, *, lora: str | None, overrides: list[str], more: Iterable[Callable[[Recipe], None]] = ()
 ) -> LoadedRecipe:
-    """Read, merge and check a recipe. Raises SalsaError, one line, that names the layer and the key.
+    """Read, merge and check a recipe. Raises a one-line SalsaError that names the layer and the key.
 
-    lora: name of an adapter preset. overrides: the values of `--set`. more: checks to run after validate.check, which
-    raise SalsaError that starts with the key.
+    lora: name of an adapter preset. overrides: the values of `--set`. more: further checks to run after
+    validate.check; each raises a SalsaError that starts with the key.
     """
     path = find_recipe(path_or_name)
     written = read_yaml(str(path))
@@ -122,8 +125,8 @@ def load_recipe(
             check(recipe)
     require(  # for example, the saved recipe of a QLoRA run with --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,
-        f"--lora {lora}: model.quantization is {recipe.model.quantization or 'null'}, which is {recipe.mode}; use"
-        f" --lora {recipe.mode}, or remove the key",
+        f"--lora {lora}: model.quantization is {recipe.model.quantization or 'null'}, as in a {recipe.mode} run; use"
+        f" --lora {recipe.mode}, or remove model.quantization",
     )
     return LoadedRecipe(recipe, data, path, lora, changes, frozenset(reset))
 
@@ -155,7 +158,7 @@ def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
     require(bool(equals), f"{label}: must be key=value, such as ppo.learning_rate=1e-6")
     keys = _split(key.strip(), data)
     keys = ["sft", "from_", *keys[2:]] if keys[:2] == ["sft", "from"] else keys
-    require(len(keys) <= 8, f"{label}: a key of {len(keys)} parts is too long")
+    require(len(keys) <= 8, f"{label}: a key has at most 8 parts, not {len(keys)}")
     require(all(keys), f"{label}: must be key=value with a key such as ppo.learning_rate")
     nested: Any = parse_yaml(value, label)
     if keys == ["reward"] and not isinstance(nested, dict):
@@ -195,9 +198,9 @@ def _place(data: dict[str, Any], keys: list[str], nested: Any, text: str) -> dic
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`under` updated with `over`, as a new mapping: mappings are merged, other values replaced.
+    """A new mapping: `under` updated with `over`. Nested mappings are merged, other values are replaced.
 
-    A value in place of a section (`sft: 3`) is kept, for the schema to report.
+    If `under` has a value in place of a section (`sft: 3`), the value stays, so that the schema reports it.
     """
     result = dict(under)
     for key, value in over.items():
@@ -222,10 +225,10 @@ def _without_nulls(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_seed_defaults(data: dict[str, Any]) -> dict[str, Any]:
-    """Defaults that depend on the seeds.
+    """Add the defaults that depend on the seeds.
 
-    Existing seeds (sft.from) without sft.seeds get their positions as seeds. With one seed, the soup has one member and
-    the landscape no line.
+    With sft.from but without sft.seeds, the seeds are the positions in sft.from. With one seed, the soup has one member
+    and the landscape no line.
     """
     sft, soup, landscape = (data.get(key) for key in ("sft", "soup", "landscape"))
     if not isinstance(sft, dict):
@@ -242,7 +245,7 @@ def _with_seed_defaults(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_recipe(path: Path) -> Recipe:
-    """The Recipe of a run's recipe.yaml. Files that it names need not exist any more. Raises SalsaError."""
+    """The Recipe in a run's recipe.yaml. Files that the recipe names need not exist. Raises SalsaError."""
     return _typed(_without_nulls(python_names(read_yaml(str(path)))), [], str(path))
 
 
@@ -259,7 +262,7 @@ def _typed(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
 
 @contextlib.contextmanager
 def _naming_layer(layers: list[Layer], file: str) -> Iterator[None]:
-    """Put the label of the layer that set the key in front of errors `key: …` raised in the block."""
+    """Put the label of the layer that set the key in front of a SalsaError `key: …` from the block."""
     try:
         yield
     except SalsaError as error:
@@ -268,7 +271,7 @@ def _naming_layer(layers: list[Layer], file: str) -> Iterator[None]:
 
 
 def _origin(key: str, layers: list[Layer], file: str) -> str:
-    """The label of the layer that sets the longest part of `key`, the last of several."""
+    """Label of the layer that sets the longest prefix of `key` (the last such layer); `file` if none does."""
     label, depth = file, 0
     for layer in layers:
         inner: Any = layer.data

@@ -1,6 +1,6 @@
 """Local paths in a recipe: finding them, making them absolute, and checking that the files exist.
 
-Hub repositories are not looked at here but when a stage starts. Imports no torch.
+Repositories on the Hub are not checked here. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from salsa_peft.utils.messages import short, short_path
 LOCAL_SUFFIXES = (
     ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".jinja", ".yaml",
 )  # fmt: skip
-"""Suffixes of names that are local files even if the file does not exist."""
+"""Suffixes of names that are taken for local paths even if no such file exists."""
 
 
 def bundled_folder(kind: str) -> Path:
-    """The folder of the bundled `recipes` or `adapters`, in the installed package or beside it in a checkout."""
+    """Folder of the bundled `recipes` or `adapters`: in the package, or in a checkout beside the package."""
     package = Path(__file__).resolve().parents[1]
     inside = package / f"_{kind}"
     return inside if inside.is_dir() else package.parent / kind
 
 
 def is_local(value: str) -> bool:
-    """Whether a value is a local path rather than a Hub id, in a recipe whose paths are absolute."""
+    """Whether a value is a local path, not a Hub id, given that the recipe's local paths are absolute."""
     return os.path.isabs(value)
 
 
 def is_source(keys: list[str]) -> bool:
-    """Whether the value at these keys is a data source, so that bare text is its path."""
+    """Whether `keys` lead to a data source, for which a bare string is the path."""
     return (len(keys) == 2 and keys[0] == "data") or (len(keys) == 3 and keys[:2] == ["evaluate", "prompts"])
 
 
 def absolute_paths(data: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A copy of a recipe's departures with absolute local paths. Relative paths start at `folder`."""
+    """A copy of a recipe's settings with absolute local paths. Relative paths start at `folder`."""
     for keys, change in PATHS.items():
         data = _change(data, keys.split("."), change, folder)
     return data
@@ -69,12 +69,12 @@ def _path(value: Any, folder: str) -> Any:
 
 
 def _source(value: Any, folder: str) -> Any:
-    """A data source with an absolute path: a mapping, or its path alone."""
+    """A data source, given as a mapping or as its path, with an absolute path."""
     return _change(value, ["path"], _path, folder) if isinstance(value, dict) else _path(value, folder)
 
 
 def _model_path(value: Any, folder: str) -> Any:
-    """Like _path, but names with a backslash or an existing first folder (runs/seed-9) are paths too."""
+    """Like _path, but a name with a backslash, or whose first folder exists (runs/seed-9), is a path too."""
     found = _path(value, folder)
     if not isinstance(found, str) or os.path.isabs(found) or "\0" in found:
         return found
@@ -84,13 +84,13 @@ def _model_path(value: Any, folder: str) -> Any:
 
 
 def _model_paths(value: Any, folder: str) -> Any:
-    """_model_path of each entry of a list. A bare string is a list of one."""
+    """Apply _model_path to each entry of a list. A bare string counts as a list of one entry."""
     value = [value] if isinstance(value, str) else value
     return [_model_path(entry, folder) for entry in value] if isinstance(value, list) else value
 
 
 def _template(value: Any, folder: str) -> Any:
-    """A template's path; the name of a bundled template becomes its path."""
+    """The absolute path of a chat template. The name of a bundled template is replaced by its path."""
     if isinstance(value, str) and NAME.match(value) and not value.endswith(".jinja"):
         path = bundled_folder("recipes") / "chat_templates" / f"{value}.jinja"
         return str(path) if path.is_file() else value
@@ -98,7 +98,7 @@ def _template(value: Any, folder: str) -> Any:
 
 
 def _references(value: Any, folder: str, bare: bool = True) -> Any:
-    """References with absolute paths. With bare=False, a word without a slash is a policy's name."""
+    """References with absolute paths. bare=False: a word without a slash is a policy's name, not a path."""
     if isinstance(value, list):
         return [_references(entry, folder, bare) for entry in value]
     named = isinstance(value, str) and (value in ("base", "soup") or SEED.match(value) or not (bare or "/" in value))
@@ -106,12 +106,12 @@ def _references(value: Any, folder: str, bare: bool = True) -> Any:
 
 
 def _reward_section(value: Any, folder: str) -> Any:
-    """The section `reward` with absolute paths. A value that is not a mapping is its model."""
+    """The section `reward` with absolute paths. A value that is not a mapping is taken for reward.model."""
     return _reward(value if isinstance(value, dict | None) else {"model": value}, folder)
 
 
 def _reward(value: Any, folder: str) -> Any:
-    """A reward with absolute paths, also of functions' modules."""
+    """A value of reward.model with absolute paths, including the folders of functions' modules."""
     if isinstance(value, list):
         return [_reward(entry, folder) for entry in value]
     if isinstance(value, dict):
@@ -122,7 +122,7 @@ def _reward(value: Any, folder: str) -> Any:
 
 
 def _judge(value: Any, folder: str) -> Any:
-    """A judge with absolute paths. The model of kind openai is a name, not a path."""
+    """The section evaluate.judge with absolute paths. With kind openai, the model is a name, not a path."""
     if not isinstance(value, dict):
         return value
     model = {"local": _path, "function": function_with_folder}.get(str(value.get("kind")), lambda name, _: name)
@@ -144,7 +144,7 @@ PATHS: dict[str, Callable[[Any, str], Any]] = {
     "evaluate.pairs": partial(_references, bare=False),
     "evaluate.judge": _judge,
 }
-"""Keys that may hold local paths → function that makes them absolute."""
+"""Key that may hold local paths (* stands for any name) → function that makes the paths absolute."""
 
 
 def check_files(recipe: Recipe) -> None:
@@ -156,7 +156,7 @@ def check_files(recipe: Recipe) -> None:
 
 
 def _check_base(base: str) -> None:
-    """Raise SalsaError for a folder that holds an adapter, or only weights that are not safetensors."""
+    """Raise SalsaError for a local base that is an adapter, or whose weights are not safetensors."""
     if not is_local(base) or not os.path.isdir(base):
         return
     names, start = sorted(os.listdir(base)), f"model.base: {short_path(base)}"
@@ -169,7 +169,7 @@ def _check_base(base: str) -> None:
         raise SalsaError(
             f"{start} is an adapter, not a model. Set model.base to {f'{own}, ' if own else ''}the model that it was"
             " trained on, or"
-            f" merge it first: `salsa soup MERGED {short(Path(base).name)[1:-1]} --merge --base {own or 'BASE'}`"
+            f" merge the adapter first: `salsa soup MERGED {short(Path(base).name)[1:-1]} --merge --base {own or 'BASE'}`"
         )
     for ending, remedy in (
         (".gguf", "a format of llama.cpp. Use the original model, with safetensors"),
@@ -181,7 +181,7 @@ def _check_base(base: str) -> None:
 
 
 def check_template(recipe: Recipe) -> None:
-    """Raise SalsaError for a template that is no file, or that the local base does not have."""
+    """Raise SalsaError if the template's file is missing, or with `tokenizer` if the base has no template."""
     template, base = recipe.model.chat_template, recipe.model.base
     if template == OWN_TEMPLATE and base is not None and os.path.isdir(base):
         require(
@@ -194,13 +194,13 @@ def check_template(recipe: Recipe) -> None:
     names = sorted(path.stem for path in (bundled_folder("recipes") / "chat_templates").glob("*.jinja"))
     require(
         is_local(template) and os.path.isfile(template),
-        f"model.chat_template: {short_path(template)} is no file. Use {OWN_TEMPLATE} (the base's own), the path of a"
+        f"model.chat_template: {short_path(template)} is no file. Use {OWN_TEMPLATE} (the base's template), the path of a"
         f" Jinja file, or a bundled template: {', '.join(names) or 'none'}",
     )
 
 
 def check_path(where: str, path: str, what: str, file: str) -> None:
-    """Raise SalsaError for a local folder without `file`, and for what cannot be the Hub id of `what`."""
+    """Raise SalsaError if a local folder lacks `file`, or if a Hub id is malformed. what: for the message."""
     if not is_local(path):
         check_hub_id(where, path, f"the folder or Hub id (namespace/name) of {what}")
         return

@@ -1,6 +1,6 @@
-"""The soup section, and the references of the KL term: seeds, soups, the base, other adapters.
+"""The `soup` section, and references of the KL term: a seed, a soup, the base, or a model at a path.
 
-To add a kind of reference written as a mapping, add a function and a row of REFERENCE_KINDS.
+To add a kind of reference that is written as a mapping, add a function and an entry of REFERENCE_KINDS.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from salsa_peft.utils.messages import short
 
 
 def require_seed(key: str, position: int, seeds: int) -> None:
-    """Raise SalsaError unless `position` is one of sft.seeds."""
+    """Raise SalsaError unless `position` is a position in sft.seeds. seeds: length of sft.seeds."""
     require(position < seeds, f"{key}: there is no seed-{position}; sft.seeds has seed-0 to seed-{seeds - 1}")
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Soup:
-    """A weighted average of seeds: θ = Σ w_i θ_i."""
+    """A weighted average of the SFT models of several seeds: θ = Σ w_i θ_i."""
 
     members: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = dataclasses.field(
         default_factory=lambda: [0, 1]
     )
-    """Positions in sft.seeds."""
+    """Positions in sft.seeds of the models to average."""
     weights: list[float] | None = None
-    """One weight per member; their sum is 1. None: equal weights (½ for two members, the paper's best)."""
+    """One weight per member, with sum 1. None: equal weights. The paper's best soup has two members of weight ½."""
 
     @property
     def resolved_weights(self) -> list[float]:
-        """The weights; equal ones if none are given."""
+        """The given weights, or equal weights if none are given."""
         return self.weights if self.weights is not None else [1 / len(self.members)] * len(self.members)
 
     def check(self, where: str, seeds: int) -> None:
-        """Raise SalsaError for members that are missing or repeated, and for weights that do not fit them."""
+        """Raise SalsaError for missing or repeated members, and for weights of wrong number or sum."""
         for member in self.members:
             require_seed(f"{where}.members", member, seeds)
         require_unique(f"{where}.members", self.members)
@@ -51,7 +51,7 @@ class Soup:
         total = sum(self.resolved_weights)
         require(
             abs(total - 1) < 1e-6,
-            f"{where}.weights: {short(self.resolved_weights)} sum to {total:g}, not 1; scale them",
+            f"{where}.weights: {short(self.resolved_weights)} sum to {total:g}, not 1; scale the weights",
         )
 
 
@@ -59,8 +59,8 @@ class Soup:
 class Reference:
     """A reference of the KL term: the base plus a weighted sum of seeds' deltas, or the model at `path`.
 
-    seed-N is one member of weight 1, a soup its members with weights of sum 1, `shrunk` one member with a scale, `base`
-    no member.
+    seed-N has one member of weight 1. A soup has several members, whose weights sum to 1. `shrunk` has one member, with
+    the scale as its weight. `base` has no member.
     """
 
     label: str
@@ -68,15 +68,15 @@ class Reference:
     members: list[int] = dataclasses.field(default_factory=list)
     """Positions in sft.seeds."""
     weights: list[float] = dataclasses.field(default_factory=list)
-    """One per member."""
+    """One weight per member."""
     soup: bool = False
     """Whether this is the recipe's own soup (the output of the soup stage)."""
     path: str | None = None
-    """Folder or Hub id of a LoRA adapter of the same base; with full weights, of a checkpoint."""
+    """Folder or Hub id of a LoRA adapter of the same base; in a run with full weights, of a checkpoint."""
     sync_every: int | None = None
-    """EMA reference sync of a soup (TR-DPO): updates between two steps towards the policy. None: no sync."""
+    """Number of updates between two EMA steps of a soup towards the policy (TR-DPO). None: no such steps."""
     mixup_alpha: float = 0.1
-    """α of a sync step: θ_ref ← (1 − α) θ_ref + α θ_policy."""
+    """α of such a step: θ_ref ← (1 − α) θ_ref + α θ_policy."""
 
 
 def _shrunk(where: str, value: Any) -> Reference:
@@ -84,7 +84,7 @@ def _shrunk(where: str, value: Any) -> Reference:
     seed, scale = options.get("seed", 0), options.get("scale")
     fits = set(options) <= {"seed", "scale"} and type(seed) is int and seed >= 0
     require(fits, f"{where}.shrunk: must have the form {{seed: N, scale: λ}}, not {short(value)}")
-    require(is_number(scale), f"{where}.shrunk: scale must be a number such as 0.6; found {short(value)}")
+    require(is_number(scale), f"{where}.shrunk: scale must be a number such as 0.6, but the value is {short(value)}")
     return Reference(label=f"shrunk {scale:g}·seed-{seed}", members=[seed], weights=[float(options["scale"])])
 
 
@@ -126,10 +126,10 @@ REFERENCE_KINDS = {"soup": _inline_soup, "shrunk": _shrunk}
 
 
 def parse_reference(where: str, value: Any) -> list[Reference]:
-    """The references in a policy's `reference:`, whose KLs are averaged.
+    """Parse a policy's `reference:`. The KLs to several references are averaged.
 
-    A string is seed-N, base, soup, or an adapter's folder or Hub id; a mapping is one of REFERENCE_KINDS; a list holds
-    these. Raises SalsaError that names the key.
+    A string is seed-N, base, soup, or an adapter's folder or Hub id. A mapping has a key of REFERENCE_KINDS. A list has
+    such strings and mappings. Raises a SalsaError that names the key.
     """
     if isinstance(value, list):
         require(bool(value), f"{where}: is an empty list; name at least one reference")
@@ -157,23 +157,23 @@ MEASURED_STRATEGIES = ("greedy", "learned")
 
 @dataclass(config=STRICT, kw_only=True)
 class SoupSection(Soup):
-    """The soup stage. linear and slerp use the given weights; greedy and learned choose them by `measure`."""
+    """Settings of the soup. linear and slerp use `weights`; greedy and learned choose them by `measure`."""
 
     strategy: Literal["linear", "slerp", "greedy", "learned"] = "linear"
-    """linear: Σ w_i θ_i (the paper). slerp: spherical interpolation between two members' deltas, t the second weight.
-    greedy: a member joins the uniform mean if the measure does not fall; learned: weights by gradient of the measure
-    (both Wortsman et al., 2022)."""
+    """linear: Σ w_i θ_i (the paper). slerp: spherical interpolation between two members' deltas, with t = the second
+    weight. greedy: a member joins the uniform mean if the measure does not fall. learned: gradient steps on the measure
+    find the weights. greedy and learned follow Wortsman et al., 2022."""
     measure: str = "sft_loss"
     """Measure of greedy and learned: sft_loss on data.held_out, reward (mean score of responses to data.prompts), or
-    module:name, a Python function of the model, higher is better. learned supports sft_loss only."""
+    module:name (a Python function of the model, where higher is better). learned supports sft_loss only."""
     limit: Count = 128
-    """Rows that the measure uses: the first ones."""
+    """Number of rows that the measure uses: the first rows of its data."""
     steps: Count = 20
-    """learned: optimizer steps (Adam)."""
+    """learned: number of Adam steps."""
     step_size: Positive = 0.1
-    """learned: Adam's learning rate for the weights' logits (default: Wortsman et al.)."""
+    """learned: Adam's learning rate for the weights' logits (value of Wortsman et al.)."""
     rank: Count | None = None
-    """Compress the soup's deltas to this rank. This is lossy; soup.json records the error. None: exact, rank Σ r_i."""
+    """Rank to which the soup's deltas are compressed. soup.json records the error. None: uncompressed, rank Σ r_i."""
 
     @property
     def uses_measure(self) -> bool:
@@ -186,15 +186,15 @@ class SoupSection(Soup):
         return {"sft_loss": "held_out", "reward": "prompts"}.get(self.measure) if self.uses_measure else None
 
     def check(self, where: str, seeds: int) -> None:
-        """Raise SalsaError for options that do not agree."""
+        """Raise SalsaError for options that contradict one another."""
         super().check(where, seeds)
         require(
             self.strategy != "slerp" or len(self.members) == 2,
-            f"{where}.strategy: slerp needs two members, but there are {len(self.members)}",
+            f"{where}.strategy: slerp needs two members, but there are {len(self.members)}; give two, or use linear",
         )
         require(
             self.strategy != "greedy" or self.weights is None,
-            f"{where}.weights: strategy greedy chooses the weights itself; remove {self.weights}",
+            f"{where}.weights: strategy greedy chooses the weights itself; remove the weights {self.weights}",
         )
         if not self.uses_measure:
             return
@@ -206,8 +206,8 @@ class SoupSection(Soup):
         )
         require(
             self.strategy != "learned" or self.measure == "sft_loss",
-            f"{where}.measure: strategy learned needs sft_loss, because {self.measure!r:.60} has no gradient; or use"
-            " strategy greedy",
+            f"{where}.measure: strategy learned needs sft_loss, because {self.measure!r:.60} has no gradient; set"
+            " measure=sft_loss or strategy=greedy",
         )
         if not known:
             check_function(f"{where}.measure", self.measure)

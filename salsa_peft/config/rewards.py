@@ -1,6 +1,6 @@
-"""What `reward.model` may be: a reward adapter, a classifier, a Python function, a weighted sum.
+"""Forms of `reward.model`: a reward adapter, a classifier, a Python function, a weighted sum.
 
-A function is only looked up in its file: reading a recipe imports and runs nothing of the user's.
+A function is only looked up in its source file. Reading a recipe imports and runs no code of the user's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WRITE_A_FUNCTION = (
 )
 """Advice for a reward model that is not a classifier with one label."""
 ACCEPTED_MODELS = (
-    "must be adapter, module:name (a function), a sequence classifier's folder or Hub id, or a list of these"
+    "must be adapter, module:name (a function), the folder or Hub id of a sequence classifier, or a list of these"
 )
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "finished", "log_metric")
 """Keyword arguments that every reward function gets besides the data's columns."""
@@ -45,17 +45,17 @@ class RewardPart:
     """One reward and its weight in the sum."""
 
     kind: str
-    """adapter | function | classifier"""
+    """adapter, function or classifier."""
     value: str
-    """adapter, [FOLDER/]module:name, or a folder or Hub id."""
+    """By kind: adapter, [FOLDER/]module:name, or a folder or Hub id."""
     weight: float = 1.0
     """Factor in the weighted sum."""
     name: str
-    """Name in the logs: rewards/<name>/mean."""
+    """Name in the logs, as in rewards/<name>/mean."""
 
 
 def parse_reward(where: str, value: Any) -> list[RewardPart]:
-    """The parts of `reward.model`, of which a weighted sum has several. Raises SalsaError."""
+    """The parts of `reward.model`; only a weighted sum has several. Raises SalsaError for another value."""
     if not isinstance(value, list):
         return [_part(where, value)]
     require(bool(value), f"{where}: {ACCEPTED_MODELS}, but this list is empty")
@@ -69,20 +69,22 @@ def parse_reward(where: str, value: Any) -> list[RewardPart]:
 
 
 def _weighted_part(where: str, value: Any) -> RewardPart:
-    """A part of a sum: text, or {model, weight, name}."""
+    """A part of a weighted sum, given as text or as {model, weight, name}."""
     if not isinstance(value, dict):
         return _part(where, value)
     weight, name = value.get("weight", 1.0), value.get("name")
     keys = ", ".join(map(str, value)) or "none"
     fits = "model" in value and set(value) <= {"model", "weight", "name"}
-    require(fits, f"{where}: must have the keys model, and optionally weight and name; found {keys:.60}")
+    require(fits, f"{where}: must have the key model, and may have weight and name, but it has: {keys:.60}")
     require(
         is_number(weight),
         f"{where}.weight: must be a number (0: logged, but not part of the sum), not {weight!r:.60}",
     )
     part = _part(f"{where}.model", value["model"])
     fits = name is None or (isinstance(name, str) and NAME.match(name) is not None)
-    require(fits, f"{where}.name: must consist of letters, digits, dots, - and _, at most 64, not {name!r:.60}")
+    require(
+        fits, f"{where}.name: must consist of letters, digits, dots, - and _, at most 64 characters, not {name!r:.60}"
+    )
     return replace(part, weight=float(weight), name=name or part.name)
 
 
@@ -97,7 +99,7 @@ def _part(where: str, value: Any) -> RewardPart:
 
 
 def split_function(value: str, where: str = "reward") -> tuple[str | None, str, str]:
-    """Folder, module and name of [FOLDER/]module:name. Raises SalsaError that starts with `where`."""
+    """Folder, module and name of [FOLDER/]module:name. Raises a SalsaError that starts with `where`."""
     found = FUNCTION.match(value)
     if found is None or found["module"].endswith(".py"):
         hint = " without .py" if ".py:" in value else ""
@@ -106,7 +108,7 @@ def split_function(value: str, where: str = "reward") -> tuple[str | None, str, 
 
 
 def find_module(folder: str | None, module: str) -> Path | None:
-    """The file of a module in a folder (None: on Python's path), or None. Imports nothing."""
+    """Path of a module's file, or None if there is none. folder=None: on Python's path. Imports nothing."""
     importlib.invalidate_caches()
     finders: list[Any] = [PathFinder] if folder is not None else sys.meta_path
     search, spec = None if folder is None else [folder], None
@@ -128,7 +130,7 @@ def check_function(where: str, value: str) -> None:
     if file is None:
         raise SalsaError(f"{where}: there is no module {module} {place}")
     if file.suffix != ".py":
-        return  # a compiled module: importing it will show what is wrong
+        return  # a compiled module: an error shows when it is imported
     tree = _parsed(where, file)
     require(
         defines_name(tree, name) or "setattr" in file.read_text(errors="ignore"),
@@ -139,7 +141,7 @@ def check_function(where: str, value: str) -> None:
 
 
 def check_signature(where: str, value: str) -> None:
-    """Raise SalsaError for positional-only arguments: reward functions are called by keyword, as in TRL."""
+    """Raise SalsaError for positional-only arguments, because rewards are called by keyword, as in TRL."""
     arguments = _arguments(value)
     names = [] if arguments is None else [argument.arg for argument in arguments.posonlyargs]
     require(
@@ -150,7 +152,7 @@ def check_signature(where: str, value: str) -> None:
 
 
 def check_columns(where: str, value: str, columns: Collection[str], data: str) -> None:
-    """Raise SalsaError for required arguments that are neither columns nor REWARD_ARGUMENTS."""
+    """Raise SalsaError if a required argument is neither one of `columns` nor one of REWARD_ARGUMENTS."""
     arguments = _arguments(value)
     if arguments is None:
         return
@@ -168,7 +170,7 @@ def check_columns(where: str, value: str, columns: Collection[str], data: str) -
 
 
 def _parsed(where: str, file: Path) -> ast.Module:
-    """The syntax tree of a module's file. Raises SalsaError."""
+    """The syntax tree of a module's file. Raises SalsaError if the file is not valid Python."""
     try:
         return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError) as error:
@@ -177,7 +179,7 @@ def _parsed(where: str, file: Path) -> ast.Module:
 
 
 def defines_name(tree: ast.Module, name: str) -> bool:
-    """Whether a module may define `name` (of a dotted name the first part), also by a star import."""
+    """Whether a module may define or import the first part of `name`, also by a star import."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -190,7 +192,7 @@ def defines_name(tree: ast.Module, name: str) -> bool:
 
 
 def _not_installed(tree: ast.Module, file: Path) -> list[str]:
-    """Missing packages that a module imports unconditionally; [] if it changes sys.path."""
+    """Missing packages that a module imports at its top level; [] if the module uses sys.path."""
     if "sys.path" in file.read_text(errors="ignore"):
         return []
     names: list[str] = []
@@ -206,7 +208,7 @@ def _not_installed(tree: ast.Module, file: Path) -> list[str]:
 
 
 def _arguments(value: str) -> ast.arguments | None:
-    """A function's parameters by its source; None unless it is one undecorated `def` or lambda."""
+    """Parameters of a function, read from its source; None unless it is one undecorated `def` or lambda."""
     folder, module, name = split_function(value)
     file = find_module(folder, module)
     if file is None or file.suffix != ".py":
@@ -226,9 +228,9 @@ def _arguments(value: str) -> ast.arguments | None:
 
 
 def function_with_folder(value: Any, folder: str) -> Any:
-    """A function's name with its module's absolute folder in front, if it has one or is in `folder`.
+    """Put the absolute folder in front of module:name, if the value has a folder or the module is in `folder`.
 
-    Other values are unchanged.
+    Other values are returned unchanged.
     """
     found = FUNCTION.match(value) if isinstance(value, str) else None
     if found is None:
@@ -263,7 +265,7 @@ def check_classifier_folder(where: str, folder: str) -> None:
 
 
 def has_template(where: str, folder: str) -> bool:
-    """Whether a folder's tokenizer has a chat template. Raises SalsaError for an unreadable file."""
+    """Whether the tokenizer in a folder has a chat template. Raises SalsaError for an unreadable file."""
     if (Path(folder) / "chat_template.jinja").is_file():
         return True
     return _json_file(where, Path(folder) / "tokenizer_config.json").get("chat_template") is not None

@@ -1,4 +1,4 @@
-"""The recipe's schema: every section and default, with unit and source under each field.
+"""The recipe's schema: all sections and defaults. The text under a field gives its unit and source.
 
 `config/load.py` builds a `Recipe` from YAML, an adapter preset and `--set`. Imports no torch, so that a bad recipe is
 rejected within two seconds.
@@ -29,14 +29,14 @@ def _source(value: Any) -> Any:
     if isinstance(value, list):
         raise PydanticCustomError(
             "own_message",
-            "must be one source, not a list. Put the files into one folder and name it, or join them into one file",
+            "must be one source, not a list. Put the files into one folder and give its path, or join them into one file",
         )
     return {"path": value} if isinstance(value, str) else value
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Source:
-    """A dataset: a Hub id, a local folder or a local file. A bare string is its path."""
+    """A dataset: a Hub id, a local folder or a local file. A bare string in a recipe is the path."""
 
     path: str
     """Hub id, hf://datasets/ path, folder, or file (.jsonl, .json, .parquet, .csv, .tsv, also compressed). Relative
@@ -44,7 +44,7 @@ class Source:
     name: str | None = None
     """Configuration of the Hub dataset."""
     split: str = "train"
-    """Split of a Hub dataset or folder, or a slice (train[:80%]). A single file has only train, and slices of it."""
+    """Split of a Hub dataset or folder, or a slice (train[:80%]). A single file has only train and its slices."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     limit: Count | None = None
@@ -69,7 +69,7 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are always float32."""
     quantization: Literal["nf4", "nf4-double"] | None = None
-    """QLoRA (Dettmers et al., 2023): the base in 4 bits; nf4-double also quantizes the scales. Adapters only."""
+    """4-bit quantization of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantizes the scales. Adapters only."""
     attn_implementation: str | None = None
     """As in Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto: flash_attention_2 on CUDA
     if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""
@@ -86,7 +86,7 @@ class Adapter:
     r: Count = 16
     """Rank."""
     lora_alpha: Positive = 32
-    """The product of the factors is scaled by lora_alpha / r (with use_rslora by lora_alpha / √r)."""
+    """Scaling: an adapter adds lora_alpha / r · B A to a weight (with use_rslora lora_alpha / √r · B A)."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability in SFT and reward training. PPO uses no dropout."""
     target_modules: str | list[str] = "all-linear"
@@ -97,7 +97,7 @@ class Adapter:
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
-    """Training data. None: the embedded world's. data/row_formats.py lists every accepted set of columns."""
+    """Training data. None: the embedded world's data. data/row_formats.py lists every accepted set of columns."""
 
     demonstrations: DataSource | None = None
     """SFT: rows with `messages`, `prompt` and `completion`, or another accepted set of columns."""
@@ -111,52 +111,53 @@ class Data:
 
 @dataclass(config=STRICT, kw_only=True)
 class SFT(Training):
-    """Supervised fine-tuning of the seeds (TRL's SFTTrainer), with loss on the assistant's tokens only."""
+    """SFT of one model per seed (TRL's SFTTrainer), with loss on the assistant's tokens only."""
 
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0, 1])
-    """Random seeds of data order and adapter initialization. `seed-N` and soup members are positions in this list."""
+    """Random seeds of data order and adapter initialization. `seed-N` and soup.members give positions in this list."""
     learning_rate: Positive = 2.5e-5
     """Peak learning rate. Paper A.1."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Fraction of the steps in which the learning rate rises. Paper A.1."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the rows that each seed trains on, drawn at random for each. Paper: all."""
+    """Fraction of the rows that each seed trains on, drawn at random for each seed. Paper: all rows."""
     from_: list[str | None] | None = None
-    """`from` in a recipe. Seeds that already exist: for each position a folder or Hub id of a LoRA adapter (with full
-    weights, of a checkpoint), or null to train it here. A bare string is a list of one. None: train all."""
+    """`from` in a recipe. SFT models that already exist: for each of `seeds` the folder or Hub id of a LoRA adapter (with
+    full weights, of a checkpoint), or null to train that model. A bare string is a list of one. None: train all."""
 
     def existing_seed(self, position: int) -> str | None:
-        """Folder or Hub id of a seed that already exists, or None if it is trained."""
+        """Folder or Hub id of the SFT model that already exists for a position; None if it is to be trained."""
         return None if self.from_ is None else self.from_[position]
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Reward(Training):
-    """What PPO maximizes. A reward model is trained from seed-0 with a linear head (TRL's RewardTrainer).
+    """The reward that PPO, RLOO and GRPO maximize.
 
-    A string or list in place of the section is its `model`.
+    model: adapter trains a reward model with TRL's RewardTrainer, from seed-0 and with a linear head. A string or list in
+    place of the section is its `model`.
     """
 
     model: Any = "adapter"
-    """adapter (trained here) | module:name, a Python function with the signature of TRL's reward functions, its module
-    in the recipe's folder or on Python's path | folder or Hub id of a sequence classifier | a list of these, or of
-    {model, weight, name}: their weighted sum."""
+    """adapter (trained by this run) | module:name, a Python function with the signature of TRL's reward functions, in the
+    recipe's folder or on Python's path | folder or Hub id of a sequence classifier or reward adapter | for a weighted
+    sum, a list of these or of {model, weight, name}."""
     learning_rate: Positive = 2.0e-5
     """Peak learning rate. Paper A.2."""
     weight_decay: NonNegative = 0.001
     """AdamW's weight decay. Paper A.2."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
-    """Seeds of the data order. With several, the reward is the soup of their models (WARM, Ramé et al., 2024)."""
+    """Seeds of the data order. With several, the reward models are averaged into a soup (WARM, Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Fraction of the pairs that is not trained on but used for the accuracy in the metrics."""
 
     def held_out_rows(self, pairs: int) -> int:
-        """Number of held-out pairs out of `pairs`, at least one if there is one."""
+        """Number of pairs that are held out of `pairs` pairs, at least one if `pairs` is not 0."""
         return min(pairs, max(1, round(self.held_out * pairs)))
 
     @property
     def parts(self) -> list[RewardPart]:
-        """The parsed model: one part, or the parts of a weighted sum."""
+        """The parts of `model`: several if it is a weighted sum, else one."""
         return parse_reward("reward.model", self.model)
 
     @property
@@ -166,47 +167,47 @@ class Reward(Training):
 
     @property
     def reads_columns(self) -> bool:
-        """Whether one of the parts is a function, which may take any column of the data."""
+        """Whether a part of `model` is a function, which may take any column of the data."""
         return any(part.kind == "function" for part in self.parts)
 
 
 @dataclass(config=STRICT, kw_only=True)
 class PPO(PPOOptions, Training):
-    """PPO, the same for every policy. Temperature and response length are in the section `generation`."""
+    """Settings of PPO for all policies. Temperature and response length are in the section `generation`."""
 
-    # Options that SalsaPPOConfig shares are in PPOOptions, those of all training stages in Training, and those of the
-    # stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/resume.py names it.
+    # Options shared with SalsaPPOConfig are in PPOOptions, options of all training stages in Training, and options of
+    # the ppo stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/resume.py has it.
 
     learning_rate: Positive = 2.0e-6
     """Peak learning rate. Paper A.3 (Gemma: 1e-7)."""
     num_train_epochs: Positive = 2.0
     """Passes over the prompts. Our reading of "2 epochs of training" in paper A.3."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Learning rate schedule, as in Transformers. TRL's PPO: linear."""
+    """Learning rate schedule, as in Transformers. linear is the default of TRL's PPO."""
     seed: Seed = 0
     """Seed of sampling, prompt order and minibatches, the same for every policy."""
     save_steps: Count = 50
-    """Optimizer steps between two checkpoints, from which a stopped run resumes. The newest two are kept."""
+    """Number of optimizer steps between two checkpoints, from which a stopped run resumes. The newest two are kept."""
     eval_prompts: str | None = None
-    """Set in evaluate.prompts that is answered and scored during training. None: no such evaluation."""
+    """Name of a set in evaluate.prompts that is answered and scored during training. None: no such evaluation."""
     eval_steps: Count = 100
-    """Optimizer steps between two such evaluations."""
+    """Number of optimizer steps between two evaluations on eval_prompts."""
     eval_limit: Count = 64
-    """Number of prompts in such an evaluation: the first ones of the set."""
+    """Number of prompts of eval_prompts that are used: the first ones."""
 
     def check(self, section: str, processes: int = 1) -> None:
-        """Raise SalsaError unless batch sizes divide, options agree and max_steps is a number of whole updates."""
+        """Raise SalsaError for indivisible batch sizes, contradictory options, or a last update cut short."""
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
         self.check_options(f"{section}.")
         steps = self.steps_per_update
         if self.max_steps > 0:  # an update that is cut short would be in no log
-            of = f"{steps}, the optimizer steps of one update (num_ppo_epochs × num_mini_batches)"
+            of = f"{steps}, the number of optimizer steps in one update (num_ppo_epochs × num_mini_batches)"
             require_multiple(f"{section}.max_steps", self.max_steps, steps, of)
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Policy:
-    """A policy, trained from seed-0."""
+    """A policy, whose training starts from seed-0."""
 
     reference: Any
     """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | path of
@@ -227,7 +228,7 @@ class Generation(Sampling):
     """Sampling in PPO, landscape and evaluation."""
 
     batch_size: Count = 64
-    """Prompts of one generation call in landscape and evaluation."""
+    """Number of prompts in one generation call in landscape and evaluation."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -239,15 +240,15 @@ class Landscape:
     alphas: list[float] = dataclasses.field(default_factory=lambda: [-0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
     """Values of α on the line."""
     scales: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
-    """Values of λ of the control: base + λ·δ, with the delta of the line's first seed. An empty list: no control."""
+    """Values of λ of control models base + λ·δ, where δ is the delta of the line's first seed. An empty list: none."""
     plane: list[int] | None = None
     """Three positions in sft.seeds. None: no plane."""
     resolution: Count = 4
-    """Steps along an edge of the triangle. The grid extends one step beyond the triangle."""
+    """Number of grid steps along an edge of the seeds' triangle. The grid extends one step beyond the triangle."""
     prompts: str | None = None
     """Name of a set in evaluate.prompts. None: the first set."""
     limit: Count | None = None
-    """Prompts at each point. None: all."""
+    """Number of prompts at each point. None: all."""
     seed: Seed = 0
     """Sampling seed, the same at each point."""
 
@@ -257,12 +258,12 @@ class Evaluate:
     """Answers of all models to held-out prompts, scored by the reward and compared by a judge."""
 
     prompts: dict[str, DataSource] = dataclasses.field(default_factory=dict)
-    """Name → prompts. Empty: the embedded world's two sets."""
+    """Name of each set of prompts → its source. Empty: the embedded world's two sets."""
     pairs: list[list[str]] = dataclasses.field(default_factory=list)
     """Pairs of models to compare. The name of a searched policy means the candidate that was picked. Empty: every
-    policy and the soup against seed-0, and every two policies."""
+    policy and the soup against seed-0, and all pairs of policies."""
     models: list[str] = dataclasses.field(default_factory=list)
-    """More models to evaluate than seed-0, soup and policies, as reference strings: base, seed-1 …"""
+    """Models to evaluate besides seed-0, soup and policies, written as in `reference`: base, seed-1 …"""
     temperature: Literal["category"] | NonNegative = "category"
     """Temperature of the answers. category: FastChat's temperatures for MT-Bench categories (0 for math, 0.7 for
     writing …) and generation.temperature for all other questions. A number: for all questions; 0 is greedy decoding."""
@@ -271,15 +272,15 @@ class Evaluate:
     samples: Count = 20
     """Number of questions per set whose answers the report shows side by side: the first ones."""
     seed: Seed = 0
-    """Sampling seed. The landscape uses the same default, so that a seed or the soup scores the same in both."""
+    """Sampling seed. landscape.seed has the same default, so that a model gets the same score in both stages."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Recipe:
-    """A whole run. A YAML file states only departures from these defaults."""
+    """Settings of a whole run. A recipe file has only the settings that differ from these defaults."""
 
     name: str
-    """Results go to runs/<name>[-lora|-qlora]."""
+    """Name of the run, whose results go to runs/<name>[-lora|-qlora]."""
     description: str = ""
     """Free text, shown in the report."""
     report_to: list[str] = dataclasses.field(default_factory=list)
@@ -295,7 +296,7 @@ class Recipe:
     num_processes: Count = 1
     """Processes of sft, reward and ppo, one per GPU. `accelerate launch` starts more than one."""
     accelerate: Literal["ddp", "fsdp2", "zero3"] = "ddp"
-    """Strategy of several processes: the name of a file in recipes/accelerate. No effect with one process."""
+    """Parallelism of several processes: the name of a file in recipes/accelerate. No effect with one process."""
     export: list[Literal["merged"]] = dataclasses.field(default_factory=list)
     """merged: also save each policy as a plain Transformers checkpoint."""
     model: Model = dataclasses.field(default_factory=Model)
@@ -305,13 +306,13 @@ class Recipe:
     sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Policies that differ in one number (config/sweeps.py), written into `policies` when the recipe is read."""
     search: Search | None = None
-    """Trains policies at several KL coefficients and picks one of each (config/sweeps.py)."""
+    """Trains policies at several KL coefficients and picks the best candidate of each (config/sweeps.py)."""
     toy: Toy | None = None
     """Sizes of the embedded world. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)
     """Training data."""
     sft: SFT = dataclasses.field(default_factory=SFT)
-    """Fine-tuning of the seeds."""
+    """Supervised fine-tuning of one model per seed."""
     reward: Reward = dataclasses.field(default_factory=Reward)
     """Reward of PPO, RLOO and GRPO."""
     soup: SoupSection = dataclasses.field(default_factory=SoupSection)
@@ -329,7 +330,7 @@ class Recipe:
     policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
     """Name → policy."""
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
-    """Scores between the seeds. None: the stage is left out."""
+    """Scores of models between the SFT models. None: no landscape stage."""
     generation: Generation = dataclasses.field(default_factory=Generation)
     """Sampling of responses."""
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
@@ -338,14 +339,14 @@ class Recipe:
     """Publishing on the Hub."""
 
     def as_data(self) -> dict[str, Any]:
-        """All values, under the keys of a recipe file."""
+        """All settings, under the keys of a recipe file."""
         data = dataclasses.asdict(self)
         data["sft"]["from"] = data["sft"].pop("from_")  # `from` is a keyword in Python
         return data
 
     @property
     def mode(self) -> Literal["full", "lora", "qlora"]:
-        """What is trained: all weights, adapters, or adapters on a 4-bit base."""
+        """full: all weights are trained. lora: adapters. qlora: adapters on a 4-bit base."""
         if self.adapter is None:
             return "full"
         return "lora" if self.model.quantization is None else "qlora"

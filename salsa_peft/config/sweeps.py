@@ -1,10 +1,10 @@
-"""`sweep:` and `search:`, expanded into policies.
+"""Expansion of `sweep:` and `search:` into policies.
 
 A sweep makes policies that differ in one number. A search trains each policy at several KL coefficients and picks the
-candidate with the highest win rate, as the paper does for each method. Both are written into `policies` before the
-recipe is checked. A searched policy in `evaluate.pairs` means the candidate that was picked. Its win rate is biased
-upwards on the questions that picked it: the report says so, and `search.questions` can name another set. To add a
-sweep, add a function and a row of SWEEPS. Imports no torch.
+candidate with the highest win rate, as the paper does for each method. Both add their policies to `policies` before the
+recipe is checked. A searched policy in `evaluate.pairs` means the candidate that was picked. The win rate of a picked
+candidate is biased upwards on the questions of the search, as the report says; `search.questions` can limit the search
+to some sets. To add a sweep, add a function and an entry of SWEEPS. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ReferenceValues = Iterator[Any]
 
 
 def alpha(where: str, values: list[float], seeds: int, members: Any = (0, 1)) -> ReferenceValues:
-    """References θ = (1 − α) θ_a + α θ_b of two seeds (paper, Figure 4a); for α 0 and 1 a seed itself."""
+    """References θ = (1 − α) θ_a + α θ_b of two seeds (paper, Figure 4a); at α = 0 and 1 a seed alone."""
     two = isinstance(members, list | tuple) and len(members) == 2 and members[0] != members[1]
     require(
         two and all(_is_seed(member, seeds) for member in members),
@@ -64,7 +64,7 @@ def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup"
 
 
 def scale(where: str, values: list[float], seeds: int, seed: Any = 0) -> ReferenceValues:
-    """References base + λ·δ of one seed, the control."""
+    """References base + λ·δ with the delta δ of one seed, as a control."""
     fits = _is_seed(seed, seeds)
     require(fits, f"{where}.seed: must be a position 0 to {seeds - 1} of sft.seeds, not {short(seed)}")
     return ({"shrunk": {"seed": seed, "scale": value}} for value in values)
@@ -76,13 +76,13 @@ SWEEPS: dict[str, tuple[Callable[..., ReferenceValues], tuple[str, ...]]] = {
     "kl_coef": (kl_coef, ("reference",)),
     "scale": (scale, ("seed",)),
 }
-"""Kind → (function that makes the references, keys besides values and kl_coef)."""
+"""Kind of sweep → (function that makes its references, its keys besides values and kl_coef)."""
 NAME_PREFIX = {"kl_coef": "kl"}
-"""Kind → prefix of the policies' names, where it is not the kind."""
+"""Kind of sweep → prefix of its policies' names, where the prefix is not the kind."""
 
 
 def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's departures with `sweep` expanded into `policies`. Raises SalsaError that names the key."""
+    """A recipe's settings with `sweep` expanded into `policies`. Raises a SalsaError that names the key."""
     sweeps = data.get("sweep", {})
     require(
         isinstance(sweeps, dict),
@@ -99,7 +99,7 @@ def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
             other = expanded.get(name, policy)
             require(
                 isinstance(other, dict) and {"kl_coef": None, **other} == {"kl_coef": None, **policy},
-                f"sweep.{kind}: makes a policy {name}, but `policies` has another policy of that name; rename that one",
+                f"sweep.{kind}: makes a policy {name}, but there is a different policy {name} already; rename that policy",
             )
             expanded[name] = policy
     return {**rest, "policies": expanded}
@@ -131,7 +131,7 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
 
 
 def _kl_coefs(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
-    """Whether names need the KL coefficient, and the coefficients; [None] means ppo.kl_coef."""
+    """Whether policy names include the KL coefficient, and the coefficients ([None]: ppo.kl_coef)."""
     if value is None:
         return False, [None]
     several = isinstance(value, list)
@@ -158,9 +158,9 @@ Pairs = list[tuple[str, str]]
 
 
 def expand_search(data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's departures with each searched policy replaced by its candidates. Raises SalsaError.
+    """A recipe's settings with each searched policy replaced by its candidates. Raises SalsaError.
 
-    A saved recipe, which has the candidates already, is unchanged. Values of the wrong type are left for the schema to
+    A saved recipe has the candidates already and is returned unchanged. Values of the wrong type are left for the schema to
     report.
     """
     search, policies = data.get("search"), data.get("policies", {})
@@ -191,8 +191,8 @@ def expand_search(data: dict[str, Any]) -> dict[str, Any]:
         for candidate, beta in candidates.items():
             require(
                 candidate not in policies,
-                f"search: {name} with kl_coef {beta:g} is called {candidate}, but `policies` has a policy of that"
-                " name; rename that one",
+                f"search: the candidate of {name} with kl_coef {beta:g} gets the name {candidate}, but `policies` has"
+                " a policy of that name; rename that policy",
             )
             expanded[candidate] = {**policy, "kl_coef": beta}
         if not candidates:
@@ -211,7 +211,7 @@ def candidates(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def check_search(recipe: Recipe, models: Sequence[str]) -> None:
-    """Raise SalsaError for a search without judge or opponent. models: names of the evaluated models."""
+    """Raise SalsaError if a search has no judge or no opponent. models: names of the evaluated models."""
     if (search := recipe.search) is None:
         return
     require(
@@ -225,19 +225,19 @@ def check_search(recipe: Recipe, models: Sequence[str]) -> None:
     )
     require(
         all(search.against not in names for names in candidates(recipe).values()),
-        f"search.against: {short(search.against)} is a candidate itself; name another model, such as {SEED_0}",
+        f"search.against: {short(search.against)} is a candidate of the search; name a model that is none, such as {SEED_0}",
     )
 
 
 def candidate_pairs(recipe: Recipe) -> Pairs:
-    """Every candidate against the search's opponent: the comparisons that decide which one is picked."""
+    """Pairs of a candidate and search.against, whose comparisons decide which candidate is picked."""
     return [(name, recipe.search.against) for names in candidates(recipe).values() for name in names if recipe.search]
 
 
 def compared_pairs(recipe: Recipe) -> Pairs:
-    """The pairs to compare: evaluate.pairs, or soup and policies against seed-0 and one another.
+    """evaluate.pairs, or by default soup and policies against seed-0 and all pairs of policies.
 
-    A searched policy has its own name in them; `with_picked` replaces it.
+    A searched policy has its own name in the pairs, until `with_picked` puts the picked candidate there.
     """
     if recipe.evaluate.pairs:
         return [(a, b) for a, b in recipe.evaluate.pairs]
@@ -249,9 +249,9 @@ def compared_pairs(recipe: Recipe) -> Pairs:
 def pick_candidates(
     recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[str]
 ) -> dict[str, Any] | None:
-    """For each searched policy the candidate with the highest adjusted win rate, the first of equals.
+    """Pick the candidate of each searched policy with the highest adjusted win rate (the first of equals).
 
-    rates: candidate → {adjusted_win_rate, low, high} against the opponent. None without a search.
+    rates: candidate → {adjusted_win_rate, low, high} against search.against. Returns None without a search.
     """
     if (search := recipe.search) is None:
         return None
@@ -267,7 +267,7 @@ def pick_candidates(
 
 
 def with_picked(pairs: Pairs, result: Mapping[str, Any] | None) -> Pairs:
-    """Pairs with each searched policy replaced by its candidate in the result of pick_candidates."""
+    """Replace searched policies in `pairs` by their picked candidates. result: of pick_candidates."""
     best = {method: found["best"] for method, found in (result or {"methods": {}})["methods"].items()}
     named = ((best.get(a, a), best.get(b, b)) for a, b in pairs)
     return list(dict.fromkeys(pair for pair in named if pair[0] != pair[1]))

@@ -46,7 +46,7 @@ def check(recipe: Recipe) -> None:
     _check_lengths(recipe)
     require(
         len(recipe.policies) <= MAX_POLICIES,
-        f"policies: found {len(recipe.policies)} policies, expected at most {MAX_POLICIES}; use fewer",
+        f"policies: {len(recipe.policies)} policies are more than {MAX_POLICIES}, the maximum; use fewer",
     )
     for name, policy in recipe.policies.items():
         _check_policy(name, policy, recipe)
@@ -63,7 +63,7 @@ def check(recipe: Recipe) -> None:
 def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
     _check_name("policies", name)
     reserved = name in ("base", "soup", "reward") or SEED.match(name)
-    require(not reserved, f"policies.{name}: this name has another meaning in a recipe; rename the policy")
+    require(not reserved, f"policies.{name}: is the name of another model of the run; rename the policy")
     references = policy.references(f"policies.{name}")
     for reference in references:
         _check_reference(f"policies.{name}.reference", reference, recipe)
@@ -71,14 +71,14 @@ def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
 
 
 def _check_existing_seeds(recipe: Recipe) -> None:
-    """Existing seeds: one entry for each position, with weights of the run's mode."""
+    """Raise SalsaError unless sft.from has one entry per seed, with weights of the run's mode."""
     entries, seeds = recipe.sft.from_, recipe.sft.seeds
     if entries is None:
         return
     require(
         len(entries) == len(seeds),
-        f"sft.from: found {len(entries)} entries for {len(seeds)} seeds in sft.seeds; give one per seed (null: trained"
-        " here)",
+        f"sft.from: has {len(entries)} entries, but sft.seeds has {len(seeds)} seeds; give one entry per seed, or null"
+        " for a seed that this run is to train",
     )
     for index, path in enumerate(entries):
         if path is not None:
@@ -86,26 +86,29 @@ def _check_existing_seeds(recipe: Recipe) -> None:
 
 
 def _check_weights(where: str, path: str, recipe: Recipe) -> None:
-    """A local adapter or checkpoint is complete and of the run's mode; other values can be Hub ids."""
+    """Raise SalsaError if a local adapter or checkpoint is incomplete or not of the run's mode."""
     adapters = recipe.adapter is not None
     what = "a LoRA adapter" if adapters else "a checkpoint"
-    require("/" in path, f"{where}: {short(path)} is no folder or Hub id (namespace/name); give one of {what}")
+    require(
+        "/" in path,
+        f"{where}: {short(path)} is no folder or Hub id (namespace/name); give the folder or Hub id of {what}",
+    )
     folder = Path(path)
     if is_local(path) and folder.is_dir():
         has_adapter, has_model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
         require(
             (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file(),
-            f"{where}: {folder} holds adapter_model.bin, a pickle, which is never loaded. Load it with PEFT and save it"
-            " again (save_pretrained writes adapter_model.safetensors)",
+            f"{where}: {folder} holds adapter_model.bin, a pickle, which is never loaded. Load the adapter with PEFT and"
+            " save it again (save_pretrained writes adapter_model.safetensors)",
         )
         require(  # axolotl saves the base's config.json beside an adapter
             has_adapter or not has_model or not adapters,
-            f"{where}: {folder} is a full checkpoint, but this run uses LoRA adapters. Run it without --lora (every"
-            " seed and reference is then a checkpoint), or name an adapter",
+            f"{where}: {folder} is a full checkpoint, but this run uses LoRA adapters. Run without --lora (every"
+            " seed and reference is then a checkpoint), or give an adapter",
         )
         require(
             not has_adapter or adapters,
-            f"{where}: {folder} is a LoRA adapter, but this run uses full weights. Add --lora, or merge it first:"
+            f"{where}: {folder} is a LoRA adapter, but this run uses full weights. Add --lora, or merge the adapter first:"
             f" `salsa soup MERGED {folder.name} --merge --base BASE`",
         )
     for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
@@ -113,7 +116,7 @@ def _check_weights(where: str, path: str, recipe: Recipe) -> None:
 
 
 def _check_algorithm(where: str, policy: Policy, references: list[Reference], recipe: Recipe) -> None:
-    """References and settings that TRL's trainers or sharded weights do not support."""
+    """Raise SalsaError for references and settings that TRL's trainers or sharding do not support."""
     algorithm, sync = policy.algorithm, any(reference.sync_every is not None for reference in references)
     require(
         not sync or not recipe.sharded,
@@ -144,7 +147,7 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
 
 
 def _check_mode(recipe: Recipe) -> None:
-    """Settings of full weights only, and of adapters only."""
+    """Raise SalsaError for settings of full weights in a run with adapters, and the reverse."""
     if recipe.adapter is not None:
         for key, value, default, why in (
             ("offload", recipe.offload, "none", "references share the base, so there is nothing to offload"),
@@ -152,8 +155,8 @@ def _check_mode(recipe: Recipe) -> None:
         ):
             require(
                 value == default,
-                f"{key}: {value} has no effect with adapters: {why}. Set {key}={default}, in the recipe by `lora:"
-                f" {{{key}: {default}}}`",
+                f"{key}: {value} has no effect with adapters: {why}. Set {key}={default}, or add `lora:"
+                f" {{{key}: {default}}}` to the recipe",
             )
         return
     for key, found, unset in (
@@ -165,7 +168,7 @@ def _check_mode(recipe: Recipe) -> None:
 
 
 def _check_sharded(recipe: Recipe) -> None:
-    """Settings that need every process to hold the whole trained weights."""
+    """Raise SalsaError if weights are sharded and a setting needs the whole weights in every process."""
     ppo, seeds = recipe.ppo, recipe.reward.seeds
     optims = {f"{name}.optim": getattr(recipe, name).optim for name in ("sft", "reward", "ppo", *ALGORITHMS)}
     for key, value, fits, other in (
@@ -195,24 +198,24 @@ def _check_lengths(recipe: Recipe) -> None:
     sampling, limit = recipe.generation, recipe.model.max_length
     require(
         sampling.max_new_tokens < limit,
-        f"generation.max_new_tokens: must be less than model.max_length {limit}, which includes the prompt, not"
-        f" {sampling.max_new_tokens}",
+        f"generation.max_new_tokens: {sampling.max_new_tokens} must be less than model.max_length {limit}, which"
+        " includes the prompt",
     )
     require(
         sampling.min_new_tokens <= sampling.max_new_tokens,
-        f"generation.min_new_tokens: must be at most max_new_tokens {sampling.max_new_tokens}, not"
-        f" {sampling.min_new_tokens}",
+        f"generation.min_new_tokens: {sampling.min_new_tokens} must be at most max_new_tokens"
+        f" {sampling.max_new_tokens}",
     )
     prompt = recipe.ppo.max_prompt_length
     require(
         prompt is None or prompt + sampling.max_new_tokens <= limit,
-        f"ppo.max_prompt_length: must be at most {limit - sampling.max_new_tokens}, not {prompt}: model.max_length"
+        f"ppo.max_prompt_length: {prompt} must be at most {limit - sampling.max_new_tokens}, which is model.max_length"
         f" {limit} less generation.max_new_tokens {sampling.max_new_tokens}",
     )
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of a message that names the nearest known name, or nothing."""
+    """End of a message, which suggests the nearest known name; "" if no name is near."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -233,7 +236,7 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
 
 
 def _check_reward(recipe: Recipe) -> None:
-    """Functions and classifiers of the reward, and the reward adapter that ppo.value needs."""
+    """Raise SalsaError for an unusable part of the reward, or without the adapter that ppo.value needs."""
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)
@@ -244,7 +247,7 @@ def _check_reward(recipe: Recipe) -> None:
             _check_classifier(part, recipe)
     require(
         recipe.ppo.value == "head" or recipe.reward.trained,
-        "ppo.value: adapter is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
+        "ppo.value: `adapter` is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
         " or add adapter to reward.model",
     )
 
@@ -317,7 +320,7 @@ def _check_evaluate(recipe: Recipe) -> None:
 
 
 def _check_hub(recipe: Recipe) -> None:
-    """The results to push exist, and others can load the base."""
+    """Raise SalsaError for results to push that do not exist, and for a base that others cannot load."""
     section, base = recipe.hub, recipe.model.base
     section.check("hub")
     for name in section.push:
@@ -333,7 +336,7 @@ def _check_hub(recipe: Recipe) -> None:
 
 
 def _check_required(recipe: Recipe) -> None:
-    """Without the embedded world a recipe names its base, template and data."""
+    """Raise SalsaError if a recipe without a `toy` section lacks its base, chat template or data."""
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
     pairs = recipe.reward.trained or {*PREFERENCE_ALGORITHMS} & algorithms
     prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts"

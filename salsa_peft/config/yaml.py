@@ -1,7 +1,7 @@
 """YAML for recipes: a SafeLoader that accepts plain data only, and a dumper.
 
-Rejected: anchors, aliases, tags, duplicate keys, keys that are not text, more than 20 levels of nesting. Scalars follow
-YAML 1.2's core schema in decimal: 2e-6 is a number, 010 is ten, `no` and `on` and dates are text.
+The loader rejects anchors, aliases, tags, duplicate keys, keys that are not text, and more than 20 levels of nesting.
+Scalars follow YAML 1.2's core schema, in decimal only: 2e-6 is a number, 010 is ten, and `no`, `on` and dates are text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCALARS = (
 )
 """Tag, pattern and first characters of each kind of scalar that is not text."""
 BASES: Any = (Composer, yaml.CSafeLoader) if yaml.__with_libyaml__ else (yaml.SafeLoader,)
-"""libyaml parses where PyYAML has it; nodes are composed in Python, so that `compose_node` can reject them."""
+"""Base classes of the loader. libyaml parses, if PyYAML has it. Nodes are composed in Python for `compose_node`."""
 
 
 class _Rejected(yaml.MarkedYAMLError):
@@ -38,7 +38,7 @@ class _Rejected(yaml.MarkedYAMLError):
 
 
 class RecipeLoader(*BASES):  # type: ignore[misc]
-    """A SafeLoader with YAML 1.2's scalars that rejects what is not plain data."""
+    """A SafeLoader with YAML 1.2's scalars, which rejects everything but plain data."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -48,7 +48,7 @@ class RecipeLoader(*BASES):  # type: ignore[misc]
         self.depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose a node that is no alias, has no anchor and no tag, and is not nested too deeply."""
+        """Compose a node. Raises _Rejected for an alias, an anchor, a tag, and too many levels of nesting."""
         event = self.peek_event()
         _reject(isinstance(event, yaml.AliasEvent), event, "aliases (*) are not allowed; write the value out")
         _reject(event.anchor is not None, event, "anchors (&) are not allowed; write the value out")
@@ -60,17 +60,17 @@ class RecipeLoader(*BASES):  # type: ignore[misc]
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-        """A dict. Raises _Rejected for a key that is there twice or is not text."""
+        """Construct a dict. Raises _Rejected for a key that occurs twice or is not text."""
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             _reject(not isinstance(key, str), key_node, f"the key {short(key)} is not text; quote it")
-            _reject(key in mapping, key_node, f"the key {short(key)} is there twice")
+            _reject(key in mapping, key_node, f"the key {short(key)} occurs twice")
             mapping[key] = self.construct_object(value_node, deep=deep)
         return mapping
 
     def construct_integer(self, node: Any) -> int:
-        """A decimal integer, also with leading zeros."""
+        """Construct a decimal integer, which may have leading zeros."""
         _reject(len(node.value) > 30, node, f"a number of {len(node.value)} digits is too long")
         return int(node.value)
 
@@ -93,7 +93,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+01234567
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises SalsaError, one line with the file and the line number."""
+    """Read the mapping in a YAML file. Raises a one-line SalsaError with the file and the line number."""
     require(os.path.isfile(path), f"{path}: no such file")
     try:
         with open(path, "rb") as file:
@@ -111,13 +111,13 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML text as dicts, lists and scalars. Raises SalsaError that starts with `where`."""
+    """Parse YAML text into dicts, lists and scalars. Raises a SalsaError that starts with `where`."""
     try:
         return RecipeLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         at = f"{where}: line {error.problem_mark.line + 1}" if error.problem_mark else where
         problem = ", ".join(str(part) for part in (error.context, error.problem) if part)
-        if "nesting depth" in problem:  # PyYAML 6.0.4 has a limit of its own, which it reaches first as it reads ahead
+        if "nesting depth" in problem:  # PyYAML 6.0.4 reads ahead and so reaches a limit of its own first
             problem = TOO_DEEP
         valid = "" if isinstance(error, _Rejected) else " is not valid YAML"
         raise SalsaError(f"{at}{valid}: {problem}") from error

@@ -40,11 +40,11 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short, short_path
 
 MAX_COUNTED_BYTES = 500_000_000
-"""Largest .jsonl file that is read to count its rows; for .json a tenth of it."""
+"""Size of the largest .jsonl file whose rows are counted. The largest .json file has a tenth of this size."""
 
 
 def check_local(recipe: Recipe) -> None:
-    """Raise SalsaError for data that does not exist, has a first row of another kind, or fewer rows than a batch."""
+    """Raise SalsaError for missing data, a first row without the needed columns, or fewer rows than a batch."""
     kinds = {key: "demonstrations" if key == "held_out" else key for key in datasets.TOY_FILES}
     named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in kinds.items()]
     named += [(f"evaluate.prompts.{name}", "prompts", source) for name, source in recipe.evaluate.prompts.items()]
@@ -95,13 +95,13 @@ def _check_rows(recipe: Recipe) -> None:
 
 
 def number_of_rows(recipe: Recipe, key: str) -> int | None:
-    """Rows of the recipe's own data or of the embedded world's, or None if unknown."""
+    """Number of rows of `data.<key>`, or without it of the embedded world's data; None if unknown."""
     source = getattr(recipe.data, key)
     return count_rows(source) if source is not None else getattr(recipe.toy, key) if recipe.toy is not None else None
 
 
 def count_rows(source: Source | None) -> int | None:
-    """Rows of a local file, at most its limit; None for a slice, a large file, and other sources."""
+    """Number of rows of a local file, at most `limit`; None for a slice, a large file, and other sources."""
     if source is None or "[" in source.split or not is_local(source.path) or not os.path.isfile(source.path):
         return None
     status = os.stat(source.path)
@@ -111,7 +111,7 @@ def count_rows(source: Source | None) -> int | None:
 
 @functools.cache
 def _count(path: str, size: int, _: int) -> int | None:
-    """Rows of a file; size and modification time are arguments for the cache."""
+    """Number of rows of a file, or None. Size and modification time are arguments only for the cache."""
     try:
         if path.lower().endswith(".parquet"):
             return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
@@ -126,7 +126,7 @@ def _count(path: str, size: int, _: int) -> int | None:
 
 
 def _first_row(path: str) -> Any:
-    """The first row of a data file, also compressed; of a .parquet file its columns."""
+    """The first row of a data file, which may be compressed; for a .parquet file a dict of its columns."""
     kind = data_suffix(path)
     if kind == ".parquet":
         return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
@@ -144,7 +144,7 @@ def _first_row(path: str) -> Any:
 
 
 def _first_of_object(path: str, text: str) -> Any:
-    """The first row of a .json file that starts with an object: this object, or the first in its list."""
+    """The first row of a .json file that starts with an object: this object, or the first row of its list."""
     try:
         found = json.JSONDecoder().raw_decode(text)[0]
     except ValueError:  # the object may be longer than the text
@@ -154,7 +154,7 @@ def _first_of_object(path: str, text: str) -> Any:
 
 
 def _check_columns(where: str, kind: str, path: str) -> None:
-    """Raise SalsaError unless the first row of a local file (of .parquet the columns) is of its kind."""
+    """Raise SalsaError if the first row of a local file lacks the columns of its kind of data."""
     name, suffix = short(Path(path).name), str(data_suffix(path))
     try:
         row = _first_row(path)
@@ -171,19 +171,19 @@ def _check_columns(where: str, kind: str, path: str) -> None:
     )
     require(
         kind != "preferences" or not row_formats.lacks_prompt(row),
-        f"{where}: {name} has text in chosen, which needs a column `prompt` beside it; add the column",
+        f"{where}: {name} has texts in chosen that do not contain the prompt; add a column `prompt`",
     )
 
 
 MAX_CHECKED_BYTES = 300_000_000
-"""Largest local file, or folder, whose every row is checked: it takes a few seconds."""
+"""Size of the largest local file or folder of which every row is checked, in a few seconds."""
 STAGE_DATA = {
     "sft": ("demonstrations",), "soup": ("held_out",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
     "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
 """Stage → kinds of data that it reads."""
 MAX_HUB_ROWS = 1000
-"""Rows of a Hub dataset that are checked: the first ones after the fixed shuffle of `limit`."""
+"""Number of rows of a Hub dataset that are checked: the first ones after the shuffle that `limit` uses."""
 READERS: dict[str, Callable[[Source], Any]] = {
     "demonstrations": datasets.demonstrations,
     "held_out": datasets.demonstrations,
@@ -194,9 +194,9 @@ READERS: dict[str, Callable[[Source], Any]] = {
 
 
 def check_every_row(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
-    """Raise SalsaError for the first row, by file, number and column, that one of these stages cannot use.
+    """Raise SalsaError, with file, row and column, for the first row that one of `stages` cannot use.
 
-    hub=False checks local data; hub=True Hub datasets, and raises SalsaError for one that cannot be downloaded.
+    hub=False checks local data. hub=True checks Hub datasets, and raises SalsaError if one cannot be downloaded.
     """
     kinds = {kind for stage in stages for kind in STAGE_DATA.get(stage, ())}
     for kind, reader in READERS.items():
@@ -214,7 +214,7 @@ def check_every_row(recipe: Recipe, stages: Collection[str], hub: bool = False) 
 
 
 def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
-    """Raise SalsaError for a reward function with an argument that is a column of no row of its prompts."""
+    """Raise SalsaError for a reward function that requires a column which no row of its prompts has."""
     functions = [part for part in recipe.reward.parts if part.kind == "function"]
     if functions and kind in ("prompts", "evaluation"):
         columns = {name for _, row in load_rows(source) for name in row}

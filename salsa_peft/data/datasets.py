@@ -1,4 +1,4 @@
-"""Demonstrations, preferences and prompts of a source, each in one form: lists of messages.
+"""Reads demonstrations, preferences and prompts from a source, as rows of messages.
 
 data/row_formats.py lists the accepted columns. An unusable row raises an error with its number and column, and no row
 is dropped without a message. Suspicious but usable rows are counted and reported once.
@@ -37,13 +37,13 @@ TOY_FILES = {name: f"{name}.jsonl" for name in ("demonstrations", "preferences",
 
 
 def training_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
-    """The recipe's training data and held-out demonstrations, or the embedded world's in the folder `toy`."""
+    """Name → source: the recipe's training data and held_out, or else the embedded world's in `toy`."""
     given = {name: getattr(recipe.data, name) for name in TOY_FILES}
     return {name: source or Source(path=str(toy / TOY_FILES[name])) for name, source in given.items() if source or toy}  # type: ignore[operator]
 
 
 def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
-    """Name → evaluation prompts: the recipe's, or the embedded world's, in and out of distribution."""
+    """Name → source of evaluation prompts: the recipe's sets, or else the embedded world's in `toy`."""
     if recipe.evaluate.prompts or toy is None:
         return dict(recipe.evaluate.prompts)
     return {name: Source(path=str(toy / file)) for name, file in TOY_PROMPTS.items()}
@@ -54,24 +54,24 @@ EMPTY_ANSWER = "have an empty answer, from which a model learns to say nothing"
 EMPTY_PROMPT = "have an empty prompt"
 IDENTICAL_PAIR = "are left out, because chosen and rejected are the same"
 UNDESIRABLE = "are left out, because their label is false: an undesirable answer of KTO's data"
-REPEATED_PROMPT = "repeat the prompt at the start of chosen and rejected; it is removed there"
+REPEATED_PROMPT = "repeat the prompt at the start of chosen and rejected; this repetition is removed"
 UNRELATED_PROMPT = (
     "have a prompt column that is no part of chosen; it is ignored, because chosen and rejected are whole chats"
 )
 PLACEHOLDER_INPUT = "have a placeholder such as 'n/a' in input, which stays in the prompt"
-PROMPT_WITHOUT_SYSTEM = "have a system turn in their chats but not in `prompt`; it is not used"
+PROMPT_WITHOUT_SYSTEM = "have a system turn in their chats but not in `prompt`; the system turn is not used"
 EMPTY_INPUTS = ("no input", "noinput", "<noinput>", "n/a", "none")
 """Placeholders for an empty `input` in Alpaca data."""
 
 
 class RowWarnings:
-    """Warnings about a source's rows, each printed once with the number of rows and the first of them."""
+    """Warnings about a source's rows, each printed once with the number of its rows and the first row."""
 
     def __init__(self, path: str) -> None:
         self.path, self.rows = path, defaultdict[str, list[int]](list)
 
     def add(self, number: int, what: str, holds: object = True) -> None:
-        """Count row `number` if the warning holds for it."""
+        """Count row `number` for the warning `what` if `holds` is true."""
         if holds:
             self.rows[what].append(number)
 
@@ -81,13 +81,13 @@ class RowWarnings:
             self.add(number, DROPPED_FIELD.format(field))
 
     def print(self, rows: int) -> None:
-        """Print the warnings; `rows` is the number of all rows."""
+        """Print the warnings. rows: number of all rows of the source."""
         for what, numbers in self.rows.items():
             say(f"{self.path}: {len(numbers)} of {rows} rows (the first: row {min(numbers)}) {what}")
 
 
 def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
-    """Rows {messages}, which end with an assistant turn: turns after the last one are cut off.
+    """Rows {messages} that end with an assistant turn. Turns after the last assistant turn are cut off.
 
     Rows also have `tools` and `chat_template_kwargs` if the data has them, and `skipped`: positions of the assistant
     turns without loss. tokenizer: renders each row with its chat template as a check, and determines the form of the
@@ -120,12 +120,16 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
         warnings.add(number, EMPTY_ANSWER, any(is_empty(turn, TOOL_CALLS_FIELD not in fields) for turn in trained))
         rows.append({"messages": messages, **more, **({"skipped": skipped} if skipped else {})})
     warnings.print(len(loaded))
-    require(bool(rows), f"{source.path}: every row has the label false; give demonstrations to learn from")
+    require(
+        bool(rows),
+        f"{source.path}: every row has label: false (an undesirable answer) and is left out, so no row is left; add rows"
+        " with label: true",
+    )
     return rows
 
 
 def is_empty(message: dict[str, Any], calls: bool = True) -> bool:
-    """Whether a turn has neither text nor tool calls. calls: whether the template shows tool calls."""
+    """Whether a message has neither text nor tool calls. calls: whether the template shows tool calls."""
     return not message_text(message).strip() and not (calls and message.get("tool_calls"))
 
 
@@ -171,15 +175,15 @@ def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
     turn = 1 + (min(len(chosen), len(rejected)) if place is None else place)
     require(
         answers,
-        f"{where}: answers another prompt than chosen does (they differ in turn {turn}); both must have the same"
-        " prompt",
+        f"{where}: this chat and chosen must have the same prompt and differ first in an assistant turn; they differ"
+        f" in turn {turn}",
     )
 
 
 def prompts(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
-    """Rows {prompt}: messages, without the last answer of a whole chat. columns: keep the other columns, for rewards.
+    """Rows {prompt: messages}, without the last answer of a whole chat. columns: keep all columns, for rewards.
 
     Rows also have `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat
     template as a check.
@@ -221,8 +225,8 @@ def prompt_tokens(
 ) -> list[int]:
     """Token ids of a row's prompt.
 
-    `input_ids` are used as they are, messages rendered with the chat template and the row's `tools` and
-    `chat_template_kwargs`, text tokenized with one BOS. number, name: of the row and its dataset, for error messages.
+    `input_ids` are returned as they are. Messages are rendered with the chat template and the row's `tools` and
+    `chat_template_kwargs`. Text is tokenized with one BOS. number, name: of row and dataset, for error messages.
     """
     if "input_ids" in row:
         return list(row["input_ids"])
@@ -243,8 +247,8 @@ def prompt_tokens(
 def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
     """Rows as a Dataset for TRL's trainers.
 
-    Chats, tools and options are Arrow's JSON type: as structs, every object would get the keys of all, and arguments of
-    different types would be rejected.
+    Chats, tools and options are stored as Arrow's JSON type. As structs, each object would get the keys of all others,
+    and arguments of different types would be rejected.
     """
     from datasets import Dataset, Features, Json, concatenate_datasets
 
@@ -259,7 +263,7 @@ def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
 
 
 JSON_COLUMNS = ("messages", "chosen", "rejected", "prompt", "tools", "chat_template_kwargs", "skipped")
-"""Columns that hold lists and objects."""
+"""Columns that are stored as JSON, because they hold lists and objects."""
 
 
 def prompt_text(prompt: Messages) -> str:

@@ -25,7 +25,7 @@ from salsa_peft.utils.messages import describe, one_line, short
 
 SHUFFLE_SEED = 20_241
 HF_PREFIX = "hf://datasets/"
-"""Start of a path on the Hub: hf://datasets/NAMESPACE/NAME[@REVISION][/FOLDER or FILE]."""
+"""Start of the path of a dataset on the Hub: hf://datasets/NAMESPACE/NAME[@REVISION][/FOLDER or FILE]."""
 HF_PATH = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?\Z")
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Suffix of compressed files → function that opens them."""
@@ -36,10 +36,10 @@ ACCEPTED_SOURCES = (
 
 
 def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a source with their numbers from 1; with `limit`, the first after a fixed shuffle.
+    """(number from 1, row) for each row of a source; with `limit`, the first ones after a fixed shuffle.
 
-    Blank lines are not counted. Local files are read here and not by datasets, whose cache goes by path and time and
-    whose errors name no row. Raises SalsaError, also for a source without rows.
+    Blank lines are not counted. The package datasets does not read local files here, because its cache depends only on
+    path and time, and its errors name no row. Raises SalsaError, also for a source without rows.
     """
     check_split(source)
     single = is_single_file(source)
@@ -60,11 +60,11 @@ def is_single_file(source: Source) -> bool:
 
 
 def check_split(source: Source) -> None:
-    """Raise SalsaError for a split of a single file other than train or a slice: it would have no effect."""
+    """Raise SalsaError for a split of a single file that is neither train nor a slice."""
     require(
         not is_single_file(source) or source.split == "train" or "[" in source.split,
-        f"{source.path}: a single file has no split {source.split!r}. Remove `split`, use a slice such as train[:80%],"
-        " or name the file with this split",
+        f"{source.path}: `split: {source.split}` has no meaning for a single file. Remove `split`, use a slice such as"
+        " train[:80%], or give the path of the file that holds this split",
     )
 
 
@@ -91,7 +91,7 @@ def _sliced(source: Source, rows: int) -> list[int]:
 
 
 def data_suffix(path: str) -> str | None:
-    """The suffix of a data file (X.JSONL.gz: .jsonl); None for other names and for patterns (*)."""
+    """The suffix of a data file, such as .jsonl for X.JSONL.gz; None for other files and patterns (*)."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in OPENERS:
         suffixes.pop()
@@ -100,7 +100,7 @@ def data_suffix(path: str) -> str | None:
 
 
 def read_file(path: str) -> list[Any]:
-    """The rows of a file; of jsonl its lines, not parsed. Raises SalsaError for an unreadable file."""
+    """The rows of a file (for jsonl, the unparsed lines). Raises SalsaError for an unreadable file."""
     kind = data_suffix(path)
     assert kind is not None, path
     try:
@@ -110,7 +110,7 @@ def read_file(path: str) -> list[Any]:
 
 
 def parse_row(row: Any, where: str) -> dict[str, Any]:
-    """A row, parsed if it is a line of jsonl. Raises SalsaError unless it is an object of valid text."""
+    """Parse a row if it is a line of jsonl. Raises SalsaError unless the row is an object of valid text."""
     try:
         value = json.loads(row) if isinstance(row, str | bytes) else row
     except (ValueError, RecursionError) as error:
@@ -135,9 +135,9 @@ def check_characters(value: Any, where: str) -> None:
 
 
 def without_null_keys(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without null keys in its objects. The columns themselves stay.
+    """A copy of a row whose nested objects have no keys with value null. Columns that are null stay.
 
-    Arrow gives every object of a column the keys of all, and templates test whether a key exists. TRL's
+    Arrow gives each object of a column the keys of all others, and templates test whether a key exists. TRL's
     remove_none_values does the same, but TRL imports torch.
     """
 
@@ -152,7 +152,7 @@ def without_null_keys(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_bytes(path: Path) -> Any:
-    """A file opened for reading, decompressed."""
+    """Open a file for reading its decompressed bytes."""
     return OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
@@ -193,7 +193,7 @@ def rows_in(found: Any, path: Path | str) -> list[Any]:
     lists = [name for name, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     require(
         len(lists) < 2,
-        f"{path}: is an object with the lists {one_line(', '.join(lists))}; put the one to read into its own file",
+        f"{path}: is an object with the lists {one_line(', '.join(lists))}; put the list to read into its own file",
     )
     return list(found[lists[0]]) if lists else [found]
 
@@ -229,7 +229,7 @@ def _parquet(path: Path) -> list[Any]:
 
 
 def check_hub_path(path: str, where: str) -> re.Match[str]:
-    """The parts of an hf:// path. Raises SalsaError, starting with `where`, for another form."""
+    """Match the parts of an hf:// path. Raises a SalsaError that starts with `where` for any other path."""
     match = HF_PATH.match(path)
     if match is None:
         raise SalsaError(f"{where}: {short(path)} must have the form {HF_PREFIX}NAMESPACE/NAME[/FOLDER or FILE]")
@@ -237,13 +237,13 @@ def check_hub_path(path: str, where: str) -> re.Match[str]:
 
 
 def _hub_path(source: Source) -> tuple[str, str | None, str]:
-    """Repository, revision and inner path of an hf:// path."""
+    """Repository, revision, and path inside the repository, of an hf:// source."""
     match = check_hub_path(source.path, source.path)
     return match[1], match[2] or source.revision, match[3] or ""
 
 
 def _local_file(source: Source) -> str:
-    """The path of a single file, downloaded if it is on the Hub."""
+    """The local path of a single file, which is downloaded if it is on the Hub."""
     if not source.path.startswith(HF_PREFIX):
         return source.path
     from huggingface_hub import hf_hub_download
@@ -254,7 +254,7 @@ def _local_file(source: Source) -> str:
 
 
 def _dataset(source: Source) -> Any:
-    """The Dataset of a folder or Hub repository, read by datasets, whose errors become SalsaErrors."""
+    """The Dataset of a folder or Hub repository, read by the package datasets. Raises SalsaError."""
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
@@ -294,19 +294,19 @@ def _dataset(source: Source) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    """A local folder's data files; none for a folder of save_to_disk."""
+    """Data files in a local folder. A folder that save_to_disk wrote has none."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and data_suffix(str(path)) is not None]
 
 
 def check_table_widths(folder: Path) -> None:
-    """Raise SalsaError for a table row with more fields than the header: pandas would make it an index."""
+    """Raise SalsaError for a table row with more fields than the header, which pandas would take for an index."""
     for path in _files(folder) if not (folder / "README.md").is_file() else ():  # README.md may define how to read them
         if data_suffix(str(path)) in (".csv", ".tsv"):
             read_file(str(path))
 
 
 def check_same_columns(folder: Path) -> None:
-    """Raise SalsaError for a file of a folder that is unreadable or has other columns or types."""
+    """Raise SalsaError if files of a folder are unreadable or differ in columns or types of the first row."""
     first: Path | None = None
     known: dict[str, Any] = {}
     for path in _files(folder):
@@ -318,7 +318,7 @@ def check_same_columns(folder: Path) -> None:
         require(
             known.keys() == rows[0].keys(),
             f"{path}: has the columns {columns}, but {first.name} has {others}. All files of a folder must have the"
-            " same columns: name one file, or use a folder for each kind of rows",
+            " same columns: give one file, or put files with different columns into different folders",
         )
         for name, value in rows[0].items():
             expected = TYPE_NAMES.get(type(known[name]))
@@ -340,4 +340,4 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
 """Suffix → function that reads the rows of a file."""
 TYPE_NAMES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 BUILDER_SUFFIXES = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
-"""Builder of datasets → suffixes of the files that it reads in a folder; it ignores others silently."""
+"""Builder of the package datasets → suffixes of the files that it reads in a folder. It silently ignores others."""

@@ -1,6 +1,6 @@
-"""Converts messages to {role, content, …}: ShareGPT, typed content parts, tool calls, HH-RLHF.
+"""Converts ShareGPT, typed content parts, tool calls and HH-RLHF's text to messages {role, content, …}.
 
-TRL's maybe_convert_to_chatml only renames keys, and TRL imports torch, which a dry run avoids. Other keys of a message
+TRL's maybe_convert_to_chatml only renames keys, and TRL imports torch, which a dry run avoids. Further keys of a message
 are kept; data/chat/template_fields.py checks which of them the chat template shows. Imports no torch.
 """
 
@@ -26,7 +26,7 @@ CALL_ROLES = ("function_call", "tool_call")
 REASONING_TYPES = ("reasoning", "thinking", "reasoning_content")
 """Types of content parts that hold the assistant's reasoning."""
 WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
-"""Keys of a message with its loss weight, 0 or 1: OpenAI's, LLaMA-Factory's, axolotl's."""
+"""Keys under which OpenAI, LLaMA-Factory and axolotl give the loss weight (0 or 1) of a message."""
 CONVERTED_KEYS = {"from", "value", "role", "content", "function_call", *WEIGHT_KEYS}
 """Keys that are converted or removed; all other keys are kept."""
 
@@ -43,7 +43,7 @@ def parse_messages(value: Any, where: str) -> Messages:
 
 
 def untrained_turns(value: Messages, where: str) -> list[int]:
-    """Positions of the assistant messages with loss weight 0. Raises SalsaError unless it is 0 or 1."""
+    """Positions of the assistant messages with loss weight 0. Raises SalsaError unless every weight is 0 or 1."""
     found = []
     for position, message in enumerate(value):
         for key in WEIGHT_KEYS:
@@ -63,7 +63,7 @@ def role_of(message: dict[str, Any], where: str) -> str:
     given = message.get(key)
     require(
         key in message,
-        f"{where}: a message has no role but is {describe(message)}; messages need {{role, content}} or {{from, value}}",
+        f"{where}: a message must have role and content, or from and value, but is {describe(message)}",
     )
     require(isinstance(given, str), f"{where}: {key} must be text, not {describe(given)}")
     known = ROLES.get(str(given).lower())
@@ -94,7 +94,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _parts(content: list[dict[str, Any]], where: str) -> tuple[str, str, Messages]:
-    """Text, reasoning and tool calls of typed content parts. Raises SalsaError for images and others."""
+    """Text, reasoning and tool calls of typed content parts. Raises SalsaError for other parts, such as images."""
     text, thoughts, calls = "", "", Messages()
     for part in content:
         kind = part["type"]
@@ -157,7 +157,7 @@ def _as_list(value: Any, where: str, what: str) -> list[Any]:
 
 
 def parse_json(value: Any, where: str) -> Any:
-    """The value of JSON text; what is not text is returned unchanged. Raises SalsaError that names `where`."""
+    """The value of JSON text; a value that is no text, unchanged. Raises a SalsaError that names `where`."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
@@ -170,7 +170,7 @@ def is_hh(text: Any) -> bool:
 
 
 def hh_messages(text: str) -> Messages:
-    """The turns of HH-RLHF's text, stripped, without an empty last assistant turn."""
+    """Messages of HH-RLHF's text, with stripped content and without an empty last assistant turn."""
     pieces = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", text)[1:]
     found = [
         {"role": ROLES[name.lower()], "content": turn.strip()}

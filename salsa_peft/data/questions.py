@@ -1,6 +1,6 @@
 """Questions for evaluation: MT-Bench, Arena-Hard and other prompts.
 
-In a conversation with several user turns (`turns`, or `prompt` as a list of texts) the model answers one after the
+A question may have several user turns (`turns`, or `prompt` as a list of texts), which the model answers one after the
 other.
 """
 
@@ -24,14 +24,14 @@ GREEDY = ("extraction", "math", "coding", "reasoning", "arena-hard-200")
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, **dict.fromkeys(GREEDY, 0.0)}
 """Category → sampling temperature of the answers, as in FastChat's llm_judge."""
 ID_COLUMNS = ("question_id", "uid", "prompt_id")
-"""Columns with a question's id, in FastChat, arena-hard-auto and on the Hub. A prompt_id may repeat."""
+"""Columns with a question's id, in FastChat, arena-hard-auto and on the Hub. If a prompt_id repeats, row numbers are the ids."""
 
 
 class Question(NamedTuple):
-    """A question, or a conversation of several."""
+    """A question, or a conversation with several questions."""
 
     id: int | str
-    """Id in the data, or the row's number."""
+    """Id in the data; the row's number if the data has no ids."""
     category: str | None
     """Category in the data, such as MT-Bench's."""
     messages: Messages
@@ -39,7 +39,7 @@ class Question(NamedTuple):
     turns: tuple[str, ...]
     """Texts of the user turns to answer; the first one is the last of `messages`."""
     reference: list[Any] | None
-    """Reference answers by turn, for the judge."""
+    """Reference answers for the judge, one per turn."""
     row: dict[str, Any]
     """Tools and template options, and the data's other columns if a reward function needs them."""
 
@@ -69,8 +69,8 @@ def questions(
         twice = other is not None
         require(
             not twice or name is not None,
-            f"{where}: has no id ({', '.join(ID_COLUMNS)}), and row {other} has its number {number} as id; give every"
-            " row an id, or none",
+            f"{where}: has no id ({', '.join(ID_COLUMNS)}), and its row number {number} is the id of row {other}; give"
+            " every row an id, or none",
         )
         require(
             not twice or name == ID_COLUMNS[-1],
@@ -101,7 +101,7 @@ def questions(
 
 
 def temperature(question: Question, chosen: float | str, otherwise: float) -> float:
-    """Sampling temperature of a question's answers, from evaluate's setting or else generation's."""
+    """Sampling temperature for a question. chosen: evaluate.temperature; otherwise: generation.temperature."""
     if not isinstance(chosen, str):
         return float(chosen)
     return TEMPERATURES.get(question.category or "", otherwise)

@@ -1,7 +1,7 @@
-"""Row formats: for each kind of data a table from columns to the function that reads them.
+"""Row formats: for each kind of data, a table of columns and the functions that read them.
 
 Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's dataset types, read as TRL, alignment-handbook and
-LLaMA-Factory do. To add a format, add a function and a row of its table. README, "Data", lists the formats for users.
+LLaMA-Factory do. To add a format, add a function and an entry of its table. README, "Data", lists the formats for users.
 Imports no torch.
 """
 
@@ -37,7 +37,7 @@ class Prompt(NamedTuple):
 
     messages: Messages
     column: str
-    """Column that it is read from."""
+    """Column that the prompt is read from."""
     turns: tuple[str, ...] = ()
     """Texts of all user turns, if the column has several turns without answers between them."""
 
@@ -48,7 +48,7 @@ class Prompt(NamedTuple):
 
 
 class Demonstration(NamedTuple):
-    """A chat to learn from."""
+    """A chat for supervised fine-tuning."""
 
     messages: Messages
     column: str
@@ -71,7 +71,7 @@ def _whole_chat(row: Row, names: Sequence[str], where: str) -> Demonstration:
 
 
 def _question_and_answer(row: Row, names: Sequence[str], where: str) -> Demonstration:
-    """A demonstration in two columns. Answers within `prompt` have no loss (TRL), those in `history` do."""
+    """A demonstration in two columns. Answers in `prompt` have no loss, as in TRL, but answers in `history` have loss."""
     question, name = names
     prompt = with_system(row, read_question(row, question, where), where)
     reply = read_answer(row, name, where)
@@ -99,7 +99,7 @@ DEMONSTRATIONS: dict[tuple[str, ...], Callable[[Row, Sequence[str], str], Demons
     ("question", "response"): _question_and_answer,
     ("query", "response"): _question_and_answer,
 }
-"""Columns → function that reads them. The first row whose columns exist is used."""
+"""Columns → function that reads them. The first entry whose columns a row has is used."""
 
 
 def demonstration(row: Row, where: str) -> Demonstration:
@@ -109,7 +109,7 @@ def demonstration(row: Row, where: str) -> Demonstration:
             return read(row, names, where)
     hint = ""
     if has_columns(row, "text"):
-        hint = "; `text` alone does not show which part is the assistant's, which the loss needs"
+        hint = "; the loss needs to know which part is the assistant's, and `text` alone does not show it"
     elif has_columns(row, "chosen", "rejected"):
         hint = "; rows with chosen and rejected belong to data.preferences"
     missed = dict.fromkeys(name for names in DEMONSTRATIONS for name in names)
@@ -117,7 +117,7 @@ def demonstration(row: Row, where: str) -> Demonstration:
 
 
 def is_undesirable(row: Row) -> bool:
-    """Whether a row is an undesirable answer by KTO's `label`, and so no demonstration."""
+    """Whether KTO's `label` marks a row's answer as undesirable, so that it is no demonstration."""
     return row.get("label") is False or row.get("label") in ("False", "false")
 
 
@@ -125,12 +125,12 @@ def is_undesirable(row: Row) -> bool:
 
 
 def pair_columns(row: Row) -> tuple[str, str]:
-    """The columns of the two answers."""
+    """Names of the columns with the chosen and the rejected answer."""
     return next((pair for pair in PAIR_COLUMNS if has_columns(row, *pair)), PAIR_COLUMNS[0])
 
 
 PROMPT_COLUMNS = ("prompt", "conversations", "conversation", "instruction", "question", "query")
-"""Columns with the prompt of a pair."""
+"""Columns that may hold the prompt of a pair; the first one that a row has is used."""
 
 
 def lacks_prompt(row: Row) -> bool:
@@ -140,7 +140,7 @@ def lacks_prompt(row: Row) -> bool:
 
 
 def _prompt_of_pair(row: Row, where: str) -> Prompt | None:
-    """The prompt column of a pair, or None."""
+    """The prompt in a column of its own, or None if a pair has no such column."""
     name = first_column(row, PROMPT_COLUMNS)
     if name is None:
         return None
@@ -156,13 +156,13 @@ class Pair(NamedTuple):
     names: tuple[str, str]
     """Columns of chosen and rejected."""
     prompt: Prompt | None
-    """The row's prompt column, if it has one."""
+    """The prompt in the row's prompt column; None if the row has no such column."""
     prompt_removed: bool = False
     """Whether both texts started with the prompt's text, which was removed from them."""
 
 
 def preference(row: Row, where: str) -> Pair:
-    """A row as two chats that each contain the prompt. Raises SalsaError."""
+    """Read a row as two chats that both contain the prompt. Raises SalsaError."""
     names = pair_columns(row)
     missing = [name for name in names if row.get(name) is None]
     if missing:
@@ -192,7 +192,7 @@ NO_PROMPT = " (or question, instruction or conversations), because the answers d
 
 
 def has_unrelated_prompt(pair: Pair) -> bool:
-    """Whether the `prompt` of a pair of whole chats is no part of them, so that it is not used."""
+    """Whether a pair of whole chats has a prompt column that is no part of chosen and so is not used."""
     if pair.prompt is None:
         return False
     contents = [turn["content"].strip() for turn in pair.chosen]
@@ -215,7 +215,7 @@ def _one_prompt(row: Row, name: str, where: str) -> Prompt:
 
 
 def _several_turns(row: Row, name: str, where: str) -> Prompt:
-    """User turns without answers: MT-Bench's texts, arena-hard-auto's {content}."""
+    """User turns without answers, as texts (MT-Bench) or {content} (arena-hard-auto)."""
     value = row[name]
     require(
         isinstance(value, list) and bool(value),
@@ -236,12 +236,15 @@ def _common_prompt(row: Row, name: str, where: str) -> Prompt:
     messages = [turn for turn, _ in equal]
     while messages and messages[-1]["role"] not in ("user", "tool"):
         messages.pop()
-    require(bool(messages), f"{where}, {name}: chosen and rejected have no user turn in common")
+    require(
+        bool(messages),
+        f"{where}, {name}: chosen and rejected do not begin with the same user turn; begin both with the same prompt",
+    )
     return Prompt(messages, name)
 
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
-"""Columns with whole chats, whose last answer is cut off for a prompt."""
+"""Columns with whole chats. To get a prompt, the last answer is cut off."""
 PROMPTS: dict[str, Callable[[Row, str, str], Prompt]] = {
     "prompt": _one_prompt,
     "messages": _one_prompt,
@@ -258,7 +261,7 @@ PROMPTS: dict[str, Callable[[Row, str, str], Prompt]] = {
 
 
 def prompt(row: Row, where: str) -> Prompt:
-    """The prompt of a row. Raises SalsaError that names `where` and the column."""
+    """The prompt of a row. Raises a SalsaError that names `where` and the column."""
     name = first_column(row, list(PROMPTS))
     if name is None:
         raise missing_columns(row, EXPECTED_COLUMNS["prompts"], where, list(PROMPTS))
@@ -282,7 +285,7 @@ EXPECTED_COLUMNS = {
     "preferences": "chosen and rejected",
     "prompts": "prompt, messages, conversations, instruction, question or turns",
 }
-"""Kind → the most common columns, for messages; the tables have more."""
+"""Kind of data → its most common columns, for messages; the tables above have all columns."""
 
 
 def has_columns_of(kind: str, columns: set[str]) -> bool:

@@ -16,7 +16,7 @@ INPUTS = ("input", "context")
 """Columns with the input of an instruction, in Alpaca and in Dolly."""
 SYSTEMS = ("system", "system_prompt")
 TURN_MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|system|>", "[INST]")
-"""Start of text that is already rendered with a chat template: chatml, Llama 3 and 2, Mistral, Gemma, Zephyr, Phi."""
+"""Starts of text that is already rendered with a chat template: chatml, Llama 3 and 2, Mistral, Gemma, Zephyr, Phi."""
 
 
 def has_columns(row: Row, *names: str) -> bool:
@@ -30,7 +30,7 @@ def first_column(row: Row, names: Sequence[str]) -> str | None:
 
 
 def missing_columns(row: Row, expected: str, where: str, missed: Sequence[str] = ()) -> SalsaError:
-    """The error for a row without the columns of its kind, to be raised."""
+    """A SalsaError for a row that lacks columns; the caller raises it. missed: columns that may be null."""
     found = f"has the columns {one_line(', '.join(sorted(map(str, row))))}" if row else "has no columns"
     null = "".join(f"; {name} is null" for name in missed if name in row and row[name] is None)
     return SalsaError(f"{where}: {found}; it needs {expected}{null}")
@@ -85,7 +85,7 @@ def _history(row: Row, where: str) -> Messages:
 
 
 def parse_json_messages(value: Any) -> Any:
-    """The messages in JSON text, as in csv files; other values unchanged."""
+    """Parse messages that are JSON text, as in csv files. Return other values unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         with contextlib.suppress(ValueError, RecursionError):  # ordinary text may start like this
             found = json.loads(value)
@@ -95,7 +95,7 @@ def parse_json_messages(value: Any) -> Any:
 
 
 def raw_chat(row: Row, name: str, where: str) -> Any:
-    """The unparsed messages of a whole chat, also from Capybara's pairs and LIMA's texts."""
+    """The unparsed messages of a whole chat, which may be Capybara's pairs or LIMA's list of texts."""
     value = row[name]
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value, f"{where}, {name}")
@@ -127,7 +127,7 @@ def read_answer(row: Row, name: str, where: str) -> Messages:
 
 
 def with_system(row: Row, messages: Messages, where: str) -> Messages:
-    """Messages with the row's `system` column as first turn. Raises SalsaError for another system turn."""
+    """Messages with the row's `system` column as first turn. Raises SalsaError for a different system turn."""
     name = first_column(row, SYSTEMS)
     if name is None or not (words := read_text(row, name, where)).strip():
         return messages
@@ -142,7 +142,7 @@ def with_system(row: Row, messages: Messages, where: str) -> Messages:
 
 
 def append_answer(prompt: Messages, answer: Messages) -> Messages:
-    """The prompt and the answer after it. An answer that contains the prompt does not get it again."""
+    """The prompt followed by the answer. An answer that contains the prompt is not preceded by it again."""
     systems = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
     rest = prompt[len(systems) :]
     if answer[0]["role"] not in ("user", "system"):

@@ -1,9 +1,9 @@
-"""The embedded world: a tiny Llama pre-trained on a language of instructions, and datasets in it.
+"""The embedded world: a tiny Llama pre-trained on a language of instructions, and datasets in this language.
 
 data/toy_language.py defines the language and its gold reward. The base is pre-trained on noisy text of all lengths,
 some of it followed by a word that grades the answer. Demonstrations, preferences and PPO's prompts have short answers
-only (in distribution). Evaluation prompts occur in none of them. Preferences do not depend on the seeds, as in
-UltraFeedback: they compare samples of the base, or right answers with errors added, ranked by `gold`.
+only (in distribution). Evaluation prompts occur in none of them. Preferences do not depend on the SFT models, as
+in UltraFeedback: they compare samples of the base, or right answers with errors added, ranked by `gold`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ VOCABULARY = (*SPECIALS, *OPERATIONS, "and", *NUMBERS, *CATEGORIES, *WORDS, *GRA
 LENGTHS_IN, LENGTHS_OUT = (2, 3, 4), (5, 6)
 MAX_NEW_TOKENS = 10
 ERROR_WEIGHTS = (4, 3, 1, 1, 2, 2)
-"""Weights of the errors in `add_errors`, which are then about as frequent as in the seeds' answers."""
+"""Relative frequencies of the six kinds of errors in `add_errors`, about as in answers of SFT models."""
 UNFINISHED_PENALTY = 0.5
 """Subtracted from the gold reward of a response without EOS."""
 
@@ -136,7 +136,7 @@ def draw_answer(rng: random.Random, prompt: str) -> list[str]:
 
 
 def add_errors(rng: random.Random, answer: list[str], errors: int) -> list[str]:
-    """An answer with errors: wrong word or category, missing, extra or repeated word, wrong order."""
+    """Add errors to an answer: wrong word or category, missing, extra or repeated word, wrong order."""
     words = list(answer)
     for _ in range(errors):
         kind, i = rng.choices(range(6), ERROR_WEIGHTS)[0], rng.randrange(len(words) or 1)

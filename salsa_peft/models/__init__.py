@@ -1,1 +1,1 @@
-"""Base models, adapters on them, sampling and log-probabilities."""
+"""Base models, adapters, reward models, sampling of responses and log-probabilities of tokens."""

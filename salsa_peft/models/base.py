@@ -1,4 +1,4 @@
-"""Base models: loading them as language model or classifier, hidden states, which parts are trained."""
+"""Loading a base as language model or classifier, its hidden states, and choosing what is trained."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def resolve_dtype(dtype: str) -> torch.dtype:
 
 
 def device() -> torch.device:
-    """The device of this process: with several processes on a machine, process i uses GPU i."""
+    """The device of this process: the GPU whose number is LOCAL_RANK, or the CPU if there is no GPU."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def attention_implementation(model: Model) -> str | None:
-    """attn_implementation; `auto` is flash_attention_2 on CUDA if flash-attn is installed, else sdpa."""
+    """The recipe's attn_implementation; for `auto`, flash_attention_2 if it can be used, else sdpa."""
     if model.attn_implementation != "auto":
         return model.attn_implementation
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -56,7 +56,7 @@ def attention_implementation(model: Model) -> str | None:
 
 
 def _quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """nf4 for the linear layers, computing in `dtype`; without output embeddings and score heads."""
+    """Settings that quantise linear layers to nf4, except output embeddings and score heads."""
     require(
         importlib.util.find_spec("bitsandbytes") is not None,
         f"model.quantization: {model.quantization} needs bitsandbytes; pip install 'salsa-peft[qlora]'",
@@ -73,10 +73,10 @@ def _quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig
 def _load(
     auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any
 ) -> Any:
-    """Load a model frozen in the recipe's dtype or 4 bits, or in the dtype `trained` to train all weights."""
+    """Load a model: frozen in the recipe's dtype or in 4 bits, or with `trained` to train in that dtype."""
     dtype = trained or resolve_dtype(model.dtype)
     if model.quantization is not None:
-        # never quantization_config=None: it would override that of a base stored in 8 bits
+        # not passed as None otherwise, which would override the quantization_config of a quantised base
         options["quantization_config"] = _quantization_config(model, dtype)
     with readable_hub_errors(base):
         loaded = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=False)).from_pretrained(
@@ -93,10 +93,10 @@ def _load(
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
-    """Keep 4-bit layers on a CPU in the layout that has a backward.
+    """Prevent bitsandbytes from repacking 4-bit layers on a CPU into a layout that has no backward.
 
-    bitsandbytes 0.50 repacks a layer for AVX-512 at its first forward in eval mode and has no backward for that layout;
-    adapters trained after a rollout would get wrong gradients without an error.
+    bitsandbytes 0.50 repacks a layer for AVX-512 at its first forward in eval mode. Adapters trained after a rollout
+    would then get wrong gradients, without an error.
     """
     module: Any
     for module in model.modules():
@@ -107,9 +107,10 @@ def keep_4bit_layout(model: nn.Module) -> None:
 def load_base(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a folder's causal language model: frozen or, with `trained`, in that dtype to be trained.
+    """Load a causal language model from a folder: frozen or, with `trained`, to be trained in that dtype.
 
-    Its own generation settings (top-p, penalties) are dropped, and its EOS tokens are all tokens that end a response.
+    The model's own generation settings (top-p, penalties) are dropped, and its EOS tokens are set to all tokens that
+    end a response. Raises SalsaError if the tokenizer has more tokens than the model has embeddings.
     """
     loaded = _load(causal_lm_class, base, model, trained)
     if trained is not None:
@@ -125,14 +126,14 @@ def load_base(
     rows = loaded.get_input_embeddings().weight.shape[0]
     require(
         len(tokenizer) <= rows,
-        f"{base}: the tokenizer has {len(tokenizer)} tokens, and the model only {rows} embeddings; use the model's own"
-        " tokenizer",
+        f"{base}: the tokenizer has {len(tokenizer)} tokens, but the model has only {rows} embeddings; use the model's"
+        " own tokenizer",
     )
     return loaded
 
 
 def disable_router_logits(model: PreTrainedModel) -> None:
-    """Unset output_router_logits, which TRL's SFT sets and with which generate fails on padded prompts."""
+    """Unset output_router_logits. TRL's SFT sets it, and generate then fails on padded prompts."""
     text = model.config.get_text_config(decoder=True)
     if "output_router_logits" in text.to_dict():
         text.output_router_logits = False
@@ -141,16 +142,16 @@ def disable_router_logits(model: PreTrainedModel) -> None:
 def load_classifier(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a causal model's folder with a linear score head on the last token.
+    """Load a causal language model from a folder, with a new linear score head on the last token.
 
-    The head has no bias, and its weights are drawn from N(0, 1/(H+1)) as in Stiennon et al. (2020).
+    The head has no bias. Its weights are drawn from N(0, 1/(H+1)), as in Stiennon et al. (2020); H is the hidden size.
     """
     loaded = _load(classifier_class, base, model, trained, num_labels=1)
     if trained is not None:
         train_language_model_only(loaded, loaded.score)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
-    if is_quantised(loaded):  # its hidden states have the quantisation's compute dtype, not the head's dtype
+    if is_quantised(loaded):  # hidden states then have the compute dtype of the quantisation, not the head's
         loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     return loaded
 
@@ -161,10 +162,10 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The trunk's last hidden states (B, L, H) under the active adapter.
+    """The model's last hidden states (B, L, H), with the active adapter.
 
-    input_ids (B, L); attention_mask (B, L), True or 1 for a real token. Padding may be on either side, since positions
-    count real tokens only.
+    input_ids: (B, L). attention_mask: (B, L), True or 1 for a token that is not padding. Padding may be on either side,
+    since position ids count only tokens that are not padding.
     """
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return trunk(causal_lm(model))(
@@ -173,38 +174,38 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: tor
 
 
 def max_positions(config: Any) -> int | None:
-    """The most tokens that a model reads, by its configuration; None if there is no limit."""
+    """Maximum sequence length in a model's configuration; None if the configuration has none."""
     values = config.get_text_config(decoder=True).to_dict()
     return next((int(values[name]) for name in POSITIONS if values.get(name)), None)
 
 
 def apply_scalar_head(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    """Apply a head with one output: states (…, H) → (…,), in the head's precision also under autocast."""
+    """Apply a head with one output, (…, H) → (…,), in the head's own dtype even under autocast."""
     with torch.autocast(states.device.type, enabled=False):
         return head(states.to(head.weight.dtype)).squeeze(-1)
 
 
 def causal_lm_class(config: PreTrainedConfig) -> Any:
-    """The Auto class that loads a model of this configuration with its output embeddings."""
+    """The auto class that loads the causal language model of a configuration."""
     causal = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
 def classifier_class(config: PreTrainedConfig) -> Any:
-    """The class that loads a model of this configuration with a score head, even if Transformers has none."""
+    """The class that loads a sequence classifier; made here if Transformers has none of the architecture."""
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
         return auto
     causal = causal_lm_class(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)
     name = causal.__name__.partition("For")[0] + "ForSequenceClassification"
-    # with the base's prefix its tensors have the names that they have in the base
+    # the base's prefix makes the classifier's tensors have the names that they have in the base
     named = {"__module__": causal.__module__, "base_model_prefix": family.base_model_prefix}
     return type(name, (_Classifier, family), named)
 
 
 class _Classifier(GenericForSequenceClassification):
-    """Transformers' generic classifier, for trunks whose output has no `attentions` too, such as Mamba."""
+    """Transformers' generic classifier, also for decoders whose output has no `attentions`, as Mamba's."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -217,20 +218,20 @@ def _with_attentions(_: nn.Module, inputs: Any, output: Any) -> None:
 
 
 def trunk(lm: Any) -> Any:
-    """The decoder whose last states the output embeddings read."""
-    decoder = lm.get_decoder()  # of Llama 4 and Mllama this is the language model with its head
+    """The decoder of a causal language model, without its output embeddings."""
+    decoder = lm.get_decoder()  # in Llama 4 and Mllama this still includes the output embeddings
     return decoder if decoder.get_output_embeddings() is None else decoder.model
 
 
 def train_language_model_only(model: Any, head: nn.Module) -> None:
-    """Freeze everything but the trunk and its head, such as a vision tower: text gives it no gradient."""
+    """Train the decoder and `head` only; freeze parts that text does not use, such as a vision tower."""
     trained = {id(parameter) for part in (trunk(model), head) for parameter in part.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 
 
 def language_model_only(lm: Any) -> dict[str, str]:
-    """LoraConfig's `exclude_modules` that keeps LoRA out of parts such as a vision tower; else {}."""
+    """LoraConfig's `exclude_modules` for modules outside the decoder, as in a vision tower; or {}."""
     decoder = trunk(lm)
     own = {id(module) for module in decoder.modules()} | {id(lm.get_output_embeddings())}
     if all(id(module) in own for module in lm.modules() if isinstance(module, nn.Linear)):
@@ -240,21 +241,21 @@ def language_model_only(lm: Any) -> dict[str, str]:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether the model has weights in 8 or 4 bits, quantised by the recipe or before."""
+    """Whether the model has weights quantised to 8 or 4 bits."""
     return any(not parameter.is_floating_point() for parameter in model.parameters())
 
 
 def cast_trainable_to_float32(model: nn.Module) -> None:
-    """Cast trained weights to float32, since TRL 1.16 casts adapters of a quantised base to bfloat16."""
+    """Cast trainable weights to float32, because TRL 1.16 casts adapters on a quantised base to bfloat16."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def remove_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0 in place, since PPO's ratio compares two forwards of one network.
+    """Set every dropout rate of a model to 0, because PPO's ratio compares two forwards of one network.
 
-    This covers nn.Dropout and the rates that Transformers' modules hold as numbers, such as attention_dropout.
+    The rates are those of nn.Dropout modules and the numbers in Transformers' modules, such as attention_dropout.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -1,8 +1,8 @@
 """Sampling of responses, with a seed for each row.
 
-A response depends on its prompt, its seed and the weights only, not on its batch, the number of processes or the
-device. Transformers' generate decodes; tokens are drawn here, by the inverse CDF at the row's own uniform random
-numbers, because generate draws for a whole batch from one generator.
+A response depends only on its prompt, its seed and the weights, not on its batch, the number of processes or the
+device (up to rounding). Transformers' generate runs the forwards and keeps the cache, but it would sample a whole
+batch from one generator. Tokens are therefore drawn here, with random numbers of each row's own.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ if TYPE_CHECKING:
 
 
 CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-"""The argument of Transformers' generate for a cache."""
+"""Name of the argument of Transformers' generate that takes a KV cache."""
 WITHOUT_FLOAT64 = ("mps",)
-"""Device types on which tokens cannot be drawn, since that takes float64; there they are drawn on the CPU."""
+"""Device types without float64, which drawing tokens needs; on these, tokens are drawn on the CPU."""
 
 
 def row_seeds(rows: Sequence[int], *parts: int) -> list[int]:
-    """A seed for each row: 63 bits of a hash of the row's number and `parts`, such as the run's seed."""
+    """Seeds of rows: 63 bits of a hash of the row's number and of `parts`, such as the run's seed."""
     texts = (" ".join(map(str, (*parts, row))) for row in rows)
     return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1 for text in texts]
 
 
 def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
-    """Uniform numbers in [0, 1), (B, length), float64; row i is drawn on the CPU with seeds[i]."""
+    """Uniform random numbers in [0, 1), (B, length), float64; row i is drawn on the CPU with seeds[i]."""
     rows = (torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds)
     return torch.stack(list(rows))
 
 
 @dataclass
 class Recording:
-    """Log-probs, entropies and values recorded during generation: a (B,) float32 for each step."""
+    """Log-probs, entropies and values recorded during generation: one float32 tensor (B,) per token."""
 
     value_head: nn.Linear
-    """(B, H) → (B, 1)"""
+    """PPO's value head, (B, H) → (B, 1)."""
     logprobs: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
     def stacked(self, mask: Tensor) -> tuple[Tensor, ...]:
-        """Log-probs, entropies and values, each (B, T), 0 where the mask is False."""
+        """Log-probs, entropies and values, (B, T) each, with 0 where the mask is False."""
         columns = (self.logprobs, self.entropy, self.values)
         return tuple(torch.stack(steps, dim=1).masked_fill(~mask, 0.0) for steps in columns)
 
     def recording_values(self, lm: Any) -> AbstractContextManager[Any]:
-        """Context in which each call of the output embeddings records the value of the last position's state."""
+        """Context in which each call of the output embeddings records the value of the last position."""
 
         def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.values.append(apply_scalar_head(self.value_head, inputs[0][:, -1]).float())
@@ -74,22 +74,22 @@ class Recording:
 
 
 class Sampler(LogitsProcessor):
-    """Draws each row's next token and makes it the row's only finite logit, for greedy decoding."""
+    """Logits processor that draws the next tokens; greedy decoding then picks the drawn tokens."""
 
     def __init__(self, uniforms: Tensor, sampling: Sampling, eos: tuple[int, ...], recording: Recording | None,
                  check: Callable[[], None] | None) -> None:  # fmt: skip
         self.uniforms, self.sampling, self.eos, self.recording, self.check = uniforms, sampling, eos, recording, check
         self.step = 0
         self.broken = torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device)
-        """Rows that had a NaN or +∞ logit, which makes all of the row's log-probs NaN."""
+        """Mask of the rows that had a NaN or +∞ logit, which makes all log-probs of the row NaN."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V) of the next token → −∞, except for a 0 at the drawn token of each row."""
+        """Return logits (B, V) that are 0 at the drawn token of each row and −∞ elsewhere."""
         if self.check is not None:
             self.check()
         early = self.step < self.sampling.min_new_tokens
         forbidden = torch.full((len(scores),), early, device=scores.device)
-        greedy = self.sampling.temperature == 0  # in evaluation only
+        greedy = self.sampling.temperature == 0  # temperature 0 occurs only in evaluation
         logp = normalized(scores.float() / (1.0 if greedy else self.sampling.temperature), forbidden, self.eos)
         self.broken |= logp[:, 0].isnan().to(self.broken.device)
         probabilities = logp.exp()
@@ -104,16 +104,16 @@ class Sampler(LogitsProcessor):
 def sample_token(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Draw token ids (B, 1) by the inverse CDF from probabilities (B, V) at uniform numbers (B,).
 
-    The token is the first whose cumulative probability exceeds the row's number. The sums are float64, so that tokens
-    of probability 1e-12 are drawn as often as they should be and tokens of probability 0 never are. Computed on the
-    device of `uniforms`.
+    The drawn token is the first whose cumulative probability exceeds the row's number. Cumulative sums in float64 let
+    tokens of probability 1e-12 be drawn as often as they should, and tokens of probability 0 never. The sums are
+    computed on the device of `uniforms`.
     """
     here, probabilities = probabilities.device, probabilities.to(uniforms.device)
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]
-    wanted = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-52))  # less than the sum, also after rounding
+    wanted = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-52))  # stays below the total after rounding
     found = torch.searchsorted(cumulative, wanted, right=True)
-    return found.clamp(max=cumulative.shape[-1] - 1).to(here)  # past the end for NaN, which Sampler.broken has
+    return found.clamp(max=cumulative.shape[-1] - 1).to(here)  # a row of NaN gives an index past the end
 
 
 @torch.no_grad()
@@ -122,9 +122,10 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
              cache: Any = None, **options: Any) -> Responses:  # fmt: skip
     """Sample a response to each prompt with the active adapter, without top-k or top-p.
 
-    seeds: one for each prompt. recording: gets log-probs, entropies and values. check: called before each token; it may
-    raise. cache: an empty cache of Transformers'; None: a DynamicCache. options: further fields of GenerationConfig.
-    The process's random state does not change. Raises SalsaError if logits are NaN or infinite.
+    seeds: one seed for each prompt. recording: receives log-probs, entropies and values. check: called before each
+    token, and may raise an error to stop generation. cache: an empty KV cache of Transformers, by default a
+    DynamicCache. options: further fields of GenerationConfig. Global random states are not used. Raises SalsaError if
+    logits are NaN or +∞.
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
@@ -142,14 +143,14 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
             attention_mask=mask.long(),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
-            synced_gpus=False,  # no process waits for another, since sharded weights are gathered
+            synced_gpus=False,  # sharded weights are gathered, so a forward needs no other process
             **({} if cache is None else {CACHE_ARGUMENT: cache}),
         )
     broken = int(sampler.broken.sum())
     require(
         not broken,
-        f"model: the logits are NaN or infinite for {broken} of {len(prompts)} prompts; look for NaN in its weights,"
-        " or for a dtype that overflows",
+        f"model: the logits are NaN or infinite for {broken} of {len(prompts)} prompts. Check the model's weights for"
+        " NaN, and use a dtype that does not overflow",
     )
     response_ids = tokens[:, ids.shape[1] :]
     ended = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device)).long()
@@ -159,7 +160,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
 
 @contextlib.contextmanager
 def _generation_mode(lm: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Context with eval mode, and these generation settings instead of the model's own."""
+    """Context in which the model is in eval mode and has these generation settings instead of its own."""
     training, inherited = lm.training, lm.generation_config
     lm.eval()
     lm.generation_config = settings
@@ -173,11 +174,11 @@ def _generation_mode(lm: Any, settings: GenerationConfig) -> Iterator[None]:
 def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
                      batch_size: int, *, places: Sequence[int] | None = None, turn: int = 1,
                      skip: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
-    """Generate responses in batches of similar prompt length, yielding (indices into prompts, responses).
+    """Yield responses in batches of similar prompt length, as (indices into prompts, responses).
 
-    A response depends on the prompt's place, the turn and the seed, so that models compared on the same prompts differ
-    by their weights only. places: the prompts' numbers, by default their indices. skip: whether to skip the batch of
-    these indices; the others stay the same.
+    The seed of a response is computed from `seed`, `turn` and the prompt's number, so that models answer the same
+    prompts with the same random numbers. places: the prompts' numbers, by default their indices. skip: called with the
+    indices of a batch, returns whether to skip that batch; the responses of other batches are the same either way.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = (seed,) if turn == 1 else (seed, turn)

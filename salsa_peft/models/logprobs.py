@@ -1,6 +1,7 @@
-"""Log-probabilities of tokens from hidden states, in chunks: logits of shape (B, T, V) never exist.
+"""Log-probabilities of tokens from hidden states, in chunks that avoid logits of shape (B, T, V).
 
-An architecture's scaling and soft cap of the logits are applied.
+Logits are scaled and soft-capped as the architecture does. Shapes: N tokens, n tokens of a chunk, V tokens of the
+vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from salsa_peft.models.base import causal_lm, hidden_states
 from salsa_peft.utils.errors import require
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""Names of the logits' soft cap in model configurations."""
+"""Keys of the logits' soft cap in model configurations."""
 FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-"""Names of the logits' factor in model configurations; 1: the logits are multiplied by it, -1: divided by it."""
+"""Keys of the logits' factor in model configurations → 1 if logits are multiplied by the factor, -1 if divided."""
 MULTIPLIED = ("hyperclovax",)
-"""Architectures that multiply by `logits_scaling` instead of dividing."""
+"""Architectures that multiply the logits by `logits_scaling` instead of dividing by it."""
 
 
 class LogitScaling(NamedTuple):
-    """An architecture's change of the output embeddings' product z: factor · z, then cap · tanh(z / cap)."""
+    """How logits are made from z, the output embeddings' product: cap · tanh(factor · z / cap)."""
 
     factor: float = 1.0
     cap: float | None = None
-    """None: no soft cap."""
+    """Soft cap of the logits; None without a soft cap, where the logits are factor · z."""
 
     def __call__(self, product: torch.Tensor) -> torch.Tensor:
-        """Products (…, V) → logits (…, V). The products are overwritten."""
+        """Make logits (…, V) from the products (…, V), which are overwritten."""
         if self.factor != 1:
             product = product.mul_(self.factor)
         return product if self.cap is None else product.div_(self.cap).tanh_() * self.cap
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """∂ logit / ∂ product (…, V), which is factor · (1 − (logit / cap)²); None without a cap: it is `factor`."""
+        """∂ logit / ∂ product, factor · (1 − (logit / cap)²), (…, V); None without a cap, when it is `factor`."""
         return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.factor)
 
 
 def logit_scaling(lm: Any) -> LogitScaling:
-    """The scaling of a model's logits, by its configuration; `check_head` verifies it."""
+    """Read the scaling of a model's logits from its configuration; `check_head` verifies the result."""
     config = lm.config.get_text_config(decoder=True).to_dict()
     cap = next((float(config[name]) for name in CAPS if config.get(name)), None)
     factor = 1.0
@@ -56,15 +57,15 @@ def logit_scaling(lm: Any) -> LogitScaling:
 
 
 LARGE = 50.0
-"""Size of the logits in the second forward of `check_head`, larger than any soft cap."""
+"""Size of the largest logits in the second forward of `check_head`, where soft caps have a clear effect."""
 
 
 def check_head(model: nn.Module) -> None:
-    """Raise SalsaError unless a model's logits are those that its states and output embeddings give.
+    """Raise SalsaError unless a model's logits equal those computed here from its hidden states.
 
-    Log-probs are computed that way, so any other architecture would get wrong ones. Two forwards are compared: one as
-    it is, and one with a larger input of the head, because a soft cap hardly changes the small logits of an untrained
-    model.
+    Log-probs are computed from hidden states, output embeddings and LogitScaling, and would be wrong for a model whose
+    logits depend on anything else. The logits of two forwards are compared. The second has larger inputs of the output
+    embeddings, because a soft cap hardly changes the small logits of an untrained model.
     """
     lm = causal_lm(model)
     kind = lm.config.model_type
@@ -74,14 +75,14 @@ def check_head(model: nn.Module) -> None:
         " AutoModelForCausalLM",
     )
     head, scaling = lm.get_output_embeddings(), logit_scaling(lm)
-    adapted = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)  # head_of raises the error for it
+    adapted = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)  # head_of raises the error for this
     require(
         adapted or type(head).forward is nn.Linear.forward,
-        f"{kind}: its output embeddings are a {type(head).__name__}, not a plain linear layer. This architecture is"
-        " not supported; use one like Llama, Mistral, Gemma or Qwen",
+        f"{kind}: the output embeddings are a {type(head).__name__}, not a plain linear layer, which is not supported;"
+        " use a model such as Llama, Mistral, Gemma or Qwen",
     )
     probe, training = torch.tensor([[1, 2, 3]], device=lm.device), lm.training
-    lm.eval()  # with dropout two forwards would differ
+    lm.eval()  # with dropout the logits of two forwards would differ
     with torch.no_grad():
         states = hidden_states(lm, probe, torch.ones_like(probe))
         product = head(states).float().abs().max().item()
@@ -95,29 +96,31 @@ def check_head(model: nn.Module) -> None:
 def _require_same_logits(kind: str, expected: torch.Tensor, found: torch.Tensor) -> None:
     require(
         bool(expected.isfinite().all()),
-        f"{kind}: the model's logits are NaN or infinite; look for NaN in its weights, or for a dtype that overflows",
+        f"{kind}: the model's logits are NaN or infinite. Check its weights for NaN, and use a dtype that does not"
+        " overflow",
     )
     same = expected.shape == found.shape
     error = (expected - found).abs().max().item() if same else math.nan
     require(
         same and error <= 1e-2 * max(1.0, expected.abs().max().item()),
-        f"{kind}: the model's logits are not those of its output embeddings with its config's scaling and cap"
-        f" (difference {error:.3g}). This architecture is not supported; use one like Llama, Mistral, Gemma or Qwen",
+        f"{kind}: the model's logits differ by {error:.3g} from those computed from its hidden states, its output"
+        " embeddings and the scaling and soft cap in its config.json. This architecture is not supported; use a model"
+        " such as Llama, Mistral, Gemma or Qwen",
     )
 
 
 class Head(NamedTuple):
-    """Everything that turns a hidden state into the distribution that tokens are sampled from."""
+    """Output embeddings and sampling settings, which turn a hidden state into a distribution over tokens."""
 
     weight: Tensor
     """(V, H), the output embeddings."""
     bias: Tensor | None
-    """(V,)"""
+    """(V,), the bias of the output embeddings, if they have one."""
     temperature: float
     eos: tuple[int, ...]
-    """The tokens that end a response (data/chat/turn_ends.py), which `forbidden` excludes."""
+    """The tokens that end a response (data/chat/turn_ends.py); they get probability 0 where `forbidden` is True."""
     scaling: LogitScaling = LogitScaling()
-    """Applied before the division by the temperature."""
+    """Scaling of the logits, applied before they are divided by the temperature."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -128,45 +131,52 @@ class TokenLogprobs(NamedTuple):
 
 
 def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
-    """The Head of a causal language model. Raises SalsaError if an adapter changes it."""
+    """Make the Head of a causal language model. Raises SalsaError if an adapter changes it."""
     embeddings: nn.Linear = lm.get_output_embeddings()
     require(
         not isinstance(embeddings, BaseTunerLayer | AuxiliaryTrainingWrapper),
-        "target_modules: the adapter is on the output embeddings, which policy and references share; leave lm_head out",
+        "target_modules: the adapter is on the output embeddings, which policy and references share; leave the output"
+        " embeddings (lm_head) out",
     )
     return Head(embeddings.weight, embeddings.bias, temperature, eos, logit_scaling(lm))
 
 
 def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor) -> Tensor:
-    """log π(· | state) (n, V), float32, from states (n, H); forbidden (n,): where EOS is excluded."""
+    """Log-probs of all tokens (n, V), float32, from hidden states (n, H).
+
+    forbidden: (n,) bool, True where the tokens head.eos get probability 0.
+    """
     return normalized(_logits(hidden, head).div_(head.temperature), forbidden, head.eos)
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
-    """The model's logits (n, V), float32, which the caller may overwrite."""
+    """Logits (n, V), float32, before the division by the temperature. The caller may overwrite them."""
     return head.scaling(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
 
 
 def normalized(scaled: Tensor, forbidden: Tensor, eos: tuple[int, ...]) -> Tensor:
-    """Log-probs (n, V) from scaled logits (n, V), which may be overwritten; forbidden (n,): where EOS is excluded."""
+    """Log-probs (n, V) from logits that are divided by the temperature (n, V) and may be overwritten.
+
+    forbidden: (n,) bool, True where the tokens `eos` get probability 0.
+    """
     if forbidden.any():
         scaled[:, list(eos)] = scaled[:, list(eos)].masked_fill(forbidden[:, None], -torch.inf)
     return scaled.log_softmax(-1)
 
 
 def entropy_of(logp: Tensor, probabilities: Tensor) -> Tensor:
-    """Entropy (n,) in nats from log-probs (n, V) and their exponentials; excluded tokens add nothing."""
+    """Entropy (n,) in nats from log-probs and probabilities (n, V). Tokens of probability 0 add nothing."""
     return -(probabilities * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
 def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Log-probs of the labels (n,) and of all tokens (n, V)."""
+    """Return the log-probs of the labels (n,) and of all tokens (n, V)."""
     logp = log_distribution(hidden, head, forbidden)
     return logp.gather(-1, labels[:, None]).squeeze(-1), logp
 
 
 def _logprob_gradient(probabilities: Tensor, labels: Tensor, slope: Tensor | None, head: Head) -> Tensor:
-    """∂ log p(label) / ∂ hidden (n, H), in the head's dtype; probabilities (n, V) are overwritten."""
+    """∂ log p(label) / ∂ hidden (n, H), in the head's dtype. Overwrites the probabilities (n, V)."""
     own = head.weight[labels]
     if slope is not None:
         probabilities = probabilities.mul_(slope)
@@ -176,7 +186,7 @@ def _logprob_gradient(probabilities: Tensor, labels: Tensor, slope: Tensor | Non
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probs and entropies of a frozen head; only log-probs have a gradient, with respect to `hidden`."""
+    """Log-probs and entropies with a frozen head; the log-probs have a gradient with respect to `hidden`."""
 
     @staticmethod
     def forward(
@@ -209,9 +219,10 @@ class _FrozenHead(torch.autograd.Function):
 def token_logprobs(
     hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head, *, with_entropy: bool = True
 ) -> TokenLogprobs:
-    """log π(label | state) and entropies, (N,) float32, from hidden (N, H), labels (N,), forbidden (N,).
+    """Log-probs of `labels` (N,) and entropies (N,), float32, from hidden states (N, H).
 
-    forbidden: True where EOS is excluded. The log-probs have a gradient. The entropies are for logging and have none; they are 0 unless `with_entropy`.
+    forbidden: (N,) bool, True where the tokens head.eos get probability 0. The log-probs have a gradient. The entropies
+    are for logging, have no gradient, and are 0 unless `with_entropy`.
     """
     if not head.weight.requires_grad:
         return TokenLogprobs(*_FrozenHead.apply(hidden, labels, forbidden, head, with_entropy))
@@ -226,12 +237,16 @@ def token_logprobs(
 
 @torch.no_grad()
 def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor, head: Head, reference_head: Head) -> Tensor:
-    """KL(π ‖ reference) over the whole vocabulary (N,), float32, from states (N, H) and heads of both."""
+    """Exact KL(policy ‖ reference) of each token's distribution, (N,), float32.
+
+    hidden, reference: hidden states of the policy and of the reference, (N, H) each. forbidden: (N,) bool, True where
+    the tokens head.eos get probability 0.
+    """
     kl = hidden.new_empty(len(hidden), dtype=torch.float32)
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
         policy = log_distribution(hidden[part], head, forbidden[part])
         other = log_distribution(reference[part], reference_head, forbidden[part])
-        difference = (policy - other).masked_fill(policy == -torch.inf, 0.0)  # an excluded token adds nothing
+        difference = (policy - other).masked_fill(policy == -torch.inf, 0.0)  # tokens of probability 0 add nothing
         kl[part] = (policy.exp() * difference).sum(-1)
     return kl

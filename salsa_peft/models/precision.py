@@ -1,8 +1,8 @@
 """Precision of trained full weights: float32 master weights, or bf16 with stochastic rounding.
 
-AdamW changes a weight by about the learning rate each step, but two neighbouring bf16 numbers around 0.02 differ by
-6e-5. With rounding to nearest only 2% of the change of 500 steps at 2e-6 is kept, and 0.1% at 1e-7; with stochastic
-rounding all of it is, on average. Not offered: bf16 weights with a float32 copy in the optimizer.
+AdamW changes a weight by about the learning rate in each step, but neighbouring bf16 numbers around 0.02 differ by
+1.2e-4. Rounding to the nearest number keeps only 2% of the change of 500 steps at learning rate 2e-6, and 0.1% at 1e-7.
+Stochastic rounding keeps all of it on average. bf16 weights with a float32 copy in the optimizer are not supported.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ class Precision(NamedTuple):
 
     weights: torch.dtype
     autocast: bool
-    """Whether to use bf16 autocast on CUDA. bf16 weights need none, and it would make a float32 copy of each forward's
-    outputs."""
+    """Whether to use bf16 autocast on CUDA. bf16 weights need no autocast, and with autocast accelerate would copy each
+    forward's outputs to float32."""
     optimizer: dict[str, str]
-    """Fields of transformers.TrainingArguments that set the optimizer; empty if any AdamW works."""
+    """Fields of transformers.TrainingArguments for the optimizer; empty if any AdamW can be used."""
 
 
 PRECISIONS = {
     "master": Precision(torch.float32, True, {}),
     "stochastic": Precision(torch.bfloat16, False, {"optim": OPTIMIZER, "optim_args": f"{ROUNDING}=True"}),
 }
-"""By the recipe's name. A weight with its gradient and moments takes 16 bytes (master) or 6 (stochastic); autocast's
-copies and activations come on top. Both keep the value head in float32."""
+"""Value of `precision` in a recipe → Precision. A weight with its gradient and AdamW moments takes 16 bytes (master) or
+6 bytes (stochastic), without autocast's copies and activations. The value head is float32 with both."""
 
 
 def arguments(precision: str) -> dict[str, Any]:
-    """TrainingArguments of a precision. Raises SalsaError if it needs torchao, which is not installed."""
+    """TrainingArguments of a precision. Raises SalsaError if torchao is needed and not installed."""
     chosen = PRECISIONS[precision]
     require(
         not chosen.optimizer or find_spec("torchao") is not None,
@@ -50,6 +50,6 @@ def arguments(precision: str) -> dict[str, Any]:
 
 
 def rounds_stochastically(args: TrainingArguments) -> bool:
-    """Whether these arguments set the optimizer with stochastic rounding, which can train bf16 weights."""
+    """Whether the arguments set the optimizer with stochastic rounding, which bf16 weights need."""
     given = dict(part.split("=") for part in (args.optim_args or "").replace(" ", "").split(",") if "=" in part)
     return args.optim == OPTIMIZER and given.get(ROUNDING, "").lower() in ("true", "1", "yes", "y", "t", "on")

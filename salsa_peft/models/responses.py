@@ -1,8 +1,8 @@
 """Prompts and responses as padded tensors, and their log-probabilities under a model.
 
-Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N = True in the
-mask. A response includes the token that ends it (data/chat/turn_ends.py) and nothing after; one that is this token
-alone has length 1.
+Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N response tokens
+without padding in the whole batch, H hidden size. A response includes the token that ends it (data/chat/turn_ends.py),
+which counts in its length, and nothing after that token.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ class Responses(NamedTuple):
     """A batch of prompts and responses: token ids and masks."""
 
     prompt_ids: Tensor
-    """(B, P)"""
+    """(B, P), token ids of the prompts."""
     prompt_mask: Tensor
-    """(B, P) bool"""
+    """(B, P) bool, False at padding."""
     response_ids: Tensor
-    """(B, T)"""
+    """(B, T), token ids of the responses."""
     response_mask: Tensor
-    """(B, T) bool"""
+    """(B, T) bool, False at padding."""
     finished: Tensor
-    """(B,) bool: a token that ends responses ended it, not the length limit."""
+    """(B,) bool: whether the response ended with an end token, instead of being cut by the length limit."""
 
     @property
     def input_ids(self) -> Tensor:
-        """(B, P + T)"""
+        """Token ids of prompts and responses together, (B, P + T)."""
         return torch.cat([self.prompt_ids, self.response_ids], dim=1)
 
     @property
     def attention_mask(self) -> Tensor:
-        """(B, P + T) bool"""
+        """Mask of prompts and responses together, (B, P + T) bool, False at padding."""
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
     @property
     def lengths(self) -> Tensor:
-        """(B,): the number of tokens of each response, with the one that ends it."""
+        """Number of tokens of each response, (B,), including the token that ends it."""
         return self.response_mask.sum(-1)
 
     @property
     def content_mask(self) -> Tensor:
-        """(B, T) bool: the response without the token that ends it, which may not be a special token."""
+        """Mask of the responses without the tokens that end them, (B, T) bool."""
         places = torch.arange(self.response_mask.shape[1], device=self.response_mask.device)
         return self.response_mask & (places < (self.lengths - self.finished.long())[:, None])
 
     @property
     def empty(self) -> Tensor:
-        """(B,) bool: the response is only the token that ends it."""
+        """Whether each response consists of only the token that ends it, (B,) bool."""
         return self.finished & (self.lengths == 1)
 
     def rows(self, index: Tensor) -> Responses:
-        """The rows of an index, without columns that are padding in all of them."""
+        """The responses at these indices, without columns that are padding in every selected row."""
         picked = Responses(*(field[index] for field in self))
         left = int((~picked.prompt_mask).long().cumprod(-1).sum(-1).min())
         right = int(picked.lengths.max())
@@ -71,7 +71,7 @@ class Responses(NamedTuple):
 def pad_tokens(
     sequences: Sequence[Sequence[int]], pad: int, device: torch.device, side: str = "right"
 ) -> tuple[Tensor, Tensor]:
-    """Token ids → ids and mask, (B, L), padded on one side."""
+    """Pad lists of token ids on one side; returns ids and mask, (B, L) each."""
     rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True, padding_side=side)
@@ -79,25 +79,25 @@ def pad_tokens(
 
 
 def response_states(hidden: Tensor, responses: Responses) -> Tensor:
-    """(B, P + T, H) → (N, H): the states from which the tokens of the responses were sampled."""
+    """Hidden states from which the response tokens were sampled: (B, P + T, H) → (N, H)."""
     return response_values(hidden, responses)[responses.response_mask]
 
 
 def forbidden_eos(responses: Responses, min_new_tokens: int) -> Tensor:
-    """(N,) bool: positions before `min_new_tokens`, where no token that ends a response is allowed."""
+    """Mask of response tokens before `min_new_tokens`, where end tokens are not allowed, (N,) bool."""
     early = torch.arange(responses.response_ids.shape[1], device=responses.response_ids.device) < min_new_tokens
     return early.expand_as(responses.response_mask)[responses.response_mask]
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) → (B, T), 0 where the mask is False."""
+    """Put N values where the mask (B, T) is True, and 0 elsewhere: (N,) → (B, T)."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def response_logprobs(
     hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and, with `with_entropy`, entropies (B, T), 0 in padding, from states (B, P + T, H)."""
+    """Log-probs and, if `with_entropy`, entropies (else 0), (B, T) each, from hidden states (B, P + T, H)."""
     labels = responses.response_ids[responses.response_mask]
     states = response_states(hidden, responses)
     result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head, with_entropy=with_entropy)
@@ -106,7 +106,7 @@ def response_logprobs(
 
 @torch.no_grad()
 def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, H): the trunk's state at the last token that is not padding, which a reward model's head reads."""
+    """Hidden states (B, H) of the last token of each row that is not padding, for a reward model's head."""
     hidden = hidden_states(model, input_ids, attention_mask)
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask.long() * places).argmax(-1)
@@ -114,26 +114,26 @@ def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
 
 
 def response_values(values: Tensor, responses: Responses) -> Tensor:
-    """(B, P + T, …) → (B, T, …): the value, or anything else, of the state before each response token."""
+    """Select the values (or states, …) of the position before each response token, (B, T, …)."""
     start = responses.prompt_ids.shape[1] - 1
     return values[:, start : start + responses.response_ids.shape[1]]
 
 
 def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, ends: Sequence[int],
                   device: torch.device) -> Responses:  # fmt: skip
-    """Responses from token ids; a finished answer ends with one of the tokens `ends`."""
+    """Make Responses from token ids. ends: the tokens that end a response, for Responses.finished."""
     finished = torch.tensor([bool(answer) and answer[-1] in ends for answer in answers], device=device)
     return Responses(*pad_tokens(prompts, pad, device, "left"), *pad_tokens(answers, pad, device), finished)
 
 
 def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = False) -> Tensor:
-    """(B, L) → (B, width), padded with `value` on the right, or on the left."""
+    """Pad (B, L) to (B, width) with `value`, on the right or, with `left`, on the left."""
     missing = width - tensor.shape[1]
     return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
 
 
 def append_turn_end(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Responses:
-    """Append what the chat template writes after the end token, to responses that end a turn; it is scored too."""
+    """Append the tokens that the chat template writes after an end token, which reward models score too."""
     ended = ends_turn(responses, rows, turn)
     if not turn.after or not ended.any():
         return responses
@@ -146,7 +146,7 @@ def append_turn_end(responses: Responses, rows: Sequence[Mapping[str, Any]], tur
 
 
 def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
-    """Join parts of a rollout batch, which may differ in width."""
+    """Join batches of responses into one, padded to the widest of them."""
     prompt, response = (max(part[i].shape[1] for part in parts) for i in (0, 2))
     return Responses(
         torch.cat([pad_to_width(part.prompt_ids, prompt, pad, left=True) for part in parts]),
@@ -158,7 +158,7 @@ def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
 
 
 def ends_turn(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Tensor:
-    """(B,) bool: the response ends an assistant's turn with the chat template's own end token."""
+    """Whether each response ends an assistant turn, with the chat template's own end token, (B,) bool."""
     asked = [
         not isinstance(row.get("prompt"), str) or (turn.opening and row["prompt"].endswith(turn.opening))
         for row in rows

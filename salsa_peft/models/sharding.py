@@ -1,7 +1,7 @@
-"""Weights sharded by FSDP2 or DeepSpeed ZeRO-3: gathering them for rollouts, saving and loading.
+"""Gathering, saving and loading weights that FSDP2 or DeepSpeed ZeRO-3 shards.
 
-Trainer and accelerate shard the policy with its value head, and the optimizer. Not sharded: references and classifiers
-of full weights, which every process holds whole. Not supported: ZeRO 1 and 2, and offloading.
+Trainer and accelerate shard the policy with its value head, and the optimizer. Every process holds a full copy of each
+reference and classifier with full weights. ZeRO 1 and 2, and ZeRO's and FSDP's offloading, are not supported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def engine_of(accelerator: Accelerator) -> Any:
-    """DeepSpeed's engine, which holds the policy during training; None without DeepSpeed."""
+    """The DeepSpeed engine that wraps the policy during training; None without DeepSpeed."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED or accelerator.deepspeed_engine_wrapped is None:
         return None
     return accelerator.deepspeed_engine_wrapped.engine
@@ -31,10 +31,10 @@ def engine_of(accelerator: Accelerator) -> Any:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Context in which the weights are gathered, so that no process waits for another in a forward.
+    """Context in which every process holds all weights, so that its forwards need no other process.
 
-    They are gathered once, instead of for each layer and token, which needs memory for all of them. No effect on a
-    model that is not sharded.
+    Gathering all weights once is faster than gathering each layer for each token, but needs the memory of the whole
+    model. A model that is not sharded is left unchanged.
     """
     engine = engine_of(accelerator)
     if engine is not None:
@@ -44,7 +44,7 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             yield
         return
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if parts:  # or the first module that runs becomes the root, and here that may be a layer
+    if parts:  # without this FSDP takes the first module that runs for the root, and that may be a layer
         parts[0]._get_fsdp_state()._lazy_init()
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -59,31 +59,31 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def gather_weights(module: nn.Module, accelerator: Accelerator) -> None:
-    """Gather ZeRO-3 weights that are read outside of their module's forward, until the next optimizer step.
+    """Gather ZeRO-3 weights that are read outside their module's forward, until the next optimizer step.
 
-    Tied weights stay gathered until the next forward only. All processes must call it.
+    Tied weights stay gathered only until the next forward. All processes must call this function.
     """
     if engine_of(accelerator) is None:
         return
     from deepspeed.runtime.zero.utils import is_zero_param
 
-    for parameter in filter(is_zero_param, module.parameters()):  # a reference's own model is not sharded
+    for parameter in filter(is_zero_param, module.parameters()):  # the model of a reference is not sharded
         parameter.all_gather()
 
 
 class DeferredStep(DeepSpeedEngineWrapper):
-    """accelerate's wrapper of the engine without an optimizer step in backward; `before_step` takes it.
+    """accelerate's wrapper of the DeepSpeed engine, whose backward takes no optimizer step.
 
-    Between the two, gradients and ratios are checked.
+    PPO checks gradients and ratios after backward; `before_step` then takes the step.
     """
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
-        """Accumulate gradients only."""
+        """Compute and accumulate gradients, without an optimizer step."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **options)
 
     def get_global_grad_norm(self) -> float:
-        """The norm of the present gradients; DeepSpeed's is that of the last step, -1 if not finite."""
+        """The norm of the current gradients. DeepSpeed's own method returns that of the last step, or -1."""
         from deepspeed.utils import safe_get_local_grad
 
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
@@ -93,10 +93,10 @@ class DeferredStep(DeepSpeedEngineWrapper):
 
 
 def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> None:
-    """Prepare Trainer's optimizer step, which is to be called next; with `drop` that step changes nothing.
+    """Prepare the optimizer step that Trainer takes next.
 
-    drop: the gradients are removed, and the optimizer skips parameters without one. Under DeepSpeed the step is taken
-    here, because Trainer's does nothing.
+    drop: whether to remove the gradients, so that the step changes no weight. Under DeepSpeed Trainer's step does
+    nothing, so this function takes the step itself unless `drop`.
     """
     engine = engine_of(accelerator)
     if engine is not None and not drop:
@@ -106,16 +106,16 @@ def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> No
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, or this process's shard of it if `like` is sharded."""
+    """`tensor`, a full tensor, or its DTensor with the sharding of `like` if `like` is sharded."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
-    """The gathered weights of a Trainer's sharded model, in the first process; None if it is not sharded.
+    """The gathered weights of a Trainer's sharded model; None if the model is not sharded.
 
-    All processes must call it.
+    All processes must call this function, but only the first one gets the weights.
     """
     if trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
@@ -123,7 +123,7 @@ def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
 
 
 def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> Any:
-    """Module.load_state_dict with whole tensors, each sharded as the module's own."""
+    """Load full tensors into a module, each sharded first like the module's tensor of that name."""
     held = module.state_dict()
     cut = {name: sharded_like(tensor, held[name]) if name in held else tensor for name, tensor in tensors.items()}
     return module.load_state_dict(cut, strict=strict)
@@ -132,7 +132,7 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = Tru
 def save_sharded_optimizer(accelerator: Accelerator, optimizer: Any, model: Any, folder: str) -> None:
     """Save the optimizer's shards under FSDP or DeepSpeed.
 
-    Trainer would save all weights with them, a second time.
+    Trainer's own method would also save all weights, which the checkpoint has already.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine_of(accelerator).save_checkpoint(folder, exclude_frozen_parameters=True)

@@ -1,6 +1,6 @@
-"""What stages share: the base and its tokenizer, arguments and progress of a Trainer, saving.
+"""Functions that several stages use: loading the base and its tokenizer, running a Trainer, saving.
 
-A base on the Hub is downloaded to the Hub's cache when the stage starts; from then on it is a local folder.
+A stage downloads a base on the Hub to the Hub's cache when it starts, and then reads it from this local folder.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageContext:
-    """The recipe of a stage, its base model and tokenizer."""
+    """The recipe, base model and tokenizer of a stage."""
 
     recipe: Recipe
     folder: Path
     """The base's local folder."""
     name: str
-    """The base's name in messages: the path or Hub id that the recipe gives."""
+    """The base's name in messages: its path or Hub id in the recipe, or "embedded world" for the toy data's base."""
     tokenizer: PreTrainedTokenizerBase
     stage: str = ""
 
     @classmethod
     def of_job(cls, job: Job) -> StageContext:
-        """Find or download a job's base, the recipe's or the embedded world's, and load its tokenizer."""
+        """Find or download the base of a job, and load its tokenizer."""
         model = job.recipe.model
         if model.base is None:
             folder, name = job.inputs["toy"] / "base", "embedded world"
@@ -61,12 +61,12 @@ class StageContext:
             local_folder(model.base, patterns=["config.json"], revision=model.revision)
             checks.check(job.recipe)  # before the weights are downloaded
             folder, name = local_folder(model.base, revision=model.revision), model.base
-        report_as = name if job.unit.id == "sft/seed-0" else None  # once a run
+        report_as = name if job.unit.id == "sft/seed-0" else None  # printed once in a run
         tokenizer = load_tokenizer(str(folder), chat_template=model.chat_template, report_as=report_as)
         require(
             tokenizer.chat_template is not None,
-            f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja"
-            " file.",
+            f"model.chat_template: {name} has no chat template. Set model.chat_template to chatml, zephyr, or the path"
+            " of a Jinja file.",
         )
         return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 
@@ -75,17 +75,17 @@ class StageContext:
         return self._load(load_base, None, trained=False)
 
     def empty_model(self) -> PreTrainedModel:
-        """The base's modules and the shapes of its weights, without their values, on the meta device."""
+        """Make the base's model on the meta device, where weights have shapes but no values."""
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
             return causal_lm_class(config).from_config(config).requires_grad_(False)
 
     def load_trainable(self, start: Path | None = None) -> PreTrainedModel:
-        """Load full weights to train: the base's, or those of the checkpoint `start`."""
+        """Load the base, or the checkpoint `start`, to train all its weights."""
         return self._load(load_base, start, trained=True)
 
     def load_classifier(self, start: Path | None = None) -> PreTrainedModel:
-        """Load the frozen base, or a checkpoint `start` to train, with a score head."""
+        """Load the frozen base or, to train all its weights, the checkpoint `start`, with a new score head."""
         return self._load(load_classifier, start, trained=start is not None)
 
     def _load(self, load: Callable[..., PreTrainedModel], start: Path | None, *, trained: bool) -> PreTrainedModel:
@@ -96,16 +96,16 @@ class StageContext:
 
     @property
     def base_name(self) -> str:
-        """The base_model_name_or_path of this run's adapters."""
+        """The base_model_name_or_path that this run writes into its adapters."""
         return str(self.folder) if self.recipe.model.base is None else self.name
 
     def precision(self) -> str:
-        """The precision of trained full weights: the recipe's or, for `auto`, what fits on this GPU."""
+        """The precision of trained full weights: the recipe's or, for `auto`, one that fits on this GPU."""
         gpu = torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
         return memory.choose_precision(self.recipe, self.stage, gpu)
 
     def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
-        """The TrainingArguments of a section and, for full weights, of their precision, which is printed."""
+        """TrainingArguments of a recipe's section. For full weights, their precision is set and printed."""
         found = training_arguments(section, folder, seed, self.recipe.num_processes)
         if self.recipe.mode == "full":
             chosen = self.precision()
@@ -117,8 +117,8 @@ class StageContext:
     def save(self, trainer: Trainer, folder: Path) -> None:
         """Save the trained adapter or full weights, the tokenizer and the base's fingerprint.
 
-        Full weights are saved in the recipe's dtype; unless they are sharded, the model is cast to it as well. The
-        first process writes and the others wait.
+        Full weights are saved in the recipe's dtype, and a model that is not sharded is cast to this dtype in place.
+        Only the first process writes; all processes must call this method.
         """
         model: Any = trainer.model
         weights, dtype = sharding.full_state_dict(trainer), resolve_dtype(self.recipe.model.dtype)
@@ -133,10 +133,10 @@ class StageContext:
         trainer.accelerator.wait_for_everyone()
 
     def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
-        """Raise SalsaError if an input or a reference was trained on another base, by its fingerprint.
+        """Raise SalsaError if fingerprints show that an input or a reference was trained on another base.
 
-        For a reference without a fingerprint a line is printed. Inputs without one are skipped: the stage that imported
-        them printed it.
+        References without a fingerprint are reported in a printed line. Inputs without a fingerprint are skipped,
+        because the stage that imported them has already reported them.
         """
         base = base_fingerprints(self.folder)
         made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
@@ -149,24 +149,24 @@ class StageContext:
             compare_tokenizer(folder, self.tokenizer, self.name)
 
     def write_fingerprint(self, folder: Path, checked: bool = True) -> None:
-        """Write the base's fingerprint to `folder`; `checked`: False if only the recipe says it is the base."""
+        """Write the base's fingerprint. checked: whether it was verified that the weights are of this base."""
         content = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
         write_atomic(folder / FINGERPRINT, json.dumps(content))
 
 
 def seed_folders(inputs: Mapping[str, Path]) -> dict[int, Path]:
-    """The folders of the SFT seeds among a job's inputs, by their position in `sft.seeds`."""
+    """Position in `sft.seeds` → folder of that SFT model, for the SFT models among a job's inputs."""
     return {int(unit.rsplit("-", 1)[1]): folder for unit, folder in inputs.items() if unit.startswith("sft/")}
 
 
 SAME_NAMES = ("learning_rate", "num_train_epochs", "max_steps", "weight_decay", "lr_scheduler_type", "max_grad_norm", "gradient_checkpointing")  # fmt: skip
-"""Settings of a recipe's section that have the names of transformers.TrainingArguments."""
+"""Settings that have the same name in a recipe's section and in transformers.TrainingArguments."""
 
 
 def training_arguments(section: Training, folder: Path, seed: int, processes: int = 1) -> dict[str, Any]:
     """The transformers.TrainingArguments of a recipe's section, as a dict.
 
-    The section's batch size counts the rows of all processes together.
+    The section's batch_size is the number of rows of an optimizer step in all processes together.
     """
     micro = section.micro_batch_size or section.batch_size // processes
     return {
@@ -191,17 +191,17 @@ def training_arguments(section: Training, folder: Path, seed: int, processes: in
 def _optimizer(name: str) -> str:
     if not name.startswith("paged") or torch.cuda.is_available():
         return name
-    say(f"optim: {name} needs a CUDA device, and there is none; adamw_torch_fused is used instead")
+    say(f"optim: {name} needs a CUDA device, which this machine lacks; adamw_torch_fused is used instead")
     return "adamw_torch_fused"
 
 
 def reference_folder(recipe: Recipe, path: str) -> Path:
-    """The local folder of a reference, an adapter or a checkpoint, downloaded if it is on the Hub."""
+    """The local folder of a reference adapter or checkpoint, which is downloaded if it is on the Hub."""
     return local_folder(path) if recipe.adapter is None else lora.adapter_folder(path)
 
 
 def report_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
-    """Print how many rows of the data are not used, and why; the stage's metrics have the number too."""
+    """Print how many rows of the data are left out, and why. Nothing is printed if no row is left out."""
     if left_out:
         say(f"{job.unit.id}  {left_out} of {rows} rows left out: {why}")
 
@@ -209,25 +209,25 @@ def report_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
 def prompts_that_fit(
     job: Job, context: StageContext, rows: list[dict[str, Any]], where: str = "evaluate.prompts"
 ) -> list[dict[str, Any]]:
-    """The prompts that leave room for a response within model.max_length; the number of others is printed.
+    """The prompts that leave room for a response within model.max_length. Prints how many do not.
 
-    where: the recipe's key, for the error. Raises SalsaError if no prompt fits.
+    where: the recipe's key for the error message. Raises SalsaError if no prompt fits.
     """
     longest = context.recipe.model.max_length - context.recipe.generation.max_new_tokens
     kept = [row for row in rows if len(prompt_tokens(row, context.tokenizer)) <= longest]
-    why = f"prompts longer than {longest} tokens, model.max_length less generation.max_new_tokens"
+    why = f"prompts longer than {longest} tokens (model.max_length minus generation.max_new_tokens)"
     report_left_out(job, len(rows) - len(kept), len(rows), why)
-    require(bool(kept), f"{where}: no prompt has at most {longest} tokens; raise model.max_length")
+    require(bool(kept), f"{where}: every prompt is longer than {longest} tokens; raise model.max_length")
     return kept
 
 
 def remove_printer(trainer: Trainer) -> None:
-    """Remove the callback that prints the Trainer's logs, which log.jsonl has."""
+    """Remove the callback that prints a Trainer's logs, which are saved in log.jsonl anyway."""
     trainer.remove_callback(PrinterCallback)
 
 
 def mean_loss(trainer: Trainer, loss: float) -> float:
-    """The mean training loss over processes; a Trainer's own misses other processes' last steps."""
+    """The mean of the processes' training losses. Trainer's own lacks the last steps of other processes."""
     if trainer.accelerator.num_processes == 1:
         return loss
     own = torch.tensor(loss, dtype=torch.float64, device=trainer.accelerator.device)
@@ -235,14 +235,14 @@ def mean_loss(trainer: Trainer, loss: float) -> float:
 
 
 FIGURES = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL", "objective/response_length": "length"}
-"""Keys of a Trainer's logs → their names beside the progress bar."""
+"""Key of a metric in a Trainer's logs → its name beside the progress bar."""
 
 
 class ProgressBar(TrainerCallback):
-    """A Trainer's progress bar with the latest metrics; saves the Trainer's log as folder/log.jsonl.
+    """Callback that shows a progress bar with the latest metrics, and saves the log as folder/log.jsonl.
 
-    transformers' ProgressCallback names no stage, prints every log in full, and writes unreadable text where there is
-    no terminal.
+    transformers' ProgressCallback shows no stage, prints every log in full, and writes unreadable text if the output is
+    not a terminal.
     """
 
     def __init__(self, description: str, folder: Path | None = None) -> None:
@@ -250,22 +250,22 @@ class ProgressBar(TrainerCallback):
         self.context = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar."""
+        """Open the progress bar."""
         self.bar = self.context.enter_context(progress_bar(state.max_steps, self.description))
         self.bar.n = self.bar.initial = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance the bar by one optimizer step."""
+        """Advance the progress bar by one optimizer step."""
         self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Show the figures beside the bar from the next step on."""
+        """Set the metrics that the progress bar shows when it is next drawn."""
         found = {FIGURES[key]: value for key, value in (logs or {}).items() if key in FIGURES}
         if found:
             self.bar.set_postfix(found, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar and write the log."""
+        """Close the progress bar and write log.jsonl."""
         self.context.close()
         if self.folder is not None and state.is_world_process_zero:
             write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log_history))

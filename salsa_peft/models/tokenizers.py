@@ -1,4 +1,4 @@
-"""Loading the tokenizer of a base, and comparing it with the one that other weights were trained with."""
+"""Loading the tokenizer of a base, and comparing it with the tokenizers saved beside other weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREPARED_TOKENIZERS: WeakSet[Any] = WeakSet()
-"""Tokenizers that load_tokenizer has returned. SalsaPPOTrainer does not repeat what was printed about them at the start
-of a run."""
+"""Tokenizers that load_tokenizer has returned. SalsaPPOTrainer prints no notes about these tokenizers, because the run
+printed them at its start."""
 
 
 def load_tokenizer(
@@ -29,15 +29,16 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer and prepare it and its chat template for training (data/chat/templates.py).
 
-    Its padding token becomes one that no template writes and that does not end a response. chat_template: a Jinja file
-    to use instead of the tokenizer's own template. report_as: the base's name; if given, changes and unusual properties
-    are printed under it. Raises SalsaError for a tokenizer without an EOS token.
+    The padding token is set to a token that no template writes and that does not end a response. chat_template: a Jinja
+    file to use instead of the tokenizer's own template. report_as: the base's name; if given, changes and unusual
+    properties of the tokenizer are printed after this name. Raises SalsaError if the tokenizer has no EOS token.
     """
     with readable_hub_errors(base):
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     require(
         tokenizer.eos_token is not None,
-        f"{base}: its tokenizer has no eos_token, which ends a response; set one in tokenizer_config.json",
+        f"{base}: the tokenizer has no eos_token, which is needed to end responses; set eos_token in"
+        " tokenizer_config.json",
     )
     if chat_template not in (None, OWN_TEMPLATE):
         tokenizer.chat_template = Path(str(chat_template)).read_text(encoding="utf-8")
@@ -52,7 +53,7 @@ def load_tokenizer(
 
 
 def _generation_config(base: str) -> GenerationConfig | None:
-    """The generation settings of generation_config.json, else of config.json; None if both are missing."""
+    """Generation settings in generation_config.json or, without it, in config.json; None without both."""
     for name in ("generation_config.json", "config.json"):
         with readable_hub_errors(base):
             file = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
@@ -62,36 +63,36 @@ def _generation_config(base: str) -> GenerationConfig | None:
 
 
 def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> bool:
-    """Compare the tokenizer saved beside weights with `tokenizer`, that of the model named `base`.
+    """Compare the tokenizer saved in `folder` beside weights with `tokenizer`, the tokenizer of `base`.
 
-    Prints a line and returns True if the chat templates differ. Raises SalsaError if a token has another id in the
-    saved tokenizer.
+    Prints a line and returns True if the two chat templates differ. Returns False if they agree or if no tokenizer is
+    saved in `folder`. Raises SalsaError if a token has different ids in the two tokenizers.
     """
     if not (folder / "tokenizer_config.json").is_file():
         return False
     with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    # the same changes of BOS and date as in `tokenizer`, or the templates would differ by them
+    # changes BOS and date in the template as in `tokenizer`'s; otherwise the templates would differ in these
     templates.prepare_template(own)
     used, saved = tokenizer.get_vocab(), own.get_vocab()
     moved = next((token for token, number in saved.items() if used.get(token, number) != number), None)
     require(
         moved is None,
-        f"{folder}: its tokenizer gives {moved!r} the id {saved.get(str(moved))}, and that of {base} gives it"
-        f" {used.get(str(moved))}, so that the ids these weights were trained on mean other text here; use the base"
-        " and tokenizer that they were trained with",
+        f"{folder}: the token {moved!r} has the id {saved.get(str(moved))} in this folder's tokenizer, but"
+        f" {used.get(str(moved))} in the tokenizer of {base}, so the weights would read other text than they were"
+        " trained on; use the base and the tokenizer that these weights were trained with",
     )
     differs = own.chat_template is not None and _rendered(own) != _rendered(tokenizer)
     if differs:
         say(
-            f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained"
-            " with it, use it too (model.chat_template)"
+            f"{folder}: the chat template of this folder's tokenizer differs from the template used in this run; if"
+            " these weights were trained with the folder's template, set model.chat_template to it"
         )
     return differs
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short chat rendered by a tokenizer's template, or the template itself if it rejects the chat."""
+    """A short chat rendered by a tokenizer's template, or the template itself if rendering fails."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False))

@@ -1,4 +1,4 @@
-"""PolicyWithValueHead: a causal language model with PPO's linear value head. Create, save and load it."""
+"""PolicyWithValueHead, a causal language model with PPO's value head: creating, saving, loading."""
 
 from __future__ import annotations
 
@@ -24,83 +24,87 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_ADAPTER = "value"
-"""Name of the value adapter, and the subfolder in which it is saved."""
+"""Name of the value adapter, and of the subfolder in which that adapter is saved."""
 
 
 class PolicyWithValueHead(nn.Module):
-    """A policy, an adapter on the shared base or full weights, with PPO's linear value head.
+    """A policy (an adapter on the shared base, or full weights) with PPO's linear value head.
 
-    The head reads the hidden states of the policy or, with `value_adapter`, those of a second forward under that
-    adapter. It is float32 over any base and starts as a copy of `start`, or at zero, so that all first values are 0.
+    The head reads the policy's hidden states or, with `value_adapter`, those of a second forward with that adapter.
+    The head is float32 whatever the base's dtype. Its weights start as a copy of `start`, by default at zero.
     """
 
     def __init__(self, policy: PeftModel | PreTrainedModel, value_adapter: str | None = None,
                  start: Tensor | None = None) -> None:  # fmt: skip
         super().__init__()
         self.policy, self.value_adapter = policy, value_adapter
-        self._no_split_modules = causal_lm(policy)._no_split_modules  # the layers that accelerate shards
+        self._no_split_modules = causal_lm(policy)._no_split_modules  # the layers that accelerate shards one by one
         self.value_head = nn.Linear(causal_lm(policy).get_output_embeddings().weight.shape[1], 1)  # H
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         if start is not None:
             self.value_head.weight.data.copy_(start)
         self.toggle = lora.Toggle(policy) if isinstance(policy, PeftModel) else None
-        if causal_lm(policy).is_activation_checkpointing:  # by the user, for whom it does not restore the adapter
+        if causal_lm(policy).is_activation_checkpointing:  # set by the user, so without restoring the active adapter
             self.activation_checkpointing_enable()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, L, H), and values (B, L), float32. Value t is of the state that includes token t.
+        """Return hidden states (B, L, H), and values (B, L) in float32.
 
-        The value before response token t is thus at position t − 1; `responses.response_values` selects it.
+        The value at position t is computed after token t. The value before response token t is therefore at position
+        t − 1; `responses.response_values` selects those values.
         """
         hidden = hidden_states(self.policy, input_ids, attention_mask)
         return hidden, self.values(hidden, input_ids, attention_mask)
 
     def values(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values (B, L) from the policy's hidden states (B, L, H), or from a forward under the value adapter."""
+        """Values (B, L) from the policy's hidden states (B, L, H) or, with a value adapter, a second forward."""
         if self.value_adapter is not None:
             assert self.toggle is not None
             with self.toggle(self.value_adapter):
                 hidden = hidden_states(self.policy, input_ids, attention_mask)
         assert hidden is not None
-        # copied, because FSDP2's hooks need an output that is no view; cast, because ZeRO-3 holds the head in bf16
+        # a copy, because FSDP2's hooks need an output that is no view; a cast, because ZeRO-3 holds the head in bf16
         return apply_scalar_head(self.value_head, hidden).to(torch.float32, copy=True)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
     ) -> None:
-        """Called by Trainer. The recomputation runs under the adapter that was active in the forward."""
+        """Enable gradient checkpointing, whose recomputation uses the adapter that was active in the forward."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if (toggle := self.toggle) is not None:
             require(
                 not options["use_reentrant"],
-                "activation_checkpointing_kwargs: use_reentrant must be false, because with it the recomputation runs"
-                " under whichever adapter is active then",
+                "activation_checkpointing_kwargs: use_reentrant must be false, because reentrant checkpointing"
+                " recomputes a forward with the adapter that is active later, which may be another one",
             )
-            # the contexts of a forward and of its recomputation
+            # one context for the forward, and one for its recomputation
             options["context_fn"] = lambda: (contextlib.nullcontext(), toggle(toggle.active))
         causal_lm(self.policy).activation_checkpointing_enable(options, **layers)
-        causal_lm(self.policy).enable_input_require_grads()  # checkpointing needs it where the embeddings are frozen
+        causal_lm(self.policy).enable_input_require_grads()  # else frozen embeddings would cut the gradient
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """activation_checkpointing_enable, by the name that earlier versions of Transformers call."""
+        """The name of activation_checkpointing_enable in earlier versions of Transformers."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
 def with_value_head(
     model: PeftModel | PreTrainedModel, policy: str | None, value: str, reward: Reward
 ) -> PolicyWithValueHead:
-    """Add a value head to the policy, and freeze all adapters besides the policy's and the value's.
+    """Add a value head to a policy, and freeze all adapters except the policy's and the value adapter.
 
-    policy: the policy's adapter; None for full weights. value: PPO's option of that name. With "adapter", a value
-    adapter and its head start as copies of the reward adapter and head; SalsaError is raised if there is none.
+    policy: the policy's adapter; None for full weights. value: PPO's option `value`, "head" or "adapter". With
+    "adapter", a value adapter is added too; adapter and head start as copies of the reward adapter and its head. Raises
+    SalsaError for "adapter" if the policy has full weights or the reward has no reward adapter.
     """
     name, start = None, adapter_in(reward) if value == "adapter" else None
     if value == "adapter":
         if not isinstance(model, PeftModel) or start is None:
-            found = type(reward).__name__
+            adapted = isinstance(model, PeftModel)
+            cause = f"the reward is a {type(reward).__name__}" if adapted else "the policy has full weights"
             raise SalsaError(
-                f"value: adapter starts from a reward adapter, and the reward is a {found}. Set value: head"
+                "value: adapter starts as a copy of the reward adapter, which must be on the policy's base, but"
+                f" {cause}. Set value: head"
             )
         name = lora.unused_name(model, VALUE_ADAPTER)
         lora.attach(model, start.folder, name, trainable=True)
@@ -117,10 +121,10 @@ def save_policy(
     weights: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Save the policy as a PEFT adapter or checkpoint with the tokenizer, and the value head beside it.
+    """Save the policy as a PEFT adapter or a checkpoint, and in the same folder tokenizer and value head.
 
-    A value adapter is saved in a subfolder. weights: all weights, gathered by Trainer, if the model is sharded. dtype:
-    of a checkpoint with full weights; None keeps the model's.
+    A value adapter is saved in a subfolder. weights: the gathered weights of a sharded model. dtype: dtype of the saved
+    full weights, by default the model's.
     """
     policy, head = model.policy, model.value_head.state_dict()
     if weights is not None:
@@ -138,7 +142,7 @@ def save_policy(
 
 
 def load_policy(model: PolicyWithValueHead, policy_name: str | None, folder: Path) -> None:
-    """Load in place what `save_policy` saved."""
+    """Load a folder saved by `save_policy` into a model of the same adapters or architecture."""
     policy = model.policy
     if isinstance(policy, PeftModel):
         lora.load(policy, str(policy_name), folder)

@@ -1,4 +1,4 @@
-"""Reading, checking and saving the weights of a whole model as an ordinary Transformers checkpoint."""
+"""Reading, checking and saving the full weights of a model as an ordinary Transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file. Raises SalsaError if it is damaged or of another format."""
+    """Read all tensors of a safetensors file. Raises SalsaError if the file is not a valid one."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -30,7 +30,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise SalsaError, which begins with `where`, for a tensor with NaN or infinite values."""
+    """Raise SalsaError if a tensor has NaN or infinite values. where: the beginning of the error message."""
     for name, tensor in tensors.items():
         testable = tensor.is_floating_point() and tensor.element_size() > 1  # torch has no isfinite for fp8
         require(
@@ -40,7 +40,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast all parameters in place, and no buffers: rotary frequencies keep their precision."""
+    """Cast a model's parameters in place. Buffers, such as rotary frequencies, keep their precision."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -49,16 +49,16 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
                     weights: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
     """Save a Transformers checkpoint with its tokenizer, in shards of 5 GB.
 
-    weights: the gathered weights of a sharded model, saved in `dtype` if one is given. The checkpoint is written in a
-    subfolder and replaces an earlier one when it is complete. Raises SalsaError before writing if a weight is not
-    finite or the disk has no space.
+    weights: the gathered weights of a sharded model, which are saved in `dtype` if it is given. The files are written
+    to a subfolder first and replace an earlier checkpoint once all are complete. Raises SalsaError before writing if a
+    weight is not finite or the disk lacks space.
     """
     if weights is not None:
         tied = model.all_tied_weights_keys or {}  # duplicates of other weights
         weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items() if name not in tied}
     held = model.state_dict() if weights is None else weights
     check_finite(held, f"{folder} is not saved")
-    stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied weights once
+    stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied weights count once
     disable_router_logits(model)
     beside = folder / ".saving"
     shutil.rmtree(beside, ignore_errors=True)  # left by a process that was killed
@@ -77,7 +77,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
 
 
 def _replace_checkpoint(folder: Path, beside: Path) -> None:
-    """Move the files of `beside` into `folder`, and delete the shards of an earlier checkpoint there."""
+    """Move the files of `beside` into `folder`, and delete an earlier checkpoint's shards from `folder`."""
     new = {path.name for path in beside.iterdir()}
     for path in sorted(beside.iterdir()):
         if (folder / path.name).is_dir():
@@ -90,7 +90,7 @@ def _replace_checkpoint(folder: Path, beside: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Load a checkpoint's weights into a model. Raises SalsaError for unknown and for missing tensors."""
+    """Load a checkpoint's weights into a model. Raises SalsaError if tensors are missing or unknown."""
     found: set[str] = set()
     for file in sorted(folder.glob("model*.safetensors")):
         tensors = read_tensors(file)
@@ -103,4 +103,4 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         found |= set(tensors)
     shared = set(model.all_tied_weights_keys or {})
     lost = sorted(set(model.state_dict()) - found - shared)
-    require(not lost, f"{folder}: the checkpoint has no {', '.join(lost[:2])}; use one with all weights of the model")
+    require(not lost, f"{folder}: the model's weights {', '.join(lost[:2])} are missing; use a complete checkpoint")

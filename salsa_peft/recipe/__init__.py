@@ -1,1 +1,1 @@
-"""Running a recipe: its units of work, the cache of their results, and the processes that run them."""
+"""Runs recipes: units of work, the cache of their results, and the processes that run the units."""

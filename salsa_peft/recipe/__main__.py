@@ -3,7 +3,7 @@
     python -m salsa_peft.recipe quickstart --lora
     python -m salsa_peft.recipe my.yaml --lora --set ppo.learning_rate=1e-5 --dry-run
 
-The work is in recipe/run.py; here are the command line, and the exit codes of errors.
+This module has the command line and the exit codes of errors; recipe/run.py runs the recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from salsa_peft.utils.messages import one_line
 
 
 def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES, prog: str = "salsa run") -> int:
-    """The command.
+    """Run the command `salsa run`.
 
     Returns 0; 2 for an error in the recipe or options; 1 if a stage failed; 130 and 143 after SIGINT and SIGTERM.
     """
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set, more=(check_local, check))
             folder = run_folder(loaded, args.output_dir)
             run(
-                loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune, dry_run=args.dry_run, gpu=args.gpu,
-                debug=args.debug,
+                loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune,
+                dry_run=args.dry_run, gpu=args.gpu, debug=args.debug,
             )  # fmt: skip
             return 0
     except (SalsaError, StageError) as error:
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 
 
 def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespace:
-    """The command line.
+    """Parse the command line.
 
-    `--lora` may be followed by a preset's name; a word after it that is none is the recipe if no other is given.
+    `--lora` may be followed by a preset's name. If another word follows and no recipe is given, the word is the recipe.
     """
     presets = bundled_names("adapters")
     parser = Parser(
@@ -80,16 +80,22 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     add("--dry-run", action="store_true", help="print the plan and write nothing")
     add("--gpu", type=_gpu, metavar="GIB", help="with --dry-run: GPU memory to plan for (default: this machine's GPU)")
     add("--stages", type=_words, metavar="A,B", help="run only these stages or units, such as sft,ppo/salsa")
-    add("--force", action="append", default=[], metavar="STAGE", help="run a stage or unit again, and its dependents")
+    add(
+        "--force",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="run a stage or unit and its dependents again",
+    )
     add("--output-dir", metavar="DIR", help="folder of the results (default: runs/<name>-<preset>)")
-    add("--prune", action="store_true", help="at the end, remove results that this recipe no longer has")
+    add("--prune", action="store_true", help="at the end, remove results that this recipe does not use")
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
     if not args.recipe and args.lora is not None and args.lora not in presets:
         args.recipe, args.lora = [args.lora], "lora"
     if len(args.recipe) != 1:
         words = " ".join(args.recipe) or "none"
-        parser.error(f"found {len(args.recipe)} recipes ({words}), expected one YAML file or bundled name")
+        parser.error(f"RECIPE: give exactly one YAML file or name of a bundled recipe (given: {words})")
     if args.gpu is not None and not args.dry_run:
         parser.error("--gpu needs --dry-run: it is the GPU to plan for, and does not choose the GPU of a run")
     args.recipe = args.recipe[0]
@@ -102,7 +108,7 @@ def _gpu(text: str) -> Gpu:
     except ValueError:
         size = math.nan
     if not 0 < size < 10_000:
-        raise argparse.ArgumentTypeError(f"found {text}, expected GiB such as 24")
+        raise argparse.ArgumentTypeError(f"{text} is no memory size in GiB, such as 24")
     return Gpu("--gpu", int(size * 2**30))
 
 

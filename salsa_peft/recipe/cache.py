@@ -37,7 +37,7 @@ class PlannedUnit:
     key: str
     folder: Path
     why: str | None
-    """Why the unit has to run; None: its result is cached."""
+    """Why the unit has to run; None if its result is cached."""
 
 
 Plan = dict[str, PlannedUnit]
@@ -45,7 +45,7 @@ Plan = dict[str, PlannedUnit]
 
 
 def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprints: dict[str, str]) -> str:
-    """SHA-256 of a unit's key fields, its inputs' keys, its files' fingerprints and the versions.
+    """SHA-256 of a unit's key fields, its inputs' keys, its files' fingerprints and the library versions.
 
     fingerprints: a cache of file fingerprints, to which those of new files are added.
     """
@@ -63,7 +63,7 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
 
 
 def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:
-    """Write a result's manifest, its last file: key, files with hashes, inputs, and `facts`."""
+    """Write a result's manifest as its last file: key, files with hashes, input digests, and `facts`."""
     files = {}
     for file in sorted(planned.folder.rglob("*")):
         name = file.relative_to(planned.folder).as_posix()
@@ -78,7 +78,7 @@ def _digests(planned: PlannedUnit, plan: Plan) -> dict[str, str]:
 
 
 def write_begun(planned: PlannedUnit, plan: Plan) -> None:
-    """Write a result's first file: the key and the digests of the inputs that it is made from."""
+    """Write a result's first file: the result's key and the digests of its inputs."""
     write_atomic(planned.folder / BEGUN, json.dumps({"key": planned.key, "inputs": _digests(planned, plan)}))
 
 
@@ -92,7 +92,7 @@ def has_same_inputs(planned: PlannedUnit, plan: Plan) -> bool:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files of a finished result; those that its manifest lists stay."""
+    """Remove the temporary files of a finished result, except files that its manifest lists."""
     listed = {name.split("/")[0] for name in (read_manifest(folder) or {"files": {}})["files"]}
     for path in folder.iterdir():
         if TEMPORARY.match(path.name) and path.name not in listed:
@@ -106,7 +106,7 @@ def why_outdated(key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
     if (manifest := read_manifest(folder)) is None:
         return "unfinished"
     if manifest.get("key") != key:
-        return "belongs to another key"
+        return "made with a different key"
     if (why := changed_file(folder, manifest)) is not None:
         return why
     for name, place in inputs.items():
@@ -137,7 +137,7 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> Plan:
 
 
 def prune(run: Path, stages: Iterable[str], plan: Plan) -> list[Path]:
-    """Remove the results of these stages that are not in the plan; returns their folders."""
+    """Remove the results of these stages that are not in the plan, and return the removed folders."""
     keep = {planned.folder for planned in plan.values()}
     found = [path for stage in stages for path in (*(run / stage).glob("*"), *(run / stage).glob("*/*"))]
     folders = [path for path in found if KEY_FOLDER.match(path.name)]

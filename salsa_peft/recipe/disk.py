@@ -2,8 +2,8 @@
 
     peak = finished results + max(checkpoints of the policy in training, its last checkpoints + the finished policy)
 
-Left out are logs, answers, reports and tokenizers, which are small, the Hub's cache, and quotas, which cannot be
-queried. The estimates are compared with real runs in tests/recipe/test_disk.py. torch is not imported.
+The estimate leaves out logs, answers, reports and tokenizers, which are small, the Hub's cache, and quotas, which
+cannot be queried. The estimates are compared with real runs in tests/recipe/test_disk.py. torch is not imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import existing_parent, size_text
 
 AT_ONCE = 3
-"""Checkpoints of a policy at one time: a third is written before the oldest of two is removed."""
+"""Most checkpoints of a policy at a time: the third is written before the oldest of two is removed."""
 MANY = 100_000
 """Assumed optimizer steps of a policy if the number of prompts is not known (the paper has 61,000)."""
 ZERO3 = 6
@@ -39,9 +39,9 @@ class Need(NamedTuple):
     """The disk space that a run needs, in bytes."""
 
     final: float
-    """The results of the finished run."""
+    """Number of bytes by which the results will have grown when the run is finished."""
     peak: float
-    """The most at any time during the run."""
+    """Largest number of bytes by which the results will have grown at any time during the run."""
     free: int
     place: Path
     """The run's folder, or the nearest folder above it that exists."""
@@ -50,8 +50,8 @@ class Need(NamedTuple):
 def need(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) -> Need | None:
     """The disk space for the units that will run; None if the base's size is not known.
 
-    gpu: its memory in bytes, which decides `precision: auto`. Files of unfinished results count as free, since they are
-    replaced.
+    gpu: the GPU's memory in bytes, on which `precision: auto` depends. Files of results that will be replaced count as
+    free.
     """
     size = architecture_of_recipe(recipe)
     if size is None:
@@ -67,7 +67,7 @@ def need(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) 
 
 
 def bytes_in(folder: Path) -> int:
-    """The bytes of a folder's files; another process may remove some at the same time."""
+    """Size of a folder's files in bytes. Another process may remove some of the files at the same time."""
     found = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -99,7 +99,7 @@ def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None
 
 
 def _policy(recipe: Recipe, size: Architecture, gpu: float | None, width: float) -> tuple[float, float]:
-    """Bytes of a policy, and of a policy with its checkpoints (models/value_head.py, training/ppo/resume.py)."""
+    """Bytes of a finished policy, and the peak in its training with checkpoints (training/ppo/resume.py)."""
     ppo, lora = recipe.ppo, recipe.adapter
     precision = memory.choose_precision(recipe, "ppo", gpu, size) if lora is None else "master"
     weight, _, states = memory.TRAINED[precision]
@@ -126,7 +126,7 @@ def _steps(recipe: Recipe) -> int:
 
 
 def _width(recipe: Recipe, size: Architecture, gpu: float | None) -> int:
-    """Bytes per weight of the base. The dtype `auto` is float32 on a machine without GPU, else bf16."""
+    """Bytes per weight of the base. The dtype `auto` is float32 for a small base without a GPU, else bf16."""
     on_cpu = recipe.model.dtype == "auto" and gpu is None and size.parameters < hardware.LARGE
     return 4 if recipe.model.dtype == "float32" or on_cpu else 2
 
@@ -155,7 +155,7 @@ def check(recipe: Recipe, plan: Plan, asked: Collection[str]) -> None:
 
 
 def remedy(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) -> str:
-    """What to do: use another disk, or an option with which the results fit on this one."""
+    """Advice as text: use a larger disk, or an option with which the results fit on this one."""
     adapters = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), offload="none", precision="auto")
     rare = max(_steps(recipe), recipe.ppo.save_steps)
     seldom = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, save_steps=rare))

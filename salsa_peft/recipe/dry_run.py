@@ -28,11 +28,11 @@ from salsa_peft.recipe.hardware import Gpu
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
 PRESET = "--lora"
-"""The key of an adapter preset among settings."""
+"""Key of the adapter preset in a dict of settings; all its other keys are recipe keys."""
 PRESETS: dict[str, Literal["nf4-double"] | None] = {"lora": None, "qlora": "nf4-double"}
 """Adapter preset → quantisation of the base."""
 FULL_WEIGHTS_ONLY = {"offload": "none", "precision": "auto"}
-"""Keys that adapters do not support → the value that they must have with adapters."""
+"""Keys that are for full weights only → the value that each must have with adapters."""
 NOTHING = "a larger GPU, or a smaller model.max_length"
 ORDER = (
     "gradient_checkpointing",
@@ -71,9 +71,9 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
 
 
 def _print(console: Console, header: list[str], rows: list[list[str]], narrow: int = 28) -> None:
-    """Print a table; where there is no terminal, as plain lines of any width.
+    """Print a table; without a terminal, print it as plain lines of any width.
 
-    narrow: the least width of a column there.
+    narrow: minimum width of a column of the plain lines.
     """
     if not console.is_terminal:
         widths = [max(narrow, *map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -89,7 +89,7 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
 
 
 def _print_memory(console: Console, loaded: LoadedRecipe, gpu: Gpu | None) -> None:
-    """Print each stage's peak GPU memory, and what makes a stage, or all stages, fit the GPU."""
+    """Print each stage's peak GPU memory, and options with which a stage, or all stages, fit the GPU."""
     recipe = loaded.recipe
     size = architecture_of_recipe(recipe)
     if size is None:
@@ -123,7 +123,7 @@ def _bytes(number: float) -> str:
 
 
 def _training_rows(recipe: Recipe) -> list[list[str]]:
-    """For each training stage the batch of an optimizer step, and the number of steps if it is known."""
+    """The plan's row for each training stage: name, batch of an optimizer step, number of steps."""
     kinds = ("demonstrations", "preferences", "prompts")
     demonstrations, pairs, prompts = (number_of_rows(recipe, kind) for kind in kinds)
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
@@ -177,9 +177,10 @@ def _updates(ppo: PPO, rows: int | None) -> str:
 def advice(
     recipe: Recipe, stages: Sequence[str], size: Architecture, gpu: float, reset_by_lora: Collection[str] = ()
 ) -> str | None:
-    """Options with which all these stages fit a GPU (bytes): one change, or else as few as possible.
+    """Options with which all these stages fit a GPU: a single change, or else as few as possible.
 
-    None if the stages fit as they are; NOTHING if no options help. reset_by_lora: keys that adding an adapter resets.
+    Returns None if the stages fit as they are, and NOTHING if no options help. gpu: the GPU's memory in bytes.
+    reset_by_lora: recipe keys that --lora resets.
     """
 
     def fits(settings: dict[str, str]) -> bool:
@@ -206,7 +207,7 @@ def advice(
 def _fewest(
     settings: dict[str, str], changes: list[dict[str, str]], fits: Callable[[dict[str, str]], bool]
 ) -> dict[str, str]:
-    """The settings without those that are not needed; of the others the first value that fits."""
+    """Drop settings that are not needed; give each remaining one the first value that fits."""
     for key in [key for key in settings if key != PRESET]:
         without = {name: value for name, value in settings.items() if name != key}
         tries = [without, *({**settings, key: change[key]} for change in changes if key in change)]
@@ -217,7 +218,7 @@ def _fewest(
 def with_settings(recipe: Recipe, settings: dict[str, str]) -> Recipe:
     """The recipe with some of its keys changed.
 
-    With PRESET an adapter of rank 16 is added, if there is none.
+    PRESET adds an adapter with the default rank, 16, if the recipe has no adapter.
     """
     for key, text in settings.items():
         if key == PRESET:
@@ -234,7 +235,7 @@ def with_settings(recipe: Recipe, settings: dict[str, str]) -> Recipe:
 
 
 def _changes(recipe: Recipe, stage: str) -> list[dict[str, str]]:
-    """Changes of one setting that save memory in a stage. Sizes stay divisors of the batch."""
+    """Changes of a single setting that save memory in a stage. New batch sizes divide the old ones."""
     found: list[dict[str, str]] = []
     if stage in TRAINING:
         section: Training = getattr(recipe, stage)
@@ -255,12 +256,12 @@ def _changes(recipe: Recipe, stage: str) -> list[dict[str, str]]:
 
 
 def _divisors(number: int) -> list[int]:
-    """The divisors smaller than a number, the largest first."""
+    """The divisors of a number that are smaller than the number, the largest first."""
     return [part for part in range(number - 1, 0, -1) if number % part == 0]
 
 
 def _options(recipe: Recipe, settings: dict[str, str], reset_by_lora: Collection[str] = ()) -> str:
-    """Settings as options of the command."""
+    """Settings as command-line options of `salsa run`."""
     options, settings = [], dict(settings)
     if preset := settings.pop(PRESET, None):
         options.append("--lora" if preset == "lora" else f"--lora {preset}")

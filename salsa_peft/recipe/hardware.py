@@ -22,9 +22,9 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import largest_proper_divisor
 
 LARGE = 2_000_000_000
-"""Parameters from which on a base needs a GPU: a CPU would take years."""
+"""A base with at least this many parameters needs a GPU: training on a CPU would take years."""
 SIZES = (16, 24, 40, 48, 80, 141, 192)
-"""Memory of the GPUs that are sold, in GiB."""
+"""Memory sizes of common GPUs, in GiB."""
 
 
 class Gpu(NamedTuple):
@@ -35,7 +35,7 @@ class Gpu(NamedTuple):
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES allows; none if nvidia-smi is missing, fails or hangs."""
+    """The GPUs that CUDA_VISIBLE_DEVICES allows; an empty list if nvidia-smi is missing, fails or hangs."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
@@ -72,12 +72,12 @@ def _visible(found: dict[str, Gpu], variable: str | None) -> list[Gpu]:
 
 
 def smallest_gpu(size: float) -> int:
-    """The memory in GiB of the smallest GPU on sale that holds `size` bytes."""
+    """Memory in GiB of the smallest GPU in SIZES that holds `size` bytes, else `size` rounded up."""
     return next((gib for gib in SIZES if gib * GIB >= size), math.ceil(size / GIB))
 
 
 def planned_mb(recipe: Recipe, stage: str) -> float | None:
-    """The estimated GPU memory of a stage here, in MB, without CUDA's context; None without a model."""
+    """Estimated GPU memory of a stage in MB, without CUDA's context; None if it cannot be estimated."""
     size, there = architecture_of_recipe(recipe), gpus()
     if size is None or stage not in stages_of(recipe):
         return None
@@ -88,15 +88,13 @@ def planned_mb(recipe: Recipe, stage: str) -> float | None:
 def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES) -> list[str]:
     """Raise SalsaError if a large base has no GPU; return a warning for each stage that may not fit.
 
-    stages: those that will run.
+    stages: the stages that will run.
     """
     size = architecture_of_recipe(recipe)
     asked = [stage for stage in stages_of(recipe) if stage in stages]
     if size is None or not asked:
         return []
-    memory = (
-        float(there[0].bytes) if there else 0.0
-    )  # without a GPU the smallest need: `auto` then chooses bf16 weights
+    memory = float(there[0].bytes) if there else 0.0  # 0 without a GPU: `precision: auto` then needs the least memory
     needs = {stage: estimate(recipe, stage, size, memory) for stage in asked}
     most = max(needs.values(), key=lambda one: one.total)
     require(
@@ -122,8 +120,8 @@ def check_processes(recipe: Recipe) -> None:
     )
     require(
         there == 0 or count <= there,
-        f"num_processes: found {count}, but this machine has {there} GPU{'s' * (there > 1)} and each process needs"
-        f" one; lower it to {there}",
+        f"num_processes: {count} processes need a GPU each, but this machine has {there} GPU{'s' * (there > 1)}; lower"
+        f" num_processes to {there}",
     )
     require(
         backend != "zero3" or importlib.util.find_spec("deepspeed") is not None,
@@ -140,7 +138,7 @@ class Halved(NamedTuple):
 
 
 def halve_batches(recipe: Recipe, stage: str) -> Halved | None:
-    """The recipe with half the micro-batch size in a stage; None if nothing can be halved."""
+    """The recipe with a stage's next smaller micro-batch size or judge concurrency; None if there is none."""
     if stage in ("sft", "reward", "ppo", *ALGORITHMS):
         return _halve_training(recipe, stage)
     rows = recipe.generation.batch_size

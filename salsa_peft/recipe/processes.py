@@ -2,8 +2,7 @@
 
 One process is forked from a fork server that has imported the libraries (recipe/preload.py); several are started by
 `accelerate launch`. In both cases the processes run recipe/worker.py: each connects to a Unix socket, receives the job
-and sends back one report. The processes end with the command, even if that is ended by kill -9. torch is not imported
-here.
+and sends back one report. The processes end when the command ends, even by kill -9. torch is not imported here.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ PRELOAD = ["salsa_peft.recipe.preload"]
 GRACE = 120.0
 """Seconds between SIGTERM and SIGKILL, in which a stage may save a checkpoint."""
 FAILURE = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
-"""A failed process in the log of torch's launcher: its rank and exit code."""
+"""Pattern of a failed process in the log of torch's launcher: its rank and its exit code."""
 AFTER_OTHERS = (-signal.SIGTERM, -signal.SIGABRT, 128 + signal.SIGTERM)
-"""Exit codes of processes that ended because another had failed: by the launcher, NCCL, SIGTERM."""
+"""Exit codes of processes that the launcher, NCCL or SIGTERM ended after another process had failed."""
 
 
 class StageError(Exception):
@@ -52,7 +51,7 @@ class Terminated(BaseException):
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished stage reports."""
+    """Result and costs of a finished stage."""
 
     facts: dict[str, Any]
     """What the stage function returned."""
@@ -66,8 +65,8 @@ class Result:
 def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Result:
     """Run a job in `count` new processes and wait for them.
 
-    log: where the traceback of an error is written, or what the launcher printed. Raises StageError with the first
-    error of any process. On any exception the processes are ended first.
+    log: file for the traceback of an error, or for the launcher's output. Raises StageError with the first error of any
+    process. Before any exception is raised, the processes are ended.
     """
     with tempfile.TemporaryDirectory(prefix="salsa-") as folder, socket.socket(socket.AF_UNIX) as server:
         address = os.path.join(folder, "socket")
@@ -94,7 +93,7 @@ def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Resu
     crashed = [code for code in codes.values() if code not in AFTER_OTHERS]
     if crashed or not (failed or len(workers.reports) == count):
         code = next(iter([*crashed, *codes.values(), process.exitcode]))
-        hint = f" ({log} has what was printed)" if count > 1 else ""
+        hint = f" (the output is in {log})" if count > 1 else ""
         raise StageError(f"{job.unit.id} failed: {exit_reason(code)}{hint}")
     if count > 1:
         log.unlink()
@@ -102,9 +101,9 @@ def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Resu
 
 
 def to_result(reports: dict[int, dict[str, Any]], unit: str, log: Path, *, debug: bool) -> Result:
-    """The reports of a job's processes, by rank, as one: facts and seconds of the first process.
+    """Combine the reports of a job's processes (by rank): facts and seconds of rank 0, memory of all.
 
-    Raises StageError for the first error; the tracebacks are then in `log`.
+    Raises StageError with the first error if any process failed, after writing the tracebacks to `log`.
     """
     failed = sorted((rank for rank in reports if "line" in reports[rank]), key=lambda rank: reports[rank]["time"])
     if not failed:
@@ -115,17 +114,17 @@ def to_result(reports: dict[int, dict[str, Any]], unit: str, log: Path, *, debug
     traces = [f"process {rank}:\n{reports[rank]['trace']}" for rank in failed]
     trace = first["trace"] if failed == [0] else "\n".join(traces)
     sys.stderr.write(trace if debug else "")
-    where = f"trace in {log}"
+    where = f"traceback in {log}"
     try:
         write_atomic(log, trace)
-    except OSError as error:  # the disk is full; the stage's own message is more important
-        where = f"no trace: {log} cannot be written, {error.strerror}"
-    hint = "" if first["known"] else f" ({'' if debug else 'add --debug for the trace; '}{where})"
+    except OSError as error:  # such as a full disk; the stage's own error is more important
+        where = f"the traceback could not be written to {log}: {error.strerror}"
+    hint = "" if first["known"] else f" ({'' if debug else 'add --debug to see the traceback; '}{where})"
     raise (OutOfMemory if first["out_of_memory"] else StageError)(f"{unit} failed: {first['line']}{hint}")
 
 
 class _Workers:
-    """The processes of a job, seen from the command; `process` is the only one or the launcher."""
+    """The command's view of a job's processes; `process` is the only process, or their launcher."""
 
     def __init__(self, job: Job, server: socket.socket, process: Any) -> None:
         self.job, self.server, self.process = job, server, process
@@ -145,7 +144,7 @@ class _Workers:
 
     def _accept(self) -> None:
         connection = Connection(self.server.accept()[0].detach())
-        with contextlib.suppress(OSError, EOFError):  # a process that ended in the meantime is known by its exit code
+        with contextlib.suppress(OSError, EOFError):  # if the process has ended, its exit code is reported
             rank, pid = connection.recv()
             connection.send((self.job, PRELOAD))
             self.connections[connection] = rank
@@ -161,7 +160,7 @@ class _Workers:
     def end(self) -> None:
         """Send SIGTERM to the processes, and SIGKILL after GRACE seconds or a second signal.
 
-        SIGTERM does not go to the launcher, which would wait for 30 seconds only.
+        The launcher gets no SIGTERM, because it would kill the processes after 30 seconds.
         """
         if self.process.pid is None:
             return
@@ -181,7 +180,7 @@ def _send(number: int, pids: Iterable[int]) -> None:
 
 
 def _forked(job: Job, address: str) -> Any:
-    """A process forked from the fork server, which is started here if it does not run yet."""
+    """A process to be forked from the fork server, which is started first if it is not running."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork server ignores Ctrl-C
@@ -193,14 +192,14 @@ def _forked(job: Job, address: str) -> Any:
 
 
 def _launched(job: Job, address: str, log: Path) -> Any:
-    """A process that becomes `accelerate launch`, which starts the recipe's number of processes."""
+    """A process that runs `accelerate launch`, which starts the recipe's num_processes processes."""
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = (launch_command(job.recipe, address), str(log))
     return multiprocessing.get_context("spawn").Process(target=_exec_launcher, args=arguments, name=job.unit.id)
 
 
 def _set_environment(recipe: Recipe) -> None:
-    """Set the processes' environment variables. Python 3.11's fork server preloads from PYTHONPATH alone."""
+    """Set the processes' environment. Python 3.11's fork server finds modules only through PYTHONPATH."""
     package = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if package not in paths:
@@ -224,8 +223,8 @@ def launch_command(recipe: Recipe, address: str) -> list[str]:
 def _exec_launcher(command: list[str], log: str) -> None:
     """Replace this process by the launcher, in a session that Ctrl-C does not reach.
 
-    Its standard output is the command's standard error; its standard error is the log, where it writes the exit codes
-    of failed processes.
+    The launcher's standard output is the command's standard error. Its standard error is the log, where it writes the
+    exit codes of failed processes.
     """
     os.setsid()
     os.dup2(2, 1)
@@ -234,17 +233,17 @@ def _exec_launcher(command: list[str], log: str) -> None:
 
 
 def exit_reason(code: int | None) -> str:
-    """How a process ended that sent no report."""
+    """How a process that sent no report has ended, as text."""
     if code is None or code >= 0:
         return f"its process ended with code {code} and without a result"
     name = signal.Signals(-code).name
-    hint = "; out of memory? a smaller micro_batch_size needs less" if name == "SIGKILL" else ""
+    hint = ", perhaps for lack of memory; a smaller micro_batch_size needs less" if name == "SIGKILL" else ""
     return f"its process was killed by {name}{hint}"
 
 
 @contextlib.contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """Within the context SIGTERM raises Terminated, so that files are closed and processes are ended."""
+    """Context in which SIGTERM raises Terminated, so that files are closed and processes are ended."""
 
     def stop(*_: Any) -> None:
         raise Terminated

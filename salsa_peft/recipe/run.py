@@ -28,16 +28,16 @@ from salsa_peft.utils.messages import did_you_mean, duration, one_line, short
 
 
 class Stage(NamedTuple):
-    """A row of STAGES."""
+    """A stage of a recipe: its function, its units, and how it runs."""
 
     run: str
     """The stage function, "module:name"."""
     units: Callable[[Recipe, str], list[Unit]]
     """The recipe's units of work in this stage."""
     resumes: bool = False
-    """Whether the stage continues from its own checkpoints; an unfinished result is then kept for it."""
+    """Whether the stage can resume its unfinished result, which is then kept."""
     trains: bool = False
-    """Whether the recipe's num_processes share the work; other stages run in one process."""
+    """Whether the stage runs in the recipe's num_processes processes; if not, it runs in one."""
 
 
 STAGES = {
@@ -75,8 +75,8 @@ def run(
 
     Raises SalsaError, and StageError for a stage that failed.
 
-    only, force: stages or units that run at all, and that run again. gpu: what a dry run plans for, instead of this
-    machine's GPU.
+    only: the stages or units to run; None for all. force: stages or units to run even if their results are cached.
+    gpu: the GPU that a dry run plans for; None for this machine's GPU.
     """
     recipe = loaded.recipe
     work = [unit for stage in stages.values() for unit in stage.units(recipe, stage.run)]
@@ -134,7 +134,7 @@ def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str
 def _run_unit(
     planned: cache.PlannedUnit, plan: cache.Plan, recipe: Recipe, recipe_yaml: str, folder: Path, debug: bool
 ) -> None:
-    """Run one unit and write its manifest, or say that its result is cached."""
+    """Run one unit and write its manifest, or print that its result is cached."""
     unit = planned.unit
     if planned.why is None:
         cache.remove_temporary_files(planned.folder)  # left if the run was killed just after the manifest was written
@@ -161,9 +161,9 @@ def _run_unit(
 def _run_job(
     job: Job, planned: cache.PlannedUnit, plan: cache.Plan, resumed: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
-    """Run a job, with half the micro-batch size after each out-of-memory error.
+    """Run a job; after each out-of-memory error, run it again with a smaller micro-batch size.
 
-    Returns the result, the job with its last recipe, and the halved keys with their values.
+    Returns the result, the job as it was run last, and the values of the recipe keys that were made smaller.
     """
     halved: dict[str, int] = {}
     while True:
@@ -186,12 +186,12 @@ def _run_job(
 
 
 def _processes(job: Job) -> int:
-    """How many processes share a job's work."""
+    """Number of processes that share a job's work."""
     return job.recipe.num_processes if STAGES[job.unit.stage].trains else 1
 
 
 def _empty(folder: Path) -> None:
-    """Empty a result's folder, the manifest first, so that after a kill the result is unfinished."""
+    """Empty a result's folder, manifest first: if this is interrupted, the result counts as unfinished."""
     if folder.is_dir() and not folder.is_symlink():
         manifest = folder / MANIFEST
         if not manifest.is_dir():
@@ -203,9 +203,9 @@ def _empty(folder: Path) -> None:
 
 
 def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
-    """The ids of the units that `words` name, by stage or by unit.
+    """The ids of the units that `words` name, by stage or by unit id.
 
-    Raises SalsaError, which names the nearest, for any other word.
+    Raises SalsaError, with the nearest known name, for an unknown word.
     """
     found: set[str] = set()
     for word in words:
@@ -217,20 +217,20 @@ def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
 
 
 def check_inputs(plan: cache.Plan, asked: set[str]) -> None:
-    """Raise SalsaError if a unit that will run reads a result that is neither finished nor asked for."""
+    """Raise SalsaError if a unit to run needs a result that is neither finished nor made in this run."""
     for name in asked:
         for needed in plan[name].unit.inputs if plan[name].why is not None else ():
             why = plan[needed].why
             require(
                 why is None or needed in asked,
-                f"--stages: {name} needs {needed}, which is not finished ({why}); add {plan[needed].unit.stage}",
+                f"--stages: {name} needs {needed}, which is not finished ({why}); add {plan[needed].unit.stage} too",
             )
 
 
 def check_data(recipe: Recipe, plan: cache.Plan, asked: set[str], hub: bool = False) -> None:
-    """Raise SalsaError for a row, seed, reference or reward model that a unit which will run cannot use.
+    """Raise SalsaError for a row, seed, reference or reward model that the units to run cannot use.
 
-    Local files are checked, or with `hub` what is on the Hub, which is downloaded for that.
+    Checks local files, or with `hub` files on the Hub, which are downloaded first.
     """
     stages = {plan[name].unit.stage for name in asked if plan[name].why is not None}
     if stages:
@@ -249,9 +249,9 @@ def check_data(recipe: Recipe, plan: cache.Plan, asked: set[str], hub: bool = Fa
 
 
 def check_machine(recipe: Recipe, plan: cache.Plan, asked: set[str]) -> list[str]:
-    """Raise SalsaError if this machine lacks what a unit that will run needs; return warnings.
+    """Raise SalsaError if the units to run need more than this machine has; return warnings.
 
-    It may lack a GPU, enough GPUs for the processes, disk space, or an API key.
+    The checks are for a GPU, enough GPUs for the processes, disk space, and the judge's API key.
     """
     from huggingface_hub import get_token
 
@@ -264,12 +264,12 @@ def check_machine(recipe: Recipe, plan: cache.Plan, asked: set[str]) -> list[str
     disk.check(recipe, plan, asked)
     if "hub" in asked and get_token() is None:
         pending = "you are not logged in, so the push will stay pending"
-        warnings.append(f"hub.push: {pending}; `hf auth login`, or set HF_TOKEN")
+        warnings.append(f"hub.push: {pending}; run `hf auth login`, or set HF_TOKEN")
     return warnings
 
 
 def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
-    """The absolute path of --output-dir, or of runs/<name>, with adapters runs/<name>-<preset>."""
+    """Absolute path of --output-dir; by default runs/<name>, or with adapters runs/<name>-<preset>."""
     mode = loaded.recipe.mode
     name = loaded.recipe.name if mode == "full" else f"{loaded.recipe.name}-{loaded.preset or mode}"
     folder = Path(os.path.abspath(output_dir or os.path.join("runs", name)))
@@ -285,6 +285,6 @@ def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
 
 
 def resolved_yaml(loaded: LoadedRecipe) -> str:
-    """The recipe with all its values, defaults included; it runs as it is, without --lora."""
+    """The recipe as YAML with all its values, defaults included, to be run without --lora."""
     lora = f" --lora {loaded.preset}" if loaded.preset else ""
     return f"# {loaded.path.name}{lora}, with every default; runs as it is.\n" + dump_yaml(loaded.recipe.as_data())

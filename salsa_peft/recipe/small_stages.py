@@ -16,7 +16,7 @@ from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 
 
 def toy(job: Job) -> dict[str, Any]:
-    """Build the embedded world: base, tokenizer and data."""
+    """Build the generated toy task (the recipe section `toy`): base model, tokenizer and data."""
     from salsa_peft.data.toy import build
 
     assert job.recipe.toy is not None
@@ -31,7 +31,7 @@ def toy(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """Average the seeds to an ordinary PEFT adapter or a checkpoint."""
+    """Average the models of the seeds in soup.members into one ordinary PEFT adapter or checkpoint."""
     from salsa_peft.models.stage_context import StageContext
     from salsa_peft.soup.average import soup as average
     from salsa_peft.soup.measures import recipe_measure

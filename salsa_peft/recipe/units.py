@@ -1,8 +1,8 @@
-"""The units of work of a recipe: for each stage its units, what each reads, and its cache-key fields.
+"""A recipe's units of work by stage: the inputs of each unit, and the fields of its cache key.
 
-The key fields of a unit are the part of the recipe that its result depends on. What is not among them can change
-without running the unit again: `evaluate` is in no policy's key, and `name`, `description` and `threads` are in none.
-Of local files and folders the content is part of the key, the path is not.
+The key fields of a unit are the settings that its result depends on. All other settings can change without running the
+unit again: `evaluate` is in no policy's key, and `name`, `description` and `threads` are in no key at all. For local
+files and folders, the key has the content and not the path.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from salsa_peft.config.schema import Recipe, Source
 
 
 class _UnitBuilder:
-    """Builds a unit: its methods give key fields without local paths, and collect the paths in `files`."""
+    """Builds a unit. The methods return key fields without local paths, which they collect in `files`."""
 
     def __init__(self, recipe: Recipe, run: str) -> None:
         self.recipe, self.run = recipe, run
         self.files: list[str] = []
 
     def unit(self, stage: str, key_fields: dict[str, Any], *inputs: str, name: str = "", toy: bool = True) -> Unit:
-        """The unit. name: if the stage has several. toy: whether it reads the embedded world, if there is one."""
+        """Make the unit. name: for a stage with several units. toy: whether it reads the toy stage's result."""
         first = ["toy"] if toy and self.recipe.toy else []
         return Unit(
             stage=stage,
@@ -43,42 +43,42 @@ class _UnitBuilder:
         )
 
     def path(self, value: str | None) -> str | None:
-        """A Hub id as it is; for a local path "local"."""
+        """The key field of a path: a Hub id itself, or "local" for a local path."""
         if value is None or not is_local(value):
             return value
         self.files.append(value)
         return "local"
 
     def source(self, source: Source | None) -> dict[str, Any] | None:
-        """A dataset."""
+        """The key field of a dataset."""
         return None if source is None else {**asdict(source), "path": self.path(source.path)}
 
     def model(self) -> dict[str, Any]:
-        """The base model."""
+        """The key field of the base model."""
         model = self.recipe.model
         return {**asdict(model), "base": self.path(model.base), "chat_template": self.path(model.chat_template)}
 
     def reference(self, reference: Reference) -> dict[str, Any]:
-        """A reference model, without its label, and without the options of syncing if it is not synced."""
+        """The key field of a reference, without its label, and without sync options if it is not synced."""
         unused = ("sync_every", "mixup_alpha") if reference.sync_every is None else ()
         fields = {name: value for name, value in asdict(reference).items() if name not in unused}
         return {**fields, "label": None, "path": self.path(reference.path)}
 
     def reward(self) -> list[dict[str, Any]]:
-        """The parts of the reward."""
+        """The key field of the reward: its parts."""
         value: dict[str, Callable[[str], Any]] = {"function": self.function}
         parts = self.recipe.reward.parts
         return [{**asdict(part), "value": value.get(part.kind, self.path)(part.value)} for part in parts]
 
     def function(self, value: str) -> list[str]:
-        """The module and name of a function. The module's file is in the key; modules that it imports are not."""
+        """The key field of a function: module and name. `files` gets the module, not modules that it imports."""
         folder, *named = split_function(value)
         file = find_module(folder, named[0])
         self.files += [] if file is None else [str(file)]
         return named
 
     def precision(self) -> dict[str, Any]:
-        """The precision of full weights; adapters always have the same."""
+        """The key field of the precision of full weights; empty for adapters, whose precision is fixed."""
         return {"precision": self.recipe.precision} if self.recipe.adapter is None else {}
 
 
@@ -87,12 +87,12 @@ def _seed(position: int) -> str:
 
 
 def _reward(recipe: Recipe) -> list[str]:
-    """The reward stage, if the recipe has one."""
+    """The id of the reward unit, if the recipe trains a reward model, as a list."""
     return ["reward"] if recipe.reward.trained else []
 
 
 def _of_references(references: list[Reference]) -> list[str]:
-    """The units that references are made from."""
+    """Ids of the units whose results the references are made from."""
     soup = ["soup"] if any(reference.soup for reference in references) else []
     return [_seed(member) for reference in references for member in reference.members] + soup
 
@@ -102,12 +102,12 @@ def _comparisons(recipe: Recipe) -> dict[str, Any]:
 
 
 def toy_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The embedded world: base, tokenizer and data."""
+    """The unit that builds the toy base, tokenizer and data, if the recipe has `toy`."""
     return [_UnitBuilder(recipe, run).unit("toy", {"toy": asdict(recipe.toy)}, toy=False)] if recipe.toy else []
 
 
 def sft_units(recipe: Recipe, run: str) -> list[Unit]:
-    """One SFT for each seed."""
+    """One SFT unit for each seed."""
     units = []
     for position, seed in enumerate(recipe.sft.seeds):
         builder, existing = _UnitBuilder(recipe, run), recipe.sft.existing_seed(position)
@@ -126,7 +126,7 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def reward_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The reward model, if the recipe trains one; training starts at seed-0."""
+    """The reward model's unit, if the recipe trains one; its training starts from seed-0."""
     if not recipe.reward.trained:
         return []
     builder = _UnitBuilder(recipe, run)
@@ -140,7 +140,7 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The recipe's soup of seeds."""
+    """The unit of the recipe's soup of seeds."""
     section, builder = recipe.soup, _UnitBuilder(recipe, run)
     members = [_seed(member) for member in section.members]
     fields: dict[str, Any] = {"members": members, "weights": section.resolved_weights}
@@ -161,7 +161,7 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
-    """The policies that an algorithm trains; training starts at seed-0."""
+    """The units of the policies that an algorithm trains; their training starts from seed-0."""
     return [_policy(recipe, run, name) for name, policy in recipe.policies.items() if policy.algorithm == algorithm]
 
 
@@ -193,7 +193,7 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
-    """Scores along the line and on the plane of seeds, if the recipe asks for them."""
+    """The unit of the scores on the line and the plane of seeds, if the recipe asks for one of the two."""
     landscape = recipe.landscape
     if landscape is None or (landscape.line is None and landscape.plane is None):
         return []
@@ -212,7 +212,7 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
-    """Responses and scores of seed-0, the soup, every policy, and the other models of evaluate.models."""
+    """The unit of responses and scores of seed-0, the soup, all policies, and evaluate.models."""
     builder, options = _UnitBuilder(recipe, run), recipe.evaluate
     others = [model for model in options.models if model not in recipe.policies]
     references = [reference for model in others for reference in parse_reference("evaluate.models", model)]
@@ -232,7 +232,7 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def judge_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The judge's verdicts, if the recipe has a judge. Options that change only the speed are not in the key."""
+    """The unit of the judge's verdicts, if any. The key leaves out options that do not affect verdicts."""
     judge = recipe.evaluate.judge
     if judge is None:
         return []
@@ -250,11 +250,11 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
 POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
     algorithm: functools.partial(policy_units, algorithm=algorithm) for algorithm in ("ppo", *ALGORITHMS)
 }
-"""Algorithm (and stage) → the units of its policies."""
+"""Algorithm, which is also the name of its stage → function that returns the units of its policies."""
 
 
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The report, which reads the results of all stages before it."""
+    """The unit of the report, which reads the results of all stages before it."""
     before = [toy_units, sft_units, reward_units, soup_units]
     stages = [*before, *POLICY_UNITS.values(), landscape_units, evaluate_units, judge_units]
     search = None if recipe.search is None else asdict(recipe.search)
@@ -264,7 +264,7 @@ def report_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def hub_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The push of the results that the `hub` section names, after the report."""
+    """The unit that pushes the results named in the `hub` section to the Hub, after the report."""
     if not recipe.hub.push:
         return []
     inputs = (unit_of(recipe, name)[1] for name in recipe.hub.push)

@@ -29,8 +29,8 @@ from salsa_peft.utils.oom import is_out_of_memory
 
 
 def main(address: str, *, launched: bool = False) -> None:
-    """Run one job. launched: by `accelerate launch`, as one of several processes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the command decides
+    """Run one job. launched: whether `accelerate launch` started this process as one of several."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the command ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     connection, job, preload = receive_job(address, int(os.environ["RANK"]) if launched else 0)
     _redirect_output(launched)
@@ -73,10 +73,10 @@ def receive_job(address: str, rank: int) -> tuple[Connection, Job, list[str]]:
 
 
 def _redirect_output(launched: bool) -> None:
-    """Send standard output to standard error, since the command's standard output holds its results alone.
+    """Send standard output to standard error, because the command's standard output is only for results.
 
-    The launcher's standard output is the command's standard error. Only the first of several processes writes there;
-    the output of the others goes to the launcher's log.
+    The launcher's standard output is the command's standard error. Of several processes only rank 0 writes there; the
+    output of the other ranks goes to the launcher's log.
     """
     if launched and os.environ["RANK"] == "0":
         sys.stderr = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace")

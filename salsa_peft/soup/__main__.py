@@ -62,24 +62,24 @@ def positive_integer(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's argument parser."""
+    """The argument parser of `salsa soup`."""
     made = Parser(
         prog="salsa soup", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Average LoRA adapters of one base, or full checkpoints of one architecture, exactly.",
     )  # fmt: skip
     add = made.add_argument
-    add("out", metavar="OUT", type=Path, help="folder of the soup")
+    add("out", metavar="OUT", type=Path, help="output folder of the soup")
     add("members", metavar="MEMBER", nargs="+", help="adapters, or checkpoints: folders or Hub ids")
     add("--weights", metavar="W,W", help="one number per member: 0.25,0.75 or 0.25 0.75 (default: uniform)")
     add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the weights are chosen (default: linear)")
     add("--rank", type=positive_integer, help="adapters: reduce to this rank (default: the sum of the members' ranks)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: their dtype (default: the members')")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: dtype of the soup (default: theirs)")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="folder or Hub id of the base (default: the one that the adapters name)")
-    add("--quantized-base", choices=["nf4", "nf4-double"], help="--merge: quantize the base as in QLoRA training first")
-    add("--same-base", action="store_true", help="adapters: assert that they share a base, even if its name differs")
-    add("--untie", action="store_true", help="--merge: separate tied embeddings if they have LoRA")
+    add("--quantized-base", choices=["nf4", "nf4-double"], help="--merge: first quantize the base, as QLoRA does")
+    add("--same-base", action="store_true", help="adapters: assert that all share one base, even if its name differs")
+    add("--untie", action="store_true", help="--merge: untie tied embeddings that have LoRA")
     add_measure(made)
     add("--steps", type=positive_integer, default=20, help="strategy learned: number of Adam steps (default: 20)")
     add("--step-size", type=float, default=0.1, help="strategy learned: Adam's learning rate (default: 0.1)")
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_measure(parser: argparse.ArgumentParser) -> None:
-    """Add the options that measures.command_measure reads."""
+    """Add the options of a measure on held-out data, from --measure to --max-new-tokens."""
     add = parser.add_argument
     add("--measure", metavar="M", help="sft_loss, reward, or module:name (a function of the model)")
     add("--data", metavar="FILE", help="chats (sft_loss) or prompts (reward): jsonl, json, parquet or a Hub id")
@@ -99,7 +99,7 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code of run_command."""
+    """Run `salsa soup`. Returns the exit code."""
     args = parser().parse_args(join_weights(sys.argv[1:] if argv is None else argv))
     return run_command("salsa soup", args, make_soup)
 
@@ -109,8 +109,8 @@ def run_command(
 ) -> int:
     """Run `work`. Returns 0, or 2 after an error (printed in one line), or 130 after an interruption.
 
-    `work` gets the arguments, and a function to call when it has accepted them. Warnings are held back until then, so
-    that an earlier error is the only line.
+    `work` gets the arguments and a function to call when it has accepted them. Warnings are printed only after that
+    call, so that the error for a rejected argument is the only line.
     """
     silence_import_warnings()
     warnings, package = DeferredWarnings(logging.WARNING), logging.getLogger("salsa_peft")
@@ -134,7 +134,7 @@ def run_command(
 
 
 class DeferredWarnings(logging.Handler):
-    """Prints each warning once, but none before `show` is called."""
+    """A log handler that prints each warning once, but no warning before `show` is called."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
@@ -149,7 +149,7 @@ class DeferredWarnings(logging.Handler):
                 say(line)
 
     def show(self) -> None:
-        """Print the warnings so far; later ones are printed at once."""
+        """Print the warnings so far. Later warnings are printed at once."""
         if not self.shown:
             self.shown = True
             for line in self.lines:
@@ -157,19 +157,19 @@ class DeferredWarnings(logging.Handler):
 
 
 def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
-    """Make the soup and print its summary. accepted: called when the members are accepted."""
+    """Make the soup and print its summary. accepted: called once the arguments and members are accepted."""
     weights = None if args.weights is None else parse_weights(args.weights)
     strategy, measured = args.strategy, args.strategy in MEASURED_STRATEGIES
     require(
         not measured or args.measure is not None,
-        f"--measure: strategy {strategy} needs one; add --measure sft_loss, reward or module:name",
+        f"--measure: strategy {strategy} needs a measure; add --measure sft_loss, reward or module:name",
     )
     require(
         measured or (args.measure is None and args.data is None and args.reward is None),
-        f"--measure, --data and --reward have no effect with strategy {strategy}; leave them out, or use greedy or"
-        " learned",
+        f"--measure, --data and --reward have no effect with strategy {strategy}; leave them out, or use strategy"
+        " greedy or learned",
     )
-    require(strategy != "greedy" or weights is None, "--weights: strategy greedy chooses the weights; leave them out")
+    require(strategy != "greedy" or weights is None, "--weights: strategy greedy chooses the weights; omit --weights")
     options: dict[str, Any] = {field.name: vars(args).get(field.name) for field in dataclasses.fields(Options)} | {
         "measure": None
     }
@@ -193,7 +193,7 @@ def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
 
 
 def print_summary(summary: SoupSummary) -> None:
-    """Print a few lines about the soup."""
+    """Print the soup's size, the members with their weights, distances and what the strategy tried."""
     kind = summary.get("kind", "adapters")
     if kind == "adapters":
         size = f"{summary['modules']} modules, rank {rank_range(summary['ranks'])}"
@@ -224,7 +224,7 @@ def print_summary(summary: SoupSummary) -> None:
 
 
 def rank_range(ranks: Sequence[int]) -> str:
-    """`8`, or `4 to 8` for several ranks in ascending order."""
+    """Ranks in ascending order as text: `8`, or `4 to 8` for several."""
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 

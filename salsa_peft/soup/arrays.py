@@ -1,7 +1,7 @@
 """Floats of safetensors files as NumPy arrays: reading, widening, rounding.
 
-NumPy and not torch, since importing torch takes longer than averaging a 7B model's adapters. NumPy has no bfloat16: it is the upper half
-of a float32, and values are rounded to it to nearest, ties to even, as torch does.
+This module uses NumPy and not torch, because importing torch takes longer than averaging a 7B model's adapters. NumPy
+has no bfloat16, which is the upper half of a float32; values are rounded to nearest, ties to even, as in torch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from salsa_peft.utils.safetensors_io import Buffer, SafetensorsFile
 
 Array = NDArray[Any]
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""Safetensors' name of a float dtype → NumPy's; bfloat16 is kept as its bits."""
+"""Safetensors' name of a float dtype → NumPy's name; bfloat16 is kept as its bits, unsigned integers."""
 
 
 def read(file: SafetensorsFile, name: str) -> Array:
-    """A tensor's values as float32 (float64 if saved so). Raises SalsaError if one is not finite."""
+    """Read a tensor as float32 (float64 if saved so). Raises SalsaError if a value is not finite."""
     entry = file.entries[name]
     raw = np.empty(entry.size, np.uint8)
     file.read_into(raw.data, entry.begin)
@@ -33,20 +33,20 @@ def read(file: SafetensorsFile, name: str) -> Array:
 
 
 def all_finite(values: Array) -> bool:
-    """Whether all values are finite. A finite sum shows it at a tenth of the cost of isfinite."""
+    """Whether all values are finite. A finite sum proves this, at a tenth of the cost of isfinite."""
     with np.errstate(all="ignore"):
         return math.isfinite(values.sum()) or bool(np.isfinite(values).all())
 
 
 def widen(values: Array, dtype: str) -> Array:
-    """Convert an array of DTYPES to float32 (F64 stays float64), exactly."""
+    """Convert values of a dtype in DTYPES exactly to float32; F64 stays float64."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32) if dtype == "F16" else values
 
 
 def narrow(values: Array, dtype: str) -> Array:
-    """Round float32 or float64 to an array of DTYPES, ties to even; too large values become infinite."""
+    """Round float32 or float64 to a dtype in DTYPES, ties to even; too large values become infinite."""
     with np.errstate(over="ignore"):
         if dtype != "BF16":
             return values.astype(DTYPES[dtype], copy=False)
@@ -56,7 +56,7 @@ def narrow(values: Array, dtype: str) -> Array:
 
 
 def round_to_odd(values: Array) -> Array:
-    """float64 → float32 by round to odd, after which rounding to 16 bits gives the same as rounding once."""
+    """Round float64 to float32 by round-to-odd, so that rounding on to 16 bits equals a single rounding."""
     found = values.astype(np.float32)
     back, bits = found.astype(np.float64), found.view(np.uint32)
     bits -= np.abs(back) > np.abs(values)
@@ -70,13 +70,13 @@ def as_bytes(values: Array) -> Buffer:
 
 
 def promote(dtypes: Iterable[str]) -> str:
-    """The dtype that holds all of `dtypes` exactly, as torch.promote_types does."""
+    """The smallest dtype that holds all values of `dtypes` exactly, as torch.promote_types finds it."""
     found = set(dtypes)
     return found.pop() if len(found) == 1 else "F64" if "F64" in found else "F32"
 
 
 def one_thread() -> contextlib.AbstractContextManager[Any]:
-    """Limit BLAS to one thread: for thin matrices, more only wait and cost 20 times the CPU time."""
+    """Context in which BLAS uses one thread: with thin matrices, more threads take 20 times the CPU time."""
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(limits=1, user_api="blas")  # type: ignore[no-any-return]

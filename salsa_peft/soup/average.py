@@ -2,7 +2,7 @@
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; for adapters the exact mean of their deltas (soup/lora/stacked_adapter.py)
 
-A soup of adapters opens with plain PEFT, a soup of checkpoints with plain Transformers.
+PEFT opens a soup of adapters, and Transformers opens a soup of checkpoints.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ class Options:
     measure: Measure | None = None
     """The measure that greedy and learned maximize (soup/measures.py)."""
     steps: int = 20
-    """learned: number of Adam steps."""
+    """Number of Adam steps of the strategy `learned`."""
     step_size: float = 0.1
-    """learned: Adam's learning rate for the logits of the weights."""
+    """Adam's learning rate for the logits of the weights, in the strategy `learned`."""
     normalize: bool = False
     """Divide the weights by their sum."""
     rank: int | None = None
-    """Adapters: reduce to this rank by SVD; the summary's `error` is the loss. None: exact, rank Σ r_i."""
+    """Adapters: rank to which the soup is reduced by SVD. None: the exact soup, of rank Σ r_i."""
     dtype: str | None = None
-    """Adapters: dtype of the factors. None: that of the members."""
+    """Adapters: dtype of the soup's A and B. None: the dtype of the members."""
     merge: bool = False
     """Adapters: add the soup to `base` and save a checkpoint."""
     base: str | Path | None = None
-    """The base. Checkpoints need it for slerp and cosines; merge takes what the members name by default."""
+    """Folder or Hub id of the base. None: what adapters name. Needed for slerp, cosines of checkpoints."""
     quantized_base: str | None = None
-    """merge: quantize the base first to nf4 or nf4-double, as in QLoRA training."""
+    """With merge: first quantize the base to nf4 or nf4-double and back, as in QLoRA training."""
     same_base: bool = False
     """Adapters: assert that they share a base, even if its name or fingerprint differs."""
     untie: bool = False
-    """merge: if LoRA is on tied embeddings, untie them. By default they stay one tensor, as in PEFT."""
+    """With merge: untie tied embeddings that have LoRA. By default they stay one tensor, as in PEFT."""
 
 
 def soup(
@@ -80,23 +80,23 @@ def soup(
     untie: bool = False,
     progress: Progress | None = None,
 ) -> SoupSummary:
-    """Average adapters or checkpoints into the folder `out`. Returns the summary, which is its soup.json.
+    """Average adapters or checkpoints into the folder `out`. Returns the summary, as in out/soup.json.
 
-    Members are folders or Hub ids, all adapters or all checkpoints. weights: default uniform; for adapters of any sum,
-    unless parameters are averaged directly. names: what the summary calls the members. progress: called with (done,
-    total), modules or bytes. The other arguments are the fields of Options. Raises SalsaError, and writes nothing, for
-    members that cannot be averaged.
+    members: folders or Hub ids, all of adapters or all of checkpoints. weights: one per member, by default uniform;
+    they must sum to 1 for checkpoints, and for adapters that train parameters without LoRA. names: names of the members
+    in the summary. progress: called with (done, total), in modules or bytes. The other arguments are the fields of
+    Options. Raises SalsaError, and writes nothing, for members that cannot be averaged.
     """
     options = Options(
         strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank,
         dtype=dtype, merge=merge, base=base, quantized_base=quantized_base, same_base=same_base, untie=untie,
     )  # fmt: skip
-    require(bool(members), "members: none given; a soup needs at least one adapter or checkpoint")
+    require(bool(members), "members: the list is empty; a soup needs at least one adapter or checkpoint")
     folders = local_members(members)
     kind = kind_of(folders)
     requested = _requested_weights(weights, len(folders), normalize, kind)
     labels = list(member_names(members) if names is None else names)
-    require(len(labels) == len(folders), f"names: {len(labels)} given for {len(folders)} members; give one per member")
+    require(len(labels) == len(folders), f"names: {len(labels)} names for {len(folders)} members; give one per member")
     stacked = None if kind == CHECKPOINTS or merge else StackedAdapter.load(folders, labels, same_base=same_base)
     base_folder = check(Path(out), folders, options, stacked)
     more: dict[str, Any] = {"asked": requested, "normalized": normalize, "sum": math.fsum(requested)}
@@ -107,22 +107,22 @@ def soup(
 
 
 class _Request(NamedTuple):
-    """The arguments of `soup`, checked, with the members as local folders."""
+    """The checked arguments of `soup`, with the members as local folders."""
 
     out: Path
     given: Sequence[Path | str]
-    """The members as they were given."""
+    """The members' paths or Hub ids, as given to `soup`."""
     folders: list[Path]
     names: list[str]
     weights: list[float]
     options: Options
     base: Path | None
     more: dict[str, Any]
-    """Entries of the summary besides statistics."""
+    """Entries of the summary that are not statistics."""
     progress: Progress | None
 
     def choose(self, gram: Callable[[], Any], keep_zeros: bool = False) -> tuple[list[Path], list[str], list[float]]:
-        """Folders, names and weights of the soup's members, with the weights that the strategy chooses.
+        """Folders, names and weights of the soup's members, after the strategy has chosen the weights.
 
         Members of weight 0 are left out, unless keep_zeros: in a stacked adapter they would only add rank.
         """
@@ -140,10 +140,10 @@ class _Request(NamedTuple):
 
 
 def _requested_weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
-    """One weight per member. Raises SalsaError for other lists, and for a sum that is not allowed."""
+    """One weight per member, by default uniform. Raises SalsaError for weights that are not allowed."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)
-    require(any(given), "weights: all are 0, so no member is left; give at least one member another weight")
+    require(any(given), "weights: all are 0, so no member is left; give at least one member a weight other than 0")
     if normalize:
         require(total != 0, f"weights: {given} sum to 0, so they cannot be normalized; change one of them")
         given = [weight / total for weight in given]
@@ -156,27 +156,27 @@ def _requested_weights(weights: Sequence[float] | None, members: int, normalize:
 
 
 def check(out: Path, folders: Sequence[Path], options: Options, stacked: StackedAdapter | None = None) -> Path | None:
-    """Check options, output folder and members before any weight is read. Returns the folder of the base.
+    """Check options, output folder and members without reading tensors. Returns the base's folder, if any.
 
-    stacked: the members, if they are adapters that were read before. Raises SalsaError.
+    stacked: the members, if they are adapters that are already loaded. Raises SalsaError for what is wrong.
     """
     strategies = ", ".join(STRATEGIES)
     require(options.strategy in STRATEGIES, f"strategy: {options.strategy!r} is unknown; use one of {strategies}")
     for name in ("steps", "step_size", "rank"):
         value = getattr(options, name)
-        require(value is None or value > 0, f"{name}: {value} is not positive; use a larger number")
+        require(value is None or value > 0, f"{name}: {value} is not positive; use a number above 0")
     if kind_of(folders) == CHECKPOINTS:
         names = ("rank", "dtype", "merge", "quantized_base", "same_base", "untie")
         _reject(options, names, "has no effect on checkpoints, only on adapters; leave it out")
         require(
             options.strategy != "slerp" or options.base is not None,
-            "strategy slerp of checkpoints needs the base that they were trained from (--base): its angle is between"
-            " their changes from the base",
+            "strategy slerp of checkpoints needs the base that they were trained from, because it interpolates between"
+            " their changes from the base; name the base with --base",
         )
         check_free(out, folders)
         return None if options.base is None else local(options.base)
     if not options.merge:
-        why = "has an effect only with merge=True (--merge); add that, or leave it out"
+        why = "has an effect only with merge=True (--merge); add merge, or leave this option out"
         _reject(options, ("quantized_base", "untie"), why)
         if stacked is None:
             StackedAdapter.load(folders, same_base=options.same_base)
@@ -206,7 +206,7 @@ def _merge_base(folders: Sequence[Path], options: Options) -> Path:
         check_one_base(members, options.same_base, merging=True)
         if (found := local_base(members[0].config, folders[0])) is not None:
             return found
-        why = f", which {folders[0] / ADAPTER_CONFIG} names as the base; name it with --base"
+        why = f", which {folders[0] / ADAPTER_CONFIG} names as the base; give the base's folder with --base"
     return local(*base_of(members[0].config, folders[0], options.base), why=why)
 
 
@@ -219,7 +219,7 @@ def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
 
 
 def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -> tuple[str | Path, str | None]:
-    """Folder or Hub id of the base and its revision: as given, or as the adapter's configuration names it."""
+    """Folder or Hub id of the base and its revision: `given`, or what the adapter's configuration names."""
     if given is not None:
         return given, None
     named = config["base_model_name_or_path"]

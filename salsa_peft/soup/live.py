@@ -1,7 +1,7 @@
-"""Models that can be set to any point between members, with the derivatives of a loss by the weights.
+"""Models that can be set to any weighted mean of the members, and derivatives by the members' weights.
 
-With adapters, a point between the members is n scalars on the blocks of one stacked adapter. With checkpoints, every
-weight is read again from the members' files, one tensor at a time.
+Adapters are the blocks of one stacked adapter, which the weights scale. For checkpoints, every parameter is computed
+again from the members' files, one tensor at a time. Greedy and learned soups and landscapes measure such models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _with_gradients(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """These parameters require a gradient within the context. Afterwards their gradients are dropped."""
+    """Context in which the given parameters require a gradient. Afterwards the gradients are dropped."""
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -38,7 +38,7 @@ def _with_gradients(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 class LiveAdapters:
-    """Adapters as one stacked adapter `name` on a model, which may have other adapters too."""
+    """Adapters that are attached to a model as one stacked adapter. The model may have other adapters too."""
 
     def __init__(self, model: PeftModel, stacked: StackedAdapter, name: str = "point") -> None:
         self.model, self.stacked, self.name = model, stacked, lora.unused_name(model, name)
@@ -50,20 +50,20 @@ class LiveAdapters:
         self.stacked.set_weights(self.model, self.name, weights)
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context the stacked adapter is active; afterwards the previous one is again."""
+        """Context in which the stacked adapter is active; afterwards the previous adapter is active again."""
         return lora.active(self.model, self.name)
 
     def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-        """Each module with its live B (out, R), or of a convolution (out, R, 1, …), and B's bias."""
+        """Each module's name, its B in the model, (out, R) or for a convolution (out, R, 1, …), and B's bias."""
         stacks = self.stacked.stacks
         return [(name, *live_factors(self.model, stacks, name, self.name)[1:]) for name in stacks]
 
     def differentiable(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context every B and its bias require a gradient, for `slopes`. Nothing else changes."""
+        """Context in which every B, and its bias if it has one, requires a gradient, for `slopes`."""
         return _with_gradients([weight for _, *weights in self._live() for weight in weights if weight is not None])
 
     def slopes(self) -> list[float]:
-        """∂ loss / ∂ w_i of the last backward pass: Σ ∂/∂B ∘ (scaling_i · B_i) over member i's columns of B."""
+        """Derivative by each w_i after a backward pass: Σ ∂/∂B ∘ (scaling_i · B_i) over member i's columns."""
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
         stacks = self.stacked.stacks
         for name, B, bias in self._live():
@@ -78,7 +78,7 @@ class LiveAdapters:
 
 
 class LiveCheckpoints:
-    """Whole checkpoints, averaged into the weights of one model of their architecture."""
+    """Full checkpoints whose weighted mean is set as the parameters of one model of their architecture."""
 
     def __init__(self, model: PreTrainedModel, members: Sequence[Checkpoint]) -> None:
         from salsa_peft.soup.checkpoints.model_tensors import ModelTensors
@@ -104,7 +104,7 @@ class LiveCheckpoints:
 
     @torch.no_grad()
     def set(self, weights: Sequence[float]) -> None:
-        """Set every tensor to its weighted mean, summed in float32 and rounded once to the model's dtype."""
+        """Set every parameter to the members' weighted mean, summed in float32 and rounded once."""
         for name, parameter in self.parameters.items():
             total = torch.zeros(parameter.shape, device=parameter.device)
             for member, weight in zip(self.members, weights, strict=True):
@@ -113,15 +113,15 @@ class LiveCheckpoints:
             parameter.copy_(total)
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to switch: the weights are in the model itself."""
+        """Context that does nothing, because the mean is in the model's own parameters."""
         return contextlib.nullcontext()
 
     def differentiable(self) -> contextlib.AbstractContextManager[None]:
-        """Every weight requires a gradient, as in full fine-tuning, which takes the memory of one more copy."""
+        """Context in which every parameter requires a gradient, which takes the memory of one more model."""
         return _with_gradients(list(self.parameters.values()))
 
     def slopes(self) -> list[float]:
-        """∂ loss / ∂ w_i of the last backward pass: ⟨∂/∂θ, θ_i⟩, with all tensors as one vector."""
+        """Derivative by each w_i after a backward pass: ⟨∂/∂θ, θ_i⟩, with all tensors as one vector."""
         found = [0.0] * len(self.members)
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
@@ -132,4 +132,4 @@ class LiveCheckpoints:
 
 
 LiveSoup = LiveAdapters | LiveCheckpoints
-"""A model that can be set to any point between n members."""
+"""A model that can be set to any weighted mean of n members."""

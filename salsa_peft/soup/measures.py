@@ -1,8 +1,8 @@
 """Measures that greedy and learned soups maximize: SFT loss, reward score, or a Python function.
 
-A measure is called with the members' weights and sets a live soup to them (soup/live.py). Only the SFT loss has a
-gradient, which the strategy learned needs. To add a measure, write a class here and add a case to `recipe_measure` and
-`command_measure`.
+A measure is called with the members' weights and evaluates their weighted mean on a model (soup/live.py). Only the SFT
+loss has a gradient, which the strategy learned needs. To add a measure, write a class here and add a case to
+`recipe_measure` and `command_measure`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 class SFTLoss:
     """The negative SFT loss: mean log-likelihood (nats) of assistant tokens in held-out demonstrations.
 
-    Rows: {messages}. The assistant tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError if no row
-    has one within max_length.
+    rows: chats with the key `messages`. The assistant tokens are those that SFT trains (data/chat/assistant_masks.py).
+    Raises SalsaError if no chat has such a token among its first max_length tokens.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class SFTLoss:
         chats = ({**row, "messages": messages_for_template(row["messages"], tokenizer)} for row in rows)
         encoded = [[part[:max_length] for part in trained_tokens(chat, tokenizer)] for chat in chats]
         self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
-        """Token ids of each chat, and for each token whether it is an assistant token that counts."""
+        """Token ids of each chat, and for each token whether it is an assistant token of SFT."""
         self.left_out = len(encoded) - len(self.chats)
         require(
             bool(self.chats),
@@ -75,7 +75,7 @@ class SFTLoss:
         self.head = head_of(causal_lm(live.model), 1.0, model_stop_token_ids(tokenizer, causal_lm(live.model)))
 
     def __call__(self, weights: Sequence[float]) -> float:
-        """The measure at a point."""
+        """The measure at these weights."""
         self.live.set(weights)
         with torch.no_grad(), self.live.at_point():
             return sum(self._part(start).item() for start in self._starts())
@@ -95,7 +95,7 @@ class SFTLoss:
         return range(0, len(self.chats), self.batch_size)
 
     def _part(self, start: int) -> torch.Tensor:
-        """The share of one batch in the mean log-likelihood."""
+        """One batch's part of the mean log-likelihood; the parts of all batches add up to the mean."""
         chats = self.chats[start : start + self.batch_size]
         device = next(self.live.model.parameters()).device
         rows = [(ids, [1] * len(ids), counted) for ids, counted in chats]
@@ -113,18 +113,18 @@ class SFTLoss:
 
 
 class _WithoutGradient:
-    """A measure that the strategy learned cannot use."""
+    """Base class of measures without a gradient, which the strategy learned cannot use."""
 
     name: str
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """Raises SalsaError, because the measure has no gradient."""
+        """Raise SalsaError, because the measure has no gradient."""
         raise SalsaError(f"strategy learned: the measure {self.name} has no gradient; use sft_loss, or strategy greedy")
 
 
 @dataclass
 class RewardScore(_WithoutGradient):
-    """Mean score of one sampled response per prompt. Every call samples with the same seeds."""
+    """Mean reward score of one sampled response per prompt. Every call samples with the same seeds."""
 
     name = "reward"
     live: LiveSoup
@@ -136,7 +136,7 @@ class RewardScore(_WithoutGradient):
     seed: int = 0
 
     def __call__(self, weights: Sequence[float]) -> float:
-        """The measure at a point."""
+        """The measure at these weights."""
         self.live.set(weights)
         scores: list[float] = []
         with self.live.at_point():
@@ -150,14 +150,14 @@ class RewardScore(_WithoutGradient):
 
 @dataclass
 class FunctionMeasure(_WithoutGradient):
-    """A Python function `function(model) -> float` of the model in evaluation mode, with the soup active."""
+    """A measure that calls a Python function with the soup's model in evaluation mode."""
 
     live: LiveSoup
     function: Callable[[Any], float]
     name: str
 
     def __call__(self, weights: Sequence[float]) -> float:
-        """The measure at a point. Raises SalsaError if the function does not return a number."""
+        """The measure at these weights. Raises SalsaError if the function does not return a number."""
         self.live.set(weights)
         with torch.no_grad(), self.live.at_point():
             found: Any = self.function(self.live.model)
@@ -170,7 +170,7 @@ class FunctionMeasure(_WithoutGradient):
 
 
 def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
-    """The measure of a recipe's `soup:` section, on a live soup of these adapters or checkpoints."""
+    """The measure that a recipe's `soup:` section names, for the adapters or checkpoints in `folders`."""
     recipe, section = job.recipe, job.recipe.soup
     context = StageContext.of_job(job)
     context.check(job.inputs)
@@ -192,7 +192,7 @@ def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
 
 
 def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = False) -> LiveAdapters:
-    """A live soup of adapters on their base, without dropout."""
+    """LiveAdapters of the adapters in `folders` on their base, in eval mode and with dropout removed."""
     model = lora.attach(base, folders[0], "start")
     live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
     remove_dropout(model)
@@ -201,15 +201,15 @@ def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = F
 
 
 def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpoints:
-    """A live soup of checkpoints in a model of their architecture."""
+    """LiveCheckpoints of the checkpoints in `folders`, in a model of their architecture, in eval mode."""
     read = [read_checkpoint(folder) for folder in folders]
     align(read)
     return LiveCheckpoints(model.eval(), read)
 
 
 def command_measure(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
-    """The measure of `salsa soup --measure`. Raises SalsaError for missing data before a model is loaded."""
-    disable_progress_bar()  # that of loading weights; the command has its own
+    """The measure of `salsa soup --measure`. Missing data raises SalsaError before a model is loaded."""
+    disable_progress_bar()  # Transformers' bar for loading weights; the command shows its own
     function = load_function(args.measure) if ":" in args.measure else None
     rows = _rows(args) if function is None else []
     tokenizer_of = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
@@ -238,7 +238,8 @@ def _rows(args: Namespace) -> Any:
     )
     require(args.data is not None, f"--data: measure {args.measure} needs held-out rows; add --data FILE")
     require(
-        args.measure != "reward" or args.reward is not None, "--reward: measure reward needs one; add --reward REWARD"
+        args.measure != "reward" or args.reward is not None,
+        "--reward: measure reward needs a reward model; add --reward REWARD",
     )
     file = Path(args.data)
     require(

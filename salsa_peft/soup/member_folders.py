@@ -1,4 +1,4 @@
-"""Members of a soup, given as folders or Hub ids: their local folders, kind, and names in summaries."""
+"""Finds the local folders of a soup's members, their kind (adapters or checkpoints) and their names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CONFIGS = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
 
 
 def member_names(members: Sequence[Path | str]) -> list[str]:
-    """Names for summaries: the unit of a run's folder (sft/seed-0), else the last part of the path or id.
+    """Names of the members in summaries: for a member that a run made, stage and seed (sft/seed-0).
 
-    If these are not unique, the names are the full paths or ids.
+    Other members have the last part of the path or id. If the names are not unique, all have the full path or id.
     """
     units = [(read_manifest(Path(member)) or {}).get("unit") for member in members]
     paths = [str(member) for member in members]
@@ -27,25 +27,25 @@ def member_names(members: Sequence[Path | str]) -> list[str]:
 
 
 def kind_of(folders: Sequence[Path]) -> str:
-    """The members' kind: adapters or checkpoints. Raises SalsaError for other folders and for a mixture."""
+    """Whether the members are "adapters" or "checkpoints". Raises SalsaError if a folder is another kind."""
     kinds = [next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), "") for folder in folders]
     if "" in kinds:
         folder = folders[kinds.index("")]
         patterns = [f"{depth}/{file}" for file in CONFIGS.values() for depth in ("*", "*/*")]
         inside = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
-        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        hint = f"; did you mean {inside[-1]}?" if inside else "; name the folder of an adapter or a checkpoint"
         raise SalsaError(f"{folder} holds neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint (config.json){hint}")
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0)
     require(
         odd == 0,
-        f"{folders[odd]} is {SINGULAR[kinds[odd]]}, but {folders[0]} is {SINGULAR[kinds[0]]}; members of a soup must be"
-        " of one kind, so merge the adapters into their base first (--merge)",
+        f"{folders[odd]} is {SINGULAR[kinds[odd]]}, but {folders[0]} is {SINGULAR[kinds[0]]}; a soup cannot mix"
+        " adapters and checkpoints: merge the adapters into their base first (--merge)",
     )
     return kinds[0]
 
 
 def local_members(members: Sequence[Path | str]) -> list[Path]:
-    """The folders of all members. Raises SalsaError that lists every member that is not there."""
+    """The members' local folders. Raises SalsaError that lists all that are neither folders nor Hub ids."""
     unknown = [str(m) for m in members if not Path(m).is_dir() and not ("/" in str(m) and HUB_ID.match(str(m)))]
     files = [str(member) for member in members if Path(member).is_file()]
     require(
@@ -61,7 +61,7 @@ def local_members(members: Sequence[Path | str]) -> list[Path]:
 
 
 def local(name: Path | str, revision: str | None = None, why: str = "") -> Path:
-    """An existing folder, or the snapshot of a Hub id. why: for the error, what names the folder."""
+    """The local folder of a path or Hub id. why: text for the error, such as the file that names the path."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path

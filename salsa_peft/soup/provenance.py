@@ -2,7 +2,7 @@
 
 The files of an adapter are hashed whole. The weights of a checkpoint are not, because SHA-256 takes longer than
 averaging them: their hash is given if it is known (from a run's manifest or the Hub's cache), and the fingerprint
-covers the name, shape, dtype and first 64 KiB of every tensor. Nothing here depends on the time.
+covers the name, shape, dtype and first 64 KiB of every tensor. No entry depends on the time of the call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 def provenance(
     members: Sequence[tuple[str, Path | str, Path]], weights: Sequence[float], base: tuple[Path | str, Path] | None
 ) -> Provenance:
-    """The origins of a soup's members (name, path or id as given, folder) and of its base, if one is read."""
+    """The origins of a soup's members, each given as (name, path or Hub id, folder), and of its base."""
     listed = [
         {"name": name, "weight": weight, **folder_origin(given, folder)}
         for (name, given, folder), weight in zip(members, weights, strict=True)
@@ -40,7 +40,7 @@ def provenance(
 
 
 def folder_origin(given: Path | str, folder: Path) -> Origin:
-    """The origin of one adapter's or checkpoint's folder."""
+    """The origin of an adapter or checkpoint. given: the path or Hub id that the user gave for its folder."""
     cached = SNAPSHOT.search(str(folder.absolute()))
     adapter = (folder / ADAPTER_CONFIG).is_file()
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -58,7 +58,7 @@ def folder_origin(given: Path | str, folder: Path) -> Origin:
 
 
 def _file(path: Path, known: Mapping[str, Any], hashed: bool) -> dict[str, Any]:
-    """Size and SHA-256; None for a hash that is not known and would take long to compute."""
+    """Size and SHA-256 of a file. A hash that is not known is computed if `hashed`, else None."""
     blob = path.resolve().name
     if DIGEST.fullmatch(blob):  # the Hub's cache names a large file by its SHA-256
         digest: str | None = blob

@@ -1,8 +1,8 @@
-"""Soup strategies: functions from the members and the requested weights to the weights of the soup.
+"""Strategies, which choose the weights of a soup from the requested weights and the members.
 
 linear and slerp are closed forms. greedy and learned (Wortsman et al., 2022, "Model soups", Recipe 1 and the appendix
-on learned soups) optimize a measure on held-out data, which is passed in; this module knows no models and no data. To
-add a strategy, write a function here and add a row to STRATEGIES.
+on learned soups) maximize a measure on held-out data, which the caller passes: this module reads no model and no data.
+To add a strategy, write a function here and add an entry to STRATEGIES.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ if TYPE_CHECKING:
 
 
 class Measure(Protocol):
-    """Quality of a point between the members on held-out data: weights (n,) → a number, higher is better."""
+    """Quality of a soup on held-out data as a function of its n weights; higher is better."""
 
     def __call__(self, weights: Sequence[float]) -> float: ...
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """The measure and its derivative by each weight. Raises SalsaError for a measure without derivatives."""
+        """The measure and its derivative by each weight. Raises SalsaError if it has no derivatives."""
 
 
 class StrategyInput(NamedTuple):
     """The arguments of a strategy."""
 
     weights: list[float]
-    """One per member: as requested, or uniform."""
+    """The requested weight of each member, by default uniform."""
     gram: Callable[[], torch.Tensor]
-    """⟨δ_i, δ_j⟩ of the members' task vectors δ (the change from the base): (n, n), float64."""
+    """Returns ⟨δ_i, δ_j⟩, (n, n), float64, where δ_i is member i's task vector (change from the base)."""
     measure: Measure | None
     steps: int
-    """learned: number of Adam steps."""
+    """Number of Adam steps of the strategy `learned`."""
     learning_rate: float
-    """learned: Adam's learning rate for the logits of the weights."""
+    """Adam's learning rate for the logits of the weights, in the strategy `learned`."""
 
 
 class Choice(NamedTuple):
-    """The weights of the soup, and the points that were tried with their measures."""
+    """The weights of the soup, and the tried weights with their measures (for slerp, the angle)."""
 
     weights: list[float]
     tried: list[dict[str, Any]]
 
 
 def linear(given: StrategyInput) -> Choice:
-    """The weighted mean, with the requested weights."""
+    """Use the requested weights: the soup is the weighted mean."""
     return Choice(given.weights, [])
 
 
 def slerp(given: StrategyInput) -> Choice:
     """Spherical interpolation of two task vectors: (sin((1−t)ω) δ_0 + sin(tω) δ_1) / sin ω, ω their angle.
 
-    All tensors count as one vector, and t is the second weight. Unlike the mean of two different members, the result
-    keeps their norm; the weights sum to more than 1. Vectors of the same direction are averaged linearly. Raises
+    All tensors count as one vector, and t is the second weight. If both vectors have the same norm, so has the result,
+    unlike their mean; the weights then sum to more than 1. Vectors of the same direction are averaged linearly. Raises
     SalsaError unless there are two members, and for zero or opposite task vectors.
     """
     n = len(given.weights)
-    require(n == 2, f"strategy slerp: there are {n} members, but slerp needs two; use linear for other numbers")
+    require(n == 2, f"strategy slerp: there are {n} members, but slerp needs exactly two; use strategy linear")
     gram = given.gram()
     norms = [math.sqrt(max(float(gram[i, i]), 0.0)) for i in range(2)]
-    require(min(norms) > 0, "strategy slerp: a member does not change the base, so it has no direction; use linear")
+    require(min(norms) > 0, "strategy slerp: a member equals the base, so its change has no direction; use linear")
     cosine = min(1.0, max(-1.0, float(gram[0, 1]) / (norms[0] * norms[1])))
     require(
         cosine > -1 + 1e-6,
@@ -97,17 +97,17 @@ def greedy(given: StrategyInput) -> Choice:
 
 
 def learned(given: StrategyInput) -> Choice:
-    """Maximize the measure with Adam over logits of the weights. The best point of all steps is the soup.
+    """Maximize the measure with Adam over logits of the weights. The best weights of all steps are used.
 
-    It starts from the requested weights, which must be positive. The tensors of the members are not trained.
+    Adam starts from the requested weights, which must be positive. The members' tensors are not trained.
     """
     import torch
 
     measure = _measure(given, "learned")
     require(
         min(given.weights) > 0,
-        f"strategy learned: it starts from the weights {given.weights}, which must all be above 0; leave them out for"
-        " uniform weights",
+        f"strategy learned: the weights to start from, {given.weights}, must all be above 0; leave them out to start"
+        " from uniform weights",
     )
     logits = torch.tensor(given.weights, dtype=torch.float64).log().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=given.learning_rate)

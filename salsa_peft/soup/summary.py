@@ -1,4 +1,4 @@
-"""The summary of a soup (soup.json): its types, and the statistics of the members' deltas."""
+"""The types of a soup's summary (soup.json), and the statistics of the members' deltas in it."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from salsa_peft.soup.lora.tensors import Member
 
 
 class Origin(TypedDict):
-    """Where a folder came from."""
+    """The origin of the folder of a member or base."""
 
     source: str
-    """The path or Hub id as given."""
+    """The path or Hub id that the user gave."""
     repository: str | None
-    """The Hub repository, for a folder in the Hub's cache."""
+    """The Hub repository, if the folder is in the Hub's cache."""
     revision: str | None
-    """The commit of that repository."""
+    """The commit in that repository, if the folder is in the Hub's cache."""
     files: dict[str, dict[str, Any]]
-    """Size and SHA-256 of configuration and weights; None for a hash that was not computed."""
+    """File name → size and SHA-256 of the configuration and weights. An unknown hash is None."""
     fingerprint: str | None
-    """Checkpoints: fingerprints.base_fingerprint."""
+    """Checkpoints: the fingerprint of their weights (fingerprints.base_fingerprint)."""
     base_fingerprint: str | None
-    """Fingerprint of the base that it was trained on, if its folder has one."""
+    """Fingerprint of the base that the model was trained on, if the folder has this fingerprint."""
     peft_version: str | None
-    """Adapters: the PEFT version, if the configuration has it."""
+    """Adapters: the PEFT version in adapter_config.json; None if there is none."""
 
 
 class MemberOrigin(Origin):
-    """Where a member came from."""
+    """The origin of a member, with its name and weight."""
 
     name: str
     weight: float
 
 
 class Provenance(TypedDict):
-    """Where a soup came from."""
+    """The origins of a soup's members and base."""
 
     salsa_peft: str
     """The version of this package."""
     members: list[MemberOrigin]
     base: Origin | None
-    """The base, if the soup reads it."""
+    """The origin of the base; None if the soup does not read a base."""
 
 
 class MemberSummary(TypedDict, total=False):
@@ -56,15 +56,15 @@ class MemberSummary(TypedDict, total=False):
     name: str
     weight: float
     norm: float | None
-    """Norm of its delta; None if the base was not read."""
+    """Norm of the member's change from the base; None if unknown, as for checkpoints without a base."""
     ranks: list[int]
-    """Adapters: the ranks of its modules."""
+    """Adapters: the different ranks of the member's modules, ascending."""
     modules: int
     rslora: bool
     folder: str
-    """Checkpoints."""
+    """Checkpoints: the member's folder."""
     read: bool
-    """Checkpoints: False for a member of weight 0, whose values are not read."""
+    """Checkpoints: False for a member of weight 0, whose values are not averaged."""
 
 
 class PairSummary(TypedDict):
@@ -74,11 +74,14 @@ class PairSummary(TypedDict):
     b: str
     distance: float | None
     cosine: float | None
-    """Cosine of their deltas; None if one is zero or the base was not read."""
+    """Cosine of the members' deltas; None if one delta is zero or the base was not read."""
 
 
 class SoupSummary(TypedDict, total=False):
-    """Statistics of a soup. `kind` is missing for adapters. A key of some kinds only names them first."""
+    """Statistics of a soup of adapters (without `kind`), of merged adapters or of checkpoints.
+
+    If only some kinds of soup have a key, the key's description begins with these kinds.
+    """
 
     kind: Literal["merged", "checkpoints"]
     strategy: str
@@ -90,23 +93,23 @@ class SoupSummary(TypedDict, total=False):
     sum: float
     """Sum of the requested weights. If it is not 1, the result is a scaled delta, not a mean."""
     tried: list[dict[str, Any]]
-    """Strategies that choose weights: the points that were tried, with their measures."""
+    """The weights that the strategy tried, with their measures; for slerp the angle."""
     left_out: list[str]
     """Members of weight 0."""
     members: list[MemberSummary]
     pairs: list[PairSummary]
     norm: float | None
-    """Norm of the soup's delta."""
+    """Norm of the soup's delta; None if unknown, as for checkpoints without a base."""
     provenance: Provenance
     bytes: int
     seconds: float
     dtype: str
     rounding: float
-    """‖change by rounding to the file's dtype‖ / ‖the soup's delta‖."""
+    """Adapters, merged: norm of the change by rounding to the saved dtype, relative to the soup's delta."""
     modules: int
-    """Adapters, merged."""
+    """Adapters, merged: number of modules with LoRA."""
     ranks: list[int]
-    """Adapters, merged: Σ r_i of each module."""
+    """Adapters, merged: the different ranks of the modules, ascending."""
     rank: int | None
     """Adapters: the rank that was requested."""
     error: dict[str, Any] | None
@@ -116,34 +119,34 @@ class SoupSummary(TypedDict, total=False):
     base: str
     """Merged: the base's folder."""
     replaced: list[str]
-    """Merged: tensors of the base that members hold trained values of."""
+    """Merged: names of the base's tensors that a member replaces with trained values."""
     rows: int | None
-    """Merged: rows of the embeddings, if tokens were added in training."""
+    """Merged: number of rows of the embeddings, if training changed it."""
     untied: bool
-    """Merged: whether input and output embeddings were one tensor and are two now."""
+    """Merged: whether input and output embeddings are two tensors, though they are one in the base."""
     tokenizer: dict[str, Any] | str | None
-    """Whose tokenizer and chat template the soup has; None: the base's, or no member has one."""
+    """The member whose tokenizer the soup has. None: no member has one (merged soups then get the base's)."""
     chat_template: str | None
-    """Checkpoints: whose chat template the soup has."""
+    """Checkpoints: the member whose chat template the soup has."""
     quantized_base: str | None
-    """Merged: the quantization that the base was put through."""
+    """Merged: the quantization that was applied to the base and undone; None if there was none."""
     requantised: int
     dequantised: int
     tensors: int
-    """Checkpoints."""
+    """Checkpoints: number of tensors."""
     parameters: int
-    """Merged, checkpoints: in all tensors of the result."""
+    """Merged, checkpoints: number of elements of all tensors."""
     dtypes: dict[str, int]
-    """Checkpoints."""
+    """Checkpoints: number of tensors of each dtype."""
     shards: int
-    """Merged, checkpoints."""
+    """Merged, checkpoints: number of weight files."""
     files: list[str]
-    """Merged, checkpoints (only in soup.json)."""
+    """Merged, checkpoints: names of the soup's files (only in soup.json)."""
 
 
 @dataclass
 class Totals:
-    """Sums over modules that are collected while the soup is written."""
+    """Sums over the modules of a soup of adapters, collected while the soup is written."""
 
     gram: Array
     """⟨delta_i, delta_j⟩ of the members: (n, n)."""
@@ -156,12 +159,12 @@ class Totals:
 
 
 def relative_norm(part: float, whole: float) -> float:
-    """√(part / whole) of two squared norms; 0 if the whole is 0."""
+    """√(part / whole), where part and whole are squared norms; 0 if the whole is 0."""
     return math.sqrt(part / whole) if whole > 0 else 0.0
 
 
 def recompression_errors(totals: Totals) -> dict[str, Any]:
-    """Relative Frobenius error of the recompression: over all modules, of the worst module, and of each."""
+    """Relative Frobenius errors of the recompression: over all modules, of the worst and of each module."""
     layers = {module: relative_norm(totals.lost.get(module, 0.0), norm) for module, norm in totals.norms.items()}
     worst = max(layers, key=lambda module: layers[module])
     overall = relative_norm(sum(totals.lost.values()), sum(totals.norms.values()))
@@ -173,7 +176,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Ranks, norms, distances and cosines of the members' deltas, with all parameters as one vector.
 
-    gram: ⟨delta_i, delta_j⟩, (n, n). ranks: for each member, module → rank.
+    gram: the inner products ⟨delta_i, delta_j⟩, (n, n). ranks: for each member, module → rank.
     """
     norms = [math.sqrt(max(gram[i, i], 0.0)) for i in range(len(members))]
     listed = [

@@ -1,7 +1,7 @@
-"""Checkpoint folders that are complete or absent: write, verify, find, rotate.
+"""Checkpoint folders, each complete or absent: write, verify, find and rotate them.
 
-A checkpoint is written under another name, listed in a manifest with the SHA-256 of each file, and renamed, so that a
-process killed while saving leaves the previous one. Imports no torch.
+A checkpoint is written in a temporary folder, which is renamed when a manifest with the SHA-256 of each file is added.
+A process that is killed while it saves so leaves the previous checkpoint. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MANIFEST, STATE = "checkpoint.json", "salsa_state.json"
 
 
 def commit(partial: Path, folder: Path) -> None:
-    """Make the files in `partial` the checkpoint `folder`, replacing one of that name."""
+    """Add a manifest to the folder `partial` and rename it to the checkpoint `folder`, replacing that."""
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MANIFEST)
     listed = {}
     for file in files:
@@ -37,7 +37,7 @@ def commit(partial: Path, folder: Path) -> None:
 
 
 def _remove(folder: Path, aside: Path) -> None:
-    """Remove a checkpoint, renamed first, so that a killed process leaves no part of it."""
+    """Rename a checkpoint, then remove it, so that a killed process leaves no incomplete checkpoint."""
     old = aside / f"{folder.name}.old"
     aside.mkdir(exist_ok=True)
     shutil.rmtree(old, ignore_errors=True)  # left by a killed process
@@ -46,17 +46,17 @@ def _remove(folder: Path, aside: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """Why a folder is not a complete checkpoint, or None if all files are those of its manifest."""
+    """Why a folder is not a complete checkpoint; None if all of its files match its manifest."""
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return f"no readable {MANIFEST}"
+        return f"it has no readable {MANIFEST}"
     if not isinstance(listed, dict) or STATE not in listed:
         return f"{MANIFEST} does not list {STATE}"
     for name, entry in listed.items():
         file = folder / name
         if not isinstance(entry, dict):
-            return f"{MANIFEST} has no size and hash of {name}"
+            return f"{MANIFEST} lacks the size and hash of {name}"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
@@ -67,15 +67,15 @@ def fault(folder: Path) -> str | None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """The folders checkpoint-N, complete or not, sorted by when they were saved, newest first.
 
-    Not sorted by N: a second train() starts at step 1 again, and a run can resume from an earlier checkpoint. Folders
-    without a save number come first.
+    N does not give this order: a second train() starts at step 1 again, and a run can resume from an earlier
+    checkpoint. Folders whose save number cannot be read come first.
     """
     found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda path: (save_number(path), int(path.name.removeprefix(PREFIX))), reverse=True)
 
 
 def save_number(folder: Path) -> float:
-    """A checkpoint's save number: 1 for the first saved in its output folder; infinity if unreadable."""
+    """Save number of a checkpoint: 1 for the first one in output_dir; infinity if it cannot be read."""
     try:
         state = json.loads((folder / STATE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -85,18 +85,18 @@ def save_number(folder: Path) -> float:
 
 
 def saved_after(checkpoint: Path) -> list[Path]:
-    """The checkpoints of the same folder that were saved after this one."""
+    """The checkpoints that lie beside `checkpoint` and were saved after it."""
     return [folder for folder in checkpoints(checkpoint.parent) if save_number(folder) > save_number(checkpoint)]
 
 
 def next_number(output_dir: Path) -> int:
-    """The save number of the next checkpoint."""
+    """Save number of the next checkpoint in output_dir."""
     numbers = [save_number(folder) for folder in checkpoints(output_dir)]
     return 1 + max((int(number) for number in numbers if number < math.inf), default=0)
 
 
 def last_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, or None; and a line for each newer one that is incomplete."""
+    """The newest complete checkpoint or None, and a message for each newer, incomplete one."""
     skipped: list[str] = []
     for folder in checkpoints(output_dir):
         why = fault(folder)
@@ -107,10 +107,10 @@ def last_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed processes left.
+    """Remove all but the newest `keep` checkpoints, and the temporary files of killed processes.
 
-    None, 0 or less removes none, as in Transformers. The newest checkpoint and `best`, which counts among them, stay.
-    Folders without a save number are not this library's and stay too.
+    keep: None, 0 or less keeps all checkpoints, as in Transformers. best: a checkpoint that is kept too and counts
+    among the `keep`. The newest checkpoint, and folders whose save number cannot be read, are always kept.
     """
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
     ours = [folder for folder in checkpoints(output_dir) if save_number(folder) < math.inf]
@@ -123,23 +123,23 @@ def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None
 
 
 def read_state(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Read PPO's state from a checkpoint. Raises SalsaError if its settings differ from `expected`."""
+    """PPO's state from a checkpoint. Raises SalsaError if its settings are not the `expected` ones."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     made = state["setting"]
     for key, value in expected.items():
         require(
             made.get(key) == value,
             f"{folder}: {key} was {made.get(key)} and is {value} now, so this run cannot be resumed. Start a new run in"
-            " another output_dir; the checkpoint's policy can be its model",
+            " another output_dir; it can start from this checkpoint's policy",
         )
     return state
 
 
 def truncate_log(file: Path, size: int) -> str | None:
-    """Truncate a log to its size at the checkpoint. Returns a line if it is shorter already."""
+    """Truncate a log to its size at the checkpoint. Returns a message if the log is already shorter."""
     found = file.stat().st_size if file.exists() else 0
     if found < size:
-        return f"{file}: lines from before the checkpoint are missing ({found} bytes; {size} at the checkpoint)"
+        return f"{file}: lines from before the checkpoint are missing: the file has {found} bytes, and had {size} then"
     if file.exists():
         os.truncate(file, size)
     return None

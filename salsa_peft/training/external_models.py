@@ -1,7 +1,7 @@
-"""Checks of external seeds, references and rewards before the first stage, so that errors come early.
+"""Checks of external seeds, references and reward models, which run before the first stage.
 
-PEFT, unsloth, axolotl, LLaMA-Factory and TRL write other files beside the same weights. Only adapter_config.json or
-config.json and the headers of the weights are read, of local folders and Hub ids. Imports no torch.
+The models may be local folders or Hub ids, written by PEFT, unsloth, axolotl, LLaMA-Factory or TRL. The checks read
+adapter_config.json or config.json and the headers of the weights. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from salsa_peft.utils.safetensors_io import SafetensorsFile
 SEED, REFERENCE, REWARD = "seed", "reference", "reward"
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
 SAME = ("model_type", *SIZES, "vocab_size")
-"""Configuration keys that two checkpoints of one architecture have in common."""
+"""Keys of config.json with the same value in a checkpoint and in the recipe's base, if both have them."""
 
 
 class ExternalModel(NamedTuple):
-    """A folder or Hub id that a recipe names."""
+    """A model that a recipe names by its folder or Hub id."""
 
     where: str
-    """The recipe's key."""
+    """The recipe's key, such as `sft.from[0]`."""
     path: str
     role: str
 
@@ -63,7 +63,7 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
 def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
     """Raise SalsaError for the first external model that the run cannot use.
 
-    Local folders are checked, or with `hub` the Hub ids that these stages read.
+    By default all local folders are checked; with `hub`, instead, the Hub ids that `stages` read.
     """
     found = [
         one for one in external_models(recipe) if is_local(one.path) != hub and (not hub or _read_by(one.role, stages))
@@ -85,9 +85,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
         elif is_local(path):
             check_checkpoint(where, folder, base)
         else:
-            require(
-                (folder / "config.json").is_file(), f"{where}: {path} has no config.json, so it is not a checkpoint"
-            )
+            require((folder / "config.json").is_file(), f"{where}: {path} has no config.json. Name a checkpoint")
     if recipe.adapter is not None:
         _check_parameters(folders)
         _check_soup(recipe)
@@ -96,7 +94,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
 
 
 def check_base_available(recipe: Recipe) -> None:
-    """Raise SalsaError for a base that is neither local nor cached while HF_HUB_OFFLINE is set."""
+    """Raise SalsaError if HF_HUB_OFFLINE is set and the base is neither local nor in the Hub's cache."""
     from huggingface_hub import constants
 
     base = recipe.model.base
@@ -109,19 +107,19 @@ def check_base_available(recipe: Recipe) -> None:
 
 
 def _check_parameters(adapters: list[tuple[str, Path]]) -> None:
-    """Raise SalsaError for adapters that PEFT cannot hold on one base: their target_parameters differ."""
+    """Raise SalsaError if target_parameters differ: PEFT cannot attach such adapters to one base."""
     named = [(where, folder, read_mapping(folder / CONFIG).get("target_parameters")) for where, folder in adapters]
     found = [(f"{where}: {folder}", sorted(set(names))) for where, folder, names in named if names]
     for adapter, names in found:
         require(
             names == found[0][1],
             f"{adapter} has target_parameters {', '.join(names)}, and {found[0][0]} has {', '.join(found[0][1])}. PEFT"
-            " needs them to be the same for adapters on one base; train both alike",
+            " needs the same target_parameters in all adapters of one base; train both adapters with the same",
         )
 
 
 def _note_same(recipe: Recipe) -> None:
-    """Report seeds with the same weights, whose soup is no other model."""
+    """Print a message for seeds that have the same weights, because averaging them changes nothing."""
     seen: dict[str, int] = {}
     for index, path in enumerate(recipe.sft.from_ or []):
         if path is None:
@@ -130,12 +128,12 @@ def _note_same(recipe: Recipe) -> None:
         local = is_local(path) and Path(path).is_dir()
         same = sha256(weights) if local and weights.is_file() else base_fingerprint(path) if local else path
         if same in seen:
-            say(f"sft.from: seeds {seen[same]} and {index} have the same weights ({path}), so their soup gains nothing")
+            say(f"sft.from: seeds {seen[same]} and {index} have the same weights ({path}); averaging changes nothing")
         seen.setdefault(same, index)
 
 
 def check_family(recipe: Recipe, folder: Path, where: str) -> None:
-    """Raise SalsaError for an adapter of another architecture than the base, if both are known."""
+    """Raise SalsaError if the architectures of the adapter and the recipe's base are known and differ."""
     base = recipe.model.base
     config = None if base is None else config_of_base(base, recipe.model.revision)
     if config is not None:
@@ -143,12 +141,12 @@ def check_family(recipe: Recipe, folder: Path, where: str) -> None:
 
 
 def _read_by(role: str, stages: Collection[str]) -> bool:
-    """Whether one of the stages reads models of this role: sft reads seeds, later stages the others."""
+    """Whether one of `stages` reads models of this role: sft for seeds; stages after soup for the rest."""
     return "sft" in stages if role == SEED else bool(set(stages) - {"toy", "sft", "reward", "soup"})
 
 
 def _downloaded(recipe: Recipe, where: str, path: str) -> Path:
-    """The Hub's cached folder of an adapter, or of a checkpoint without its weights."""
+    """Download an adapter, or a checkpoint without its weights, to the Hub's cache. Returns the folder."""
     weights = [WEIGHTS] if recipe.adapter is not None else []
     try:
         return local_folder(path, patterns=["*.json", "*.jinja", *weights])
@@ -157,7 +155,7 @@ def _downloaded(recipe: Recipe, where: str, path: str) -> Path:
 
 
 def base_of(recipe: Recipe) -> Checkpoint | None:
-    """The headers of the recipe's base, if its files are local or cached."""
+    """The headers of the recipe's base; None if its files are not local or cached, or cannot be read."""
     base = recipe.model.base
     if base is None:
         return None
@@ -167,21 +165,21 @@ def base_of(recipe: Recipe) -> Checkpoint | None:
     try:
         return read_checkpoint(folder)
     except SalsaError:
-        return None  # the plan and the stages report what is wrong with a base
+        return None  # the plan and the stages report errors of the base
 
 
 def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, head: bool = True) -> None:
-    """Raise SalsaError unless the folder holds a LoRA adapter that works on a base which all roles share.
+    """Raise SalsaError unless the folder holds a LoRA adapter that fits the base and does not change it.
 
-    head: whether log-probabilities are read from the base's output embeddings (PPO). A policy or reference must not
-    have LoRA on them then.
+    head: whether log-probabilities are computed with the base's output embeddings, as in PPO. Seeds and references must
+    then have no LoRA on the output embeddings.
     """
     config = read_mapping(folder / CONFIG)
     _check_config(f"{where}: {folder}", config, role)
-    pickled = f"{PICKLED}, a pickle, which is never read; load it" if (folder / PICKLED).exists() else ""
+    pickled = f"{PICKLED}, a pickle, which is never read; save it again" if (folder / PICKLED).exists() else ""
     require(
         (folder / WEIGHTS).is_file(),
-        f"{where}: {folder} has {pickled or f'no {WEIGHTS}; save it'} with PEFT and save_pretrained (safetensors)",
+        f"{where}: {folder} has {pickled or f'no {WEIGHTS}; save it'} with PEFT's save_pretrained (safetensors)",
     )
     file = SafetensorsFile(folder / WEIGHTS)
     names = plain_names(file.entries, {"auto_mapping": config.get("auto_mapping")}, file.path)
@@ -196,26 +194,26 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, 
     require(
         role != SEED or not heads or config.get("task_type") != "SEQ_CLS",
         f"{where}: {folder} is a reward adapter (it has {', '.join(heads)}), and a seed must be an adapter of a"
-        " language model. Use it as `reward:`",
+        " language model. Set `reward:` to this adapter, and give another seed",
     )
     if base is not None:
         _check_shapes(f"{where}: {folder}", {name: file.entries[key].shape for name, key in names.items()}, base)
 
 
 def _check_output(what: str, names: Iterable[str], tied: bool) -> None:
-    """Raise SalsaError for LoRA on the output embeddings, also where ensure_weight_tying put it there."""
+    """Raise SalsaError if an adapter has LoRA on the output embeddings. tied: its ensure_weight_tying."""
     modules = (name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name)
     odd = next((name for name in modules if name.rpartition(".")[2] in OUTPUT), None)
     why = " (put there by ensure_weight_tying)" if tied else ""
     require(
         odd is None,
-        f"{what} has LoRA on {odd}, the output embeddings{why}, and PPO reads log-probabilities from the base's;"
-        f" {MERGE}",
+        f"{what} has LoRA on {odd}, the output embeddings{why}, and PPO computes log-probabilities with the"
+        f" base's; {MERGE}",
     )
 
 
 def _check_soup(recipe: Recipe) -> None:
-    """Raise SalsaError for a soup that PEFT has no adapter for: lora_bias with LoRA on embeddings."""
+    """Raise SalsaError for a soup of lora_bias with LoRA on embeddings, which PEFT cannot combine."""
     given = recipe.sft.from_ or []
     biased, odd = None, None
     for place in recipe.soup.members:
@@ -229,60 +227,60 @@ def _check_soup(recipe: Recipe) -> None:
     require(
         len(recipe.soup.members) == 1 or biased is None or odd is None,
         f"sft.from: {biased} has lora_bias, and {odd} has LoRA on embeddings or parameters. No PEFT adapter can hold"
-        " both, so they have no soup. Leave one out of soup.members, or merge each into its base (`salsa soup OUT"
-        " ADAPTER --merge --base BASE`) and run with full weights (without --lora)",
+        " both, so they cannot be averaged. Leave one of them out of soup.members, or merge each into its base (`salsa"
+        " soup OUT ADAPTER --merge --base BASE`) and run with full weights (without --lora)",
     )
 
 
 def _check_config(what: str, config: dict[str, Any], role: str) -> None:
-    """Raise SalsaError for adapters whose configuration rules them out."""
+    """Raise SalsaError for an adapter that is not LoRA, changes the base, or cannot be averaged."""
     tuner = config.get("peft_type")
     require(
         tuner == "LORA",
-        f"{what} is an adapter of kind {tuner}. Use a LoRA adapter, or without --lora a checkpoint of full weights",
+        f"{what} has peft_type {tuner}. Use a LoRA adapter, or run without --lora on a checkpoint of full weights",
     )
     initial = config.get("init_lora_weights")
     require(
         not isinstance(initial, str) or initial in KEEPS_BASE,
-        f"{what} has init_lora_weights {initial!r}, which changed the base's weights in training. Save it as a plain"
-        " LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)",
+        f"{what} has init_lora_weights {initial!r}, which changed the base's weights in training. Convert it to a"
+        " plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)",
     )
     for name in ("bias", "trainable_token_indices", "layer_replication"):
         value = config.get(name)
         require(
             not value or (name == "bias" and value == "none"),
-            f"{what} has {name}: {short(value)}, and that changes the base, which all roles share; {MERGE}",
+            f"{what} has {name}: {short(value)}, which changes the base that all roles share; {MERGE}",
         )
     dora = config.get("use_dora") if role == SEED else None
-    require(not dora, f"{what} has use_dora: {dora}, and the mean of such adapters is not an adapter; {MERGE}")
+    require(not dora, f"{what} has use_dora: {dora}, and the average of DoRA adapters is not an adapter; {MERGE}")
 
 
 def _check_heads(what: str, folder: Path, heads: list[tuple[int, ...]]) -> None:
-    """Raise SalsaError unless a reward adapter has one score head with one label."""
+    """Raise SalsaError unless a reward adapter has one score head with one label. heads: their shapes."""
     if not heads and (folder / VALUE_HEAD).is_file():
         require(
             VALUE_WEIGHT in SafetensorsFile(folder / VALUE_HEAD).entries,
-            f"{what} has {VALUE_HEAD} without {VALUE_WEIGHT}: this is PPO's value head, which scores no responses."
+            f"{what} has {VALUE_HEAD} without {VALUE_WEIGHT}, so it is PPO's value head, which cannot score responses."
             " Use a reward adapter",
         )
         return
     require(
         len(heads) == 1,
-        f"{what} has no score head, so it scores nothing. Train a reward adapter with task_type SEQ_CLS, as TRL's"
-        " RewardTrainer does",
+        f"{what} must have one score head, but has {len(heads)}. Train a reward adapter with task_type SEQ_CLS, as"
+        " TRL's RewardTrainer does",
     )
     labels = heads[0][0]
     require(
         labels == 1,
-        f"{what} has a score head with {labels} labels, and a reward is one number. Train it with num_labels 1, or"
-        " write a function that turns labels into a score (reward: module:name)",
+        f"{what} has a score head with {labels} labels, but a reward is one number. Train it with num_labels 1, or"
+        " write a function that turns the labels into one score (reward: module:name)",
     )
 
 
 def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -> bool:
-    """Whether a tensor that PEFT saved beside the factors has the base's values, in the dtype of the file.
+    """Whether a tensor in an adapter's file equals the base's tensor, converted to the dtype of the file.
 
-    key: the tensor's name in the file.
+    name: the tensor's name in the model, with PEFT's prefix. key: the tensor's name in the file.
     """
     import numpy as np
 
@@ -300,7 +298,7 @@ def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -
 
 
 def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
-    """Raise SalsaError for factors that fit no module of the base."""
+    """Raise SalsaError for LoRA factors whose names or shapes fit no module of the base."""
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in saved.items():
         if match := FACTOR.fullmatch(name):
@@ -311,9 +309,9 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
     odd = [module for module in modules if not {module, module.partition(".")[2]} & known]
     require(
         not odd,
-        f"{what} adapts {odd[0] if odd else ''}, and {base.folder} has no such module. Either the adapter belongs to"
-        f" another architecture, or its tensors do not have PEFT's names ({PREFIX}MODULE.lora_A.weight); save it with"
-        " PEFT from the model that it was trained on",
+        f"{what} adapts {odd[0] if odd else ''}, and {base.folder} has no such module. Either the adapter was trained"
+        f" on another architecture, or its tensors do not have PEFT's names ({PREFIX}MODULE.lora_A.weight); then load"
+        " it on the model that it was trained on, and save it with PEFT",
     )
     for module, shapes in halves.items():
         place = base.tensors.get(f"{module}.weight")
@@ -322,19 +320,19 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
         delta, weight = (shapes.get("B", (0,))[0], shapes.get("A", (0, 0))[1]), place.entry.shape
         require(
             delta in (weight, weight[::-1]),
-            f"{what} adapts {module} with a delta of {delta[0]} × {delta[1]}, and in {base.folder} its weight is"
-            f" {' × '.join(map(str, weight))}, so the adapter belongs to another base. Set model.base to that base,"
-            " or use another adapter",
+            f"{what} adapts {module} with a delta of {delta[0]} × {delta[1]}, but in {base.folder} its weight is"
+            f" {' × '.join(map(str, weight))}, so the adapter was trained on another base. Set model.base to that"
+            " base, or use another adapter",
         )
 
 
 def _plain(base: Checkpoint) -> bool:
-    """Whether the base's tensors have the names of its modules: neither experts nor several models."""
+    """Whether the base is neither multimodal nor a mixture of experts: module names then match tensors."""
     return not any(base.config.get(key) for key in (*EXPERTS, "text_config"))
 
 
 def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:
-    """Raise SalsaError unless the folder holds a checkpoint of float weights that fits the base's sizes."""
+    """Raise SalsaError unless the folder holds float weights of the base's architecture and sizes."""
     found = read_checkpoint(folder)
     require(
         found.quantised is None,
@@ -345,10 +343,10 @@ def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:
         return
     own, known = ({**config, **text_part(config)} for config in (found.config, base.config))
     for name in SAME:
-        resized = "its embeddings were resized; take a base with the added tokens"
+        resized = "its embeddings were resized; use a base with the added tokens"
         require(
             own.get(name) is None or known.get(name) is None or own[name] == known[name],
-            f"{where}: {folder} has {name} {own.get(name)}, and the recipe's base has {known.get(name)}:"
-            f" {resized if name == 'vocab_size' else 'it is another architecture'}. Set model.base to the model that it"
-            " was trained from",
+            f"{where}: {folder} has {name} {own.get(name)}, but the recipe's base has {known.get(name)}:"
+            f" {resized if name == 'vocab_size' else 'the architectures differ'}. Set model.base to the model that the"
+            " checkpoint was trained from",
         )

@@ -1,6 +1,6 @@
-"""Offloading frozen models: in CPU memory, and on the device one at a time while they score.
+"""Offloading: frozen models stay in CPU memory and move to the device, one at a time, to score.
 
-Left out: the policy with its gradients and optimizer states, and adapters, which share the policy's base.
+The policy, its gradients and optimizer states are not offloaded, nor are adapters, which share the policy's base.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from salsa_peft.training.ppo.config import SalsaPPOConfig
 
 DeviceContext = Callable[[], AbstractContextManager[None]]
-"""Gives a context in which a model is on the device."""
+"""Function that returns a context in which a model is on the device."""
 
 
 class OffloadedModel:
-    """A frozen model in CPU memory (pinned, if there is CUDA), which is copied to the device within `on`.
+    """A frozen model in CPU memory (pinned if CUDA is available). `on` copies it to the device.
 
-    Frozen weights do not change, so the copy on the device is simply dropped. Raises SalsaError for weights that train
-    and for quantised weights, which have a state that would not be moved.
+    Frozen weights do not change, so the copy on the device is simply dropped. Raises SalsaError for trainable weights,
+    and for quantised weights, whose quantisation state would not be moved.
     """
 
     def __init__(self, model: nn.Module) -> None:
         weights = list(model.parameters())
         require(
             all(weight.is_floating_point() and not weight.requires_grad for weight in weights),
-            f"offload: the {type(model).__name__} is trained or quantised and cannot be offloaded; set offload: none",
+            f"offload: the {type(model).__name__} is trainable or quantised and cannot be offloaded; set offload: none",
         )
         self.tensors: list[Tensor] = [*weights, *model.buffers()]
         self.cpu_data: list[Tensor] = []
@@ -46,7 +46,7 @@ class OffloadedModel:
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        """Context in which the model is on the device; afterwards it is on the CPU again, also after an error."""
+        """Context in which the model is on the device. On leaving it, the model is on the CPU again."""
         try:
             for tensor, data in zip(self.tensors, self.cpu_data, strict=True):
                 tensor.data = copy_to(data, device)
@@ -62,16 +62,16 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device without waiting for what the device computes."""
+    """A copy of the tensor on the device, made without waiting for the device's running computations."""
     return tensor.to(device, non_blocking=True)
 
 
 def place_frozen_models(
     references: Sequence[FrozenReference], reward: Reward, args: SalsaPPOConfig
 ) -> list[DeviceContext]:
-    """Place the models of references and rewards as `offload` says → a DeviceContext for each reference.
+    """Offload the models of references and rewards (`offload: frozen`), or move them to the device.
 
-    Raises SalsaError for `offload: frozen` if there is no such model.
+    Returns a DeviceContext for each reference. Raises SalsaError for `offload: frozen` without any such model.
     """
     device: torch.device = args.device  # type: ignore[assignment]
     models = [reference.model for reference in references]
@@ -83,8 +83,8 @@ def place_frozen_models(
     scoring = [(one, frozen) for one in reward.components() if (frozen := one.frozen_model()) is not None]
     require(
         bool(scoring) or any(model is not None for model in models),
-        "offload: frozen has nothing to offload: references and reward are functions, or adapters on the policy's base."
-        " Set offload: none",
+        "offload: frozen has nothing to offload, since references and reward are functions, or adapters or the base of"
+        " the policy's model. Set offload: none",
     )
     for one, frozen in scoring:
         one.on_device = partial(OffloadedModel(frozen).on, device)

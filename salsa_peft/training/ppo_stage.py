@@ -1,4 +1,4 @@
-"""The ppo stage: one policy of the recipe, trained by SalsaPPOTrainer against its references."""
+"""The ppo stage: SalsaPPOTrainer trains one policy of the recipe against its references."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from salsa_peft.utils.files import write_atomic
 
 
 def ppo_config(context: StageContext, policy: str, folder: Path) -> SalsaPPOConfig:
-    """The SalsaPPOConfig of a policy, from the recipe's `ppo` and `generation` sections and its own β."""
+    """The SalsaPPOConfig of a policy: the recipe's `ppo` and `generation`, and the policy's own β if set."""
     recipe = context.recipe
     section, own = recipe.ppo, recipe.policies[policy].kl_coef
     arguments = context.arguments(section, folder, section.seed)
@@ -54,9 +54,10 @@ def ppo_config(context: StageContext, policy: str, folder: Path) -> SalsaPPOConf
 
 
 def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple[Any, list[FrozenReference]]:
-    """The policy, a trainable copy of seed-0, and its frozen references.
+    """The policy, which is a trainable copy of seed-0, and its frozen references.
 
-    With adapters all are on one base, the policy's called `name`; with full weights each is a model of its own.
+    With LoRA, policy and references are adapters on one base, and the policy's adapter is called `name`. With full
+    weights, the policy and each reference is a model of its own.
     """
     seeds = seed_folders(job.inputs)
     wanted = context.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
@@ -79,7 +80,7 @@ def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple
 def run(job: Job) -> dict[str, Any]:
     """Train the policy that the unit names, and save it as an adapter or checkpoint.
 
-    With `export: merged` an adapter is saved merged into its base too.
+    With `export: merged` an adapter is also saved merged into its base.
     """
     recipe, name = job.recipe, job.unit.name
     # 1. the policy starts at seed-0; references and reward are frozen
@@ -130,7 +131,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def checkpoint_of(job: Job) -> Path | None:
-    """The checkpoint from which the stage resumes; None, after removing incomplete ones, if there is none."""
+    """The newest complete checkpoint. If there is none, remove incomplete checkpoints and return None."""
     checkpoint, skipped = checkpoints.last_complete(job.folder)
     for line in skipped:
         say(line)
@@ -143,7 +144,7 @@ def checkpoint_of(job: Job) -> Path | None:
 
 
 def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
-    """The rows that `ppo.eval_prompts` names, or None."""
+    """The rows of the prompt source that `ppo.eval_prompts` names; None if the option is not set."""
     section = job.recipe.ppo
     if section.eval_prompts is None:
         return None
@@ -152,9 +153,9 @@ def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
 
 
 def export_merged(context: StageContext, job: Job) -> None:
-    """With `export: merged`, save the policy merged into its base as a Transformers checkpoint, in `merged`.
+    """With `export: merged`, save the policy's adapter merged into its base, in the folder `merged`.
 
-    The dtype is that of the base's files; a quantised base is dequantised first. Full weights are merged already.
+    The dtype is that of the base's files; a quantised base is dequantised first. Does nothing for full weights.
     """
     folder, recipe = job.folder / "merged", job.recipe
     if "merged" in recipe.export and recipe.adapter is not None:

@@ -1,10 +1,10 @@
-"""Syncing references to the policy (EMA, TR-DPO), off by default: every n updates
+"""Syncing references to the policy (EMA, as in TR-DPO), off by default. Every n updates:
 
 θ_ref ← (1 − α) θ_ref + α θ_policy          (TRL's sync_ref_model; TR-DPO, Gorbatovski et al., 2024)
 
-For adapters it is the mean of the deltas, as in a soup. The first sync is exact, because the reference's rank is the
-sum of the soup's and the policy's; later ones are the best approximation of that rank, and the error is logged.
-References with full weights are float32, since bfloat16 would round small steps away.
+For adapters, the deltas are averaged, as in a soup. The first sync is exact, because the reference's rank is the sum of
+the soup's and the policy's. Later syncs give the best approximation of that rank, and its error is logged. References
+with full weights are float32, since bfloat16 would round small changes away.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from salsa_peft.utils.errors import require
 
 
 def check(references: Sequence[FrozenReference], policy: Any, name: str | None, *, sharded: bool = False) -> None:
-    """Raise SalsaError for options out of range, sharded weights, and adapters that cannot be synced."""
+    """Raise SalsaError for references with sync options out of range, or that cannot be synced."""
     for one in references:
         if one.sync_every is None:
             continue
         where = f"reference {one.label}"
-        require(one.sync_every > 0, f"{where}: sync_every is {one.sync_every}, it must be at least 1")
+        require(one.sync_every > 0, f"{where}: sync_every is {one.sync_every}, but must be at least 1")
         require(
-            0 < one.mixup_alpha <= 1, f"{where}: mixup_alpha is {one.mixup_alpha:g}, it must be above 0 and at most 1"
+            0 < one.mixup_alpha <= 1, f"{where}: mixup_alpha is {one.mixup_alpha:g}, but must be above 0 and at most 1"
         )
         own = one.adapter is not None or one.model is not None
-        require(own, f"{where}: the base cannot be synced, because the policy shares it; remove sync_every")
+        require(own, f"{where}: the base cannot be synced, because the policy uses it too; remove sync_every")
         require(not sharded, f"{where}: sharded weights cannot be synced; remove sync_every")
         if one.adapter is not None:
             list(_layers(policy, str(name), one.adapter))
@@ -44,8 +44,8 @@ def check(references: Sequence[FrozenReference], policy: Any, name: str | None, 
 def sync(policy: Any, name: str | None, references: Sequence[FrozenReference], step: int) -> float | None:
     """Sync the references that are due after `step` updates.
 
-    name: the policy's adapter; None for full weights. Returns the largest relative error (the share of the new delta's
-    norm that is lost), or None if no reference was due.
+    name: the policy's adapter; None for full weights. Returns the largest relative error of the syncs (the share of the
+    new delta's norm that is lost), or None if no reference was due.
     """
     errors = [
         _sync_adapter(policy, str(name), str(one.adapter), one.mixup_alpha)
@@ -66,7 +66,7 @@ def _sync_model(policy: nn.Module, reference: nn.Module, alpha: float) -> float:
 
 
 def _layers(model: Any, policy: str, reference: str) -> Iterator[Any]:
-    """The layers that the reference adapts. Raises SalsaError for layers that `sync` cannot handle."""
+    """Yield the layers that the reference adapts. Raises SalsaError for a layer that `sync` cannot handle."""
     for layer in lora.tuner_layers(model):
         adapters = [name for name in (policy, reference) if name in (*layer.lora_A, *layer.lora_embedding_A)]
         if not adapters:
@@ -77,12 +77,13 @@ def _layers(model: Any, policy: str, reference: str) -> Iterator[Any]:
             name in layer.lora_A and layer.lora_A[name].weight.ndim == 2 and layer.lora_B[name].bias is None
             for name in adapters
         )
-        require(plain, f"{where} it has LoRA on a {type(layer).__name__}, not only on plain linear layers and experts")
+        kind = type(layer).__name__
+        require(plain, f"{where} sync needs LoRA without bias on linear layers or experts, not on a {kind}")
         yield layer
 
 
 def _factors(layer: Any, name: str) -> list[tuple[Tensor, Tensor]]:
-    """An adapter's factors A (r, in) and B (out, r) in a layer, as views; a pair for each expert."""
+    """Views of an adapter's factors A (r, in) and B (out, r) in a layer: one pair for each expert."""
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     if not isinstance(layer, ParamWrapper) or layer.num_experts == 1:
         return [(A, B)]
@@ -92,7 +93,7 @@ def _factors(layer: Any, name: str) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def _sync_adapter(model: Any, policy: str, reference: str, alpha: float) -> float:
-    """Stack both adapters' factors and reduce them to the reference's rank, module by module."""
+    """Set the reference to the weighted mean of both adapters, in its own rank. Returns the relative error."""
     lost = norm = 0.0
     for layer in _layers(model, policy, reference):
         shares = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]
@@ -116,17 +117,17 @@ def _sync_adapter(model: Any, policy: str, reference: str, alpha: float) -> floa
 
 
 def state_dict(model: Any, references: Sequence[FrozenReference]) -> dict[str, Tensor]:
-    """The weights of all references that are synced, for a checkpoint."""
+    """The weights of all references with sync_every, for a checkpoint."""
     return {key: weight.detach().cpu().contiguous() for key, weight in _weights(model, references)}
 
 
 @torch.no_grad()
 def load_state_dict(model: Any, references: Sequence[FrozenReference], saved: dict[str, Tensor]) -> None:
-    """Restore `state_dict`. Raises SalsaError if it belongs to other references."""
+    """Load the weights that `state_dict` returned. Raises SalsaError if they are not of these references."""
     weights = dict(_weights(model, references))
     require(
         weights.keys() == saved.keys(),
-        "checkpoint: its synced references are not those of this run; pass the same references",
+        "checkpoint: its synced references are not those of this run; pass the references of the run that saved it",
     )
     for key, weight in weights.items():
         weight.copy_(saved[key])

@@ -1,8 +1,8 @@
-"""Reference models of the KL term: adapters on the shared base, the base itself, or frozen models.
+"""References of the KL term: adapters on the policy's base, the base itself, or separate models.
 
 A recipe's reference is `base`, a `path`, or the base plus a weighted sum of the seeds' deltas: a seed, the soup, or
-`shrunk`, one seed with a weight below 1. Adapters share one copy of the base; references with full weights are models
-of their own. training/ppo/rollout.py computes the references' log-probs and the KL to them.
+`shrunk`, which is one seed with a weight below 1. Adapters share one copy of the base; each reference with full weights
+is a separate model. training/ppo/rollout.py computes the references' log-probs and the KL to them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
 
 
 class FrozenReference(NamedTuple):
-    """A frozen reference: an adapter on the policy's model, the base (adapter None), or a model."""
+    """A frozen reference: an adapter on the policy's model, the base (adapter None), or a separate model."""
 
     label: str
     adapter: str | None
     model: PreTrainedModel | None = None
-    """A model with full weights; `adapter` is None then."""
+    """A separate model with full weights; `adapter` is None then."""
     sync_every: int | None = None
-    """Updates between two syncs to the policy (training/reference_sync.py). None: it is never synced."""
+    """Number of updates from one sync to the next (training/reference_sync.py). None: never synced."""
     mixup_alpha: float = 0.1
     """α of a sync: θ_ref ← (1 − α) θ_ref + α θ_policy."""
 
@@ -43,17 +43,17 @@ class FrozenReference(NamedTuple):
 def attach_reference(
     model: PeftModel, reference: Reference, seeds: Mapping[int, Path], soup: Path | None, name: str
 ) -> FrozenReference:
-    """Attach one of the recipe's references to the model as the frozen adapter `name`.
+    """Attach a recipe's reference to the model as the frozen adapter `name`; not needed for `base`.
 
     seeds: position in sft.seeds → adapter folder. soup: the soup stage's folder.
     """
-    if reference.sync_every is not None:  # seed-0 with weight 0 makes room for the policy's rank
+    if reference.sync_every is not None:  # seed-0, with weight 0, adds the policy's rank
         members = [Path(str(soup))] if reference.soup else [seeds[member] for member in reference.members]
         weights = [1.0] if reference.soup else reference.weights
         StackedAdapter.load([*members, seeds[0]]).attach(model, name, [*weights, 0.0])
         return FrozenReference(reference.label, name, None, reference.sync_every, reference.mixup_alpha)
     if reference.soup:
-        require(soup is not None, "reference soup: this needs the result of the soup stage")
+        require(soup is not None, "reference soup: the result of the soup stage is missing. Run that stage first")
         lora.attach(model, Path(str(soup)), name)
     elif reference.path is not None:
         lora.attach(model, lora.adapter_folder(reference.path), name)
@@ -69,9 +69,9 @@ def attach_reference(
 def load_reference(
     model: PreTrainedModel, reference: Reference, context: StageContext, inputs: Mapping[str, Path]
 ) -> None:
-    """Load one of the recipe's references with full weights into a model, in place, from checkpoints.
+    """Set a model's weights to those of a recipe's reference, a weighted sum of checkpoints.
 
-    base + Σ w δ = (1 − Σ w) θ_base + Σ w θ. Raises SalsaError if the checkpoints do not fit.
+    Such a reference is base + Σ w δ = (1 − Σ w) θ_base + Σ w θ. Raises SalsaError if a checkpoint does not fit.
     """
     weights = [1.0]
     if reference.soup:
@@ -92,34 +92,35 @@ def as_references(
     references: Sequence[str | Path | FrozenReference | PreTrainedModel],
     names: Sequence[str] | None = None,
 ) -> list[FrozenReference]:
-    """Whatever a library user passes as references → frozen references.
+    """Convert the references that a library user passes to frozen references of the policy `model`.
 
-    On a PeftModel: "base", an attached adapter's name, or an adapter's folder or Hub id. For any policy: a model, or a
-    checkpoint's folder or Hub id. names: for adapters that are attached. Raises SalsaError for an empty list, for what
-    cannot be a reference of this policy, and for weights of another base (by fingerprint; a missing one is reported).
+    With a PeftModel each may be "base", the name of an attached adapter, or an adapter's folder or Hub id; with any
+    policy, a model, or a checkpoint's folder or Hub id. names: names for the adapters that this function attaches.
+    Raises SalsaError for an empty list, for an object that cannot be a reference of this policy, and for an adapter
+    whose fingerprint is of another base than the policy's (a missing fingerprint is reported).
     """
     given = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
     require(
         references is None or isinstance(references, list | tuple), f"references: {given} is not a list; pass a list"
     )
-    require(bool(references), "references: the list is empty. 'base' is the model without its adapters")
+    require(bool(references), "references: the list is empty; pass at least one reference")
     names = names or [f"reference-{index}" for index in range(len(references))]
     return [_as_reference(model, reference, name) for reference, name in zip(references, names, strict=True)]
 
 
 def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
-    """One reference; an adapter that is attached gets `new_name`, or a free name like it."""
+    """Convert one reference. An adapter that is attached here is called `new_name`, or similarly if taken."""
     if isinstance(reference, FrozenReference):
         known = [None, *model.peft_config] if isinstance(model, PeftModel) else [None]
-        require(reference.adapter in known, f"references: the model has no adapter {reference.adapter!r}")
+        require(reference.adapter in known, f"references: the model has no adapter {reference.adapter!r}; attach it")
         return reference
     if isinstance(reference, PreTrainedModel):
         return freeze(model, reference, reference.name_or_path or new_name)
     if not isinstance(reference, str | Path):
         raise SalsaError(
             f"references: {type(reference).__name__} objects cannot be references. Pass 'base', an adapter's name, the"
-            " folder or Hub id of an adapter or checkpoint, or a PreTrainedModel. Instead of a PeftModel pass its"
-            " adapter's folder, or merge_and_unload()"
+            " folder or Hub id of an adapter or checkpoint, or a PreTrainedModel. Instead of a PeftModel, pass its"
+            " adapter's folder or the result of its merge_and_unload()"
         )
     name, folder = str(reference), Path(str(reference))
     is_adapter = (folder / lora.CONFIG).is_file()
@@ -127,8 +128,8 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
     if isinstance(model, PeftModel) and name == "base":
         require(
             name not in model.peft_config,
-            "references: 'base' is the model without its adapters, and the model has an adapter of that name. Pass"
-            " references.FrozenReference('base', 'base') for the adapter, or FrozenReference('base', None)",
+            "references: 'base' means the model without its adapters, but the model has an adapter called 'base'. Pass"
+            " FrozenReference('base', 'base') for that adapter, or FrozenReference('base', None) for the base",
         )
         return FrozenReference("base", None)
     if isinstance(model, PeftModel) and (name in model.peft_config or not is_checkpoint):
@@ -142,7 +143,7 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
         return FrozenReference(str(reference), name)
     require(
         not is_adapter,
-        f"references: {name} is an adapter, and the policy has full weights. Merge the adapter into its base with"
+        f"references: {name} is an adapter, but the policy has full weights. Merge the adapter into its base with"
         f" `salsa soup OUT {name} --merge`, and pass OUT",
     )
     require(
@@ -158,11 +159,11 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
 
 
 def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> FrozenReference:
-    """Freeze a model as a reference. Raises SalsaError for the policy itself and for another vocabulary."""
+    """Freeze a model as a reference. Raises SalsaError for the policy's model or another vocabulary size."""
     lm = causal_lm(policy)
-    require(reference is not lm, "references: this is the policy's own model, so the KL would always be 0. Pass a copy")
+    require(reference is not lm, "references: this is the policy's model, so the KL would always be 0. Pass a copy")
     own, other = (model.get_output_embeddings().weight.shape[0] for model in (lm, reference))
-    require(own == other, f"references: the vocabulary of {label} has {other} tokens, the policy's has {own}")
+    require(own == other, f"references: {label} has {other} output embeddings, and not {own} as the policy")
     check_head(reference)
     reference.requires_grad_(False)
     return FrozenReference(label, None, reference.eval())

@@ -1,7 +1,7 @@
-"""The reward stage: a reward model trained by TRL's RewardTrainer, or a soup of several.
+"""The reward stage: TRL's RewardTrainer trains a reward model, or several, which are averaged.
 
-It starts from seed-0 with a new score head, which is linear on the last token and has no bias (paper 3.1, A.2). The
-loss is −log σ(R(x, y_w) − R(x, y_l)).
+A reward model starts from seed-0 with a new score head, which is linear on the last token and has no bias (paper 3.1,
+A.2). The loss is −log σ(R(x, y_w) − R(x, y_l)).
 """
 
 from __future__ import annotations
@@ -29,34 +29,37 @@ from salsa_peft.utils.statistics import mean_interval
 
 SPLIT_SEED = 0
 FEW_PAIRS = 30
-"""Held-out pairs below which a warning is printed: Wilson's interval of 30 is up to 0.34 wide."""
+"""With fewer held-out pairs a warning is printed.
+
+Wilson's 95% interval of an accuracy on 30 pairs is up to 0.34 wide.
+"""
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train a reward model, or one for each of `reward.seeds` and average them.
+    """Train a reward model for each of `reward.seeds`; average them if there are several.
 
-    It is saved with its score head as a PEFT adapter, or as a sequence classifier's checkpoint.
+    The result is saved with its score head as a PEFT adapter, or as a sequence classifier's checkpoint.
     """
     seeds = job.recipe.reward.seeds
     trainer, metrics = train(job, seeds[0], job.folder) if len(seeds) == 1 else train_soup(job, seeds)
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
         if (pairs := metrics["accuracy"]["held_out"]["n"]) < FEW_PAIRS:
-            say(f"{job.unit.id}  warning: accuracy measured on {pairs} pair{'s' * (pairs > 1)} only")
+            say(f"{job.unit.id}  warning: the accuracy was measured on {pairs} held-out pair{'s' * (pairs > 1)} only")
     return metrics
 
 
 def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
-    """The soup of reward models that differ in their seed (WARM, section 3).
+    """Train a reward model for each seed and average them (WARM, section 3) → trainer, metrics.
 
-    All start alike and hold out the same pairs; the seed sets the order of the data.
+    All members start from the same weights and hold out the same pairs; the seed sets the order of the data.
     """
     from salsa_peft.soup.average import soup
 
     members = []
     trainer: Any = None
     for seed in seeds:
-        trainer = None  # frees the memory of the previous one
+        trainer = None  # frees the previous trainer's memory
         trainer, found = train(job, seed, job.folder / f"seed-{seed}")
         members.append({"seed": seed, **found})
     names = [f"seed-{seed}" for seed in seeds]
@@ -76,7 +79,7 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
 
 
 def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Train on the pairs, save, and measure on held-out pairs → the trainer and the metrics."""
+    """Train a reward model, save it in `folder`, and measure it on held-out pairs → trainer and metrics."""
     from trl import RewardConfig, RewardTrainer
 
     recipe, section = job.recipe, job.recipe.reward
@@ -123,9 +126,9 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def set_padding_token(trainer: Any) -> None:
-    """Choose a padding token that ends no sequence, if the tokenizer's does.
+    """Set another padding token if sequences end with the tokenizer's.
 
-    Transformers' classifiers score the last token that is not the padding token.
+    Transformers' classifiers compute the score at the last token that is not the padding token.
     """
     pad = trainer.processing_class.pad_token_id
     last_tokens = {ids[-1] for side in ("chosen_ids", "rejected_ids") for ids in trainer.train_dataset[side]}
@@ -135,21 +138,21 @@ def set_padding_token(trainer: Any) -> None:
 
 
 def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:
-    """How many pairs are held out. Raises SalsaError if the rest does not fill a batch."""
+    """Number of held-out pairs. Raises SalsaError if the training pairs do not fill a batch."""
     section = recipe.reward
     kept_out = section.held_out_rows(fitting)
     require(
         fitting - kept_out >= section.batch_size,
-        f"data.preferences: of {pairs} pairs {pairs - fitting} are longer than model.max_length ="
-        f" {recipe.model.max_length} tokens and {kept_out} are held out (reward.held_out {section.held_out:g}). The"
-        f" {fitting - kept_out} that are left are fewer than reward.batch_size = {section.batch_size}. Add pairs, raise"
-        " model.max_length or lower reward.batch_size",
+        f"data.preferences: of {pairs} pairs, {pairs - fitting} are longer than model.max_length ="
+        f" {recipe.model.max_length} tokens, and {kept_out} are held out (reward.held_out = {section.held_out:g}). The"
+        f" {fitting - kept_out} pairs left to train on are fewer than reward.batch_size = {section.batch_size}. Add"
+        " pairs, raise model.max_length or lower reward.batch_size",
     )
     return kept_out
 
 
 def start_from_seed(context: StageContext, seed: Path) -> Any:
-    """A new score head on seed-0: on its full weights, or on the base with a copy of its adapter."""
+    """A classifier with seed-0's full weights, or with the base and a copy of seed-0's adapter."""
     torch.manual_seed(SPLIT_SEED)
     if context.recipe.adapter is None:
         return context.load_classifier(seed)
@@ -161,17 +164,17 @@ def start_from_seed(context: StageContext, seed: Path) -> Any:
 
 
 def copy_adapter(model: Any, folder: Path) -> None:
-    """Load the factors of the adapter in `folder`; the score head stays."""
+    """Load the LoRA factors of the adapter in `folder`, and leave the model's score head unchanged."""
     set_peft_model_state_dict(model, get_peft_model_state_dict(model) | lora.read(folder)[1])
 
 
 def margin_metrics(margins: Sequence[float]) -> dict[str, Any]:
-    """Accuracy and mean of held-out pairs' margins R(chosen) − R(rejected), with 95% intervals."""
+    """Accuracy and mean of the held-out margins R(chosen) − R(rejected), each with its 95% interval."""
     return {"accuracy": {"held_out": accuracy(margins)}, "margin": {"held_out": asdict(mean_interval(margins))}}
 
 
 def accuracy(margins: Sequence[float]) -> dict[str, float]:
-    """Share of pairs whose chosen response scores higher, with Wilson's 95% interval."""
+    """Share of pairs whose chosen response has the higher score, with Wilson's 95% interval."""
     from scipy.stats import binomtest
 
     found = binomtest(sum(margin > 0 for margin in margins), len(margins))
@@ -181,7 +184,7 @@ def accuracy(margins: Sequence[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_margins(trainer: Any) -> list[float]:
-    """R(chosen) − R(rejected) of every pair of the evaluation set, in its order, in all processes."""
+    """R(chosen) − R(rejected) of each held-out pair, in the set's order; the same in all processes."""
     trainer.model.eval()
     margins: list[float] = []
     for batch in trainer.get_eval_dataloader():

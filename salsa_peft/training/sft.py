@@ -1,7 +1,7 @@
-"""The sft stage: one seed, trained by TRL's SFTTrainer or imported from a folder or the Hub.
+"""The sft stage: trains one SFT model (a seed) with TRL's SFTTrainer, or imports an existing one.
 
-A seed is an adapter or full weights, trained on demonstrations with the loss on the assistant's tokens only. Its number
-sets the adapter's initialisation, the order of the data and, with `sft.subset`, the share of the data.
+A seed is an adapter or full weights, trained on demonstrations with the loss on the assistant's tokens only. Its random
+seed sets the adapter's initialisation, the order of the data and, with `sft.subset`, which rows it is trained on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train or import the seed of the unit seed-N, which is at position N in sft.seeds."""
+    """Train or import the seed of the unit seed-N, where N is a position in sft.seeds."""
     from trl import SFTConfig, SFTTrainer
 
     recipe, section = job.recipe, job.recipe.sft
@@ -63,9 +63,9 @@ def run(job: Job) -> dict[str, Any]:
     rows = datasets.demonstrations(source, context.tokenizer)
     if section.subset < 1:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
-    # 2. the trainer, without rows whose answers lie beyond max_length
+    # 2. the trainer, without rows whose answers begin beyond max_length
     model = context.load_base() if recipe.adapter else context.load_trainable()
-    if checks.needs_logprobs(recipe):  # PPO would refuse it later
+    if checks.needs_logprobs(recipe):  # otherwise PPO would raise the error later
         check_head(model)
     if recipe.adapter is not None:
         check_targets(recipe.adapter, model)
@@ -88,7 +88,7 @@ def run(job: Job) -> dict[str, Any]:
     limit = f"answer within model.max_length = {recipe.model.max_length} tokens"
     require(
         kept >= section.batch_size,
-        f"data.demonstrations: found {kept} rows with an {limit}, fewer than sft.batch_size = {section.batch_size}."
+        f"data.demonstrations: {kept} rows have an {limit}, fewer than sft.batch_size = {section.batch_size}."
         " Add rows, raise model.max_length or lower sft.batch_size",
     )
     report_left_out(job, len(rows) - kept, len(rows), f"no {limit}")
@@ -112,46 +112,46 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
-    """Raise SalsaError for target modules that the model does not have; PEFT does not check all of them."""
+    """Raise SalsaError for target modules that the model does not have. PEFT accepts a list with some of them."""
     modules, names = adapter.target_modules, [name for name, _ in model.named_modules() if name]
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     checks.require_targets(modules, names)
     regex = isinstance(modules, str) and modules != "all-linear"
     require(
         not regex or any(re.fullmatch(str(modules), name) for name in names),
-        f"adapter.target_modules: no module of the base matches the regular expression {modules}. It must match a whole"
-        f" name such as {next(linear, '')}; all-linear adapts every linear layer",
+        f"adapter.target_modules: no module of the base matches the regular expression {modules}. It must match a"
+        f" module's full name, such as {next(linear, '')}; all-linear adapts every linear layer",
     )
 
 
 def router_loss(model: PreTrainedModel, unit: str) -> dict[str, Any]:
-    """router_aux_loss_coef 0 for a config without `num_experts` (Granite), which TRL 1.16 would read."""
+    """router_aux_loss_coef 0 for models without `num_experts` (Granite), which TRL 1.16 would read."""
     text = model.config.get_text_config(decoder=True)
     options = text.to_dict()
     if "output_router_logits" not in options or "num_experts" in {*options, *text.attribute_map}:
         return {}
     if any(options.get(key) for key in checks.EXPERTS):
-        say(f"{unit}  trained without the routers' balancing loss, which TRL does not compute for {text.model_type}")
+        say(f"{unit}  trained without the router's auxiliary loss, which TRL does not compute for {text.model_type}")
     return {"router_aux_loss_coef": 0.0}
 
 
 def tokenize(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows {messages} → {input_ids, labels}; labels are −100 except for the assistant's tokens."""
+    """Tokenize rows of `messages` to input_ids and labels, which are −100 outside assistant tokens."""
 
     def tokenize_row(row: dict[str, Any]) -> dict[str, list[int]]:
         ids, mask = trained_tokens(row, tokenizer)
         return {"input_ids": ids, "labels": [token if keep else -100 for token, keep in zip(ids, mask, strict=True)]}
 
     dataset = datasets.to_dataset(rows)
-    # a given fingerprint, because datasets would hash the tokenizer for one, which takes seconds
+    # with new_fingerprint, because datasets would otherwise hash the tokenizer, which takes seconds
     return dataset.map(tokenize_row, remove_columns=dataset.column_names, new_fingerprint="labelled")
 
 
 def import_seed(job: Job, path: str) -> dict[str, Any]:
-    """Copy an existing adapter or checkpoint of this run's base, as a result of this stage.
+    """Import an existing adapter or checkpoint of this run's base as the seed of this stage.
 
-    Only weights, configuration and the run's tokenizer are written. Raises SalsaError for weights of another base,
-    weights that are not finite, and anything but safetensors.
+    Only weights, configuration and the run's tokenizer are written. Raises SalsaError for weights that are of another
+    base, not finite or not in safetensors files.
     """
     context, recipe = StageContext.of_job(job), job.recipe
     folder = reference_folder(recipe, path)
@@ -162,13 +162,13 @@ def import_seed(job: Job, path: str) -> dict[str, Any]:
     named = (copy_checkpoint if recipe.adapter is None else copy_adapter)(context, folder, job.folder)
     existing = recipe.sft.from_ or [None]
     if checks.needs_logprobs(recipe) and None not in existing and job.unit.name == "seed-0":
-        check_head(context.load_base())  # as the training of a seed does
+        check_head(context.load_base())  # which run() does only if it trains the seed
     if not known:
         same = named in (None, context.name) or Path(str(named)).resolve() == context.folder.resolve()
         other = "" if same else f" It names {named} as its base."
         say(
-            f"{job.unit.id}  {folder} has no {FINGERPRINT}, so that its base cannot be checked.{other}"
-            f" It is used as trained on {context.name}"
+            f"{job.unit.id}  {folder} has no {FINGERPRINT}, so its base cannot be checked.{other}"
+            f" It is assumed to be trained on {context.name}"
         )
     context.write_fingerprint(job.folder, checked=known)
     context.tokenizer.save_pretrained(job.folder)
@@ -184,7 +184,7 @@ def import_seed(job: Job, path: str) -> dict[str, Any]:
 
 
 def copy_adapter(context: StageContext, folder: Path, out: Path) -> str | None:
-    """Copy an adapter that fits the base, and name this run's base in it → the base that it named."""
+    """Copy an adapter and set this run's base in its configuration. Returns the base that was set before."""
     recipe, role = context.recipe, external_models.SEED
     external_models.check_adapter(
         "sft.from", folder, role, external_models.base_of(recipe), checks.needs_logprobs(recipe)
@@ -192,7 +192,7 @@ def copy_adapter(context: StageContext, folder: Path, out: Path) -> str | None:
     external_models.check_family(recipe, folder, "sft.from")
     config, tensors = lora.read(folder)
     factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    # weights that were saved beside the factors are compared with the base's values
+    # load_base gives the values with which weights other than LoRA factors are compared
     base: Any = context.load_base() if len(factors) < len(tensors) else context.empty_model()
     lora.attach(base, folder, "taken")
     save_file(factors, out / lora.WEIGHTS, metadata={"format": "pt"})
@@ -203,7 +203,7 @@ def copy_adapter(context: StageContext, folder: Path, out: Path) -> str | None:
 
 
 def copy_checkpoint(context: StageContext, folder: Path, out: Path) -> str | None:
-    """Copy a checkpoint's weights and configuration → the model that its configuration names."""
+    """Copy a checkpoint's weights and configuration. Returns the model that the configuration names."""
     external_models.check_checkpoint("sft.from", folder, external_models.base_of(context.recipe))
     checkpoint = read_checkpoint(folder)
     for name in checkpoint.files:

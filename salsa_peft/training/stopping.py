@@ -1,4 +1,4 @@
-"""Graceful stop of training: on SIGTERM, on a guard's alarm, and between updates only."""
+"""Stopping PPO early: after SIGTERM or a guard's alarm, and at a callback's request between updates."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Interrupted(Exception):
 
 
 class GracefulStop:
-    """Records that training has to stop: after SIGTERM, or after a guard's alarm with action stop.
+    """Records that training has to stop, because of SIGTERM or a guard's alarm with action stop.
 
-    The signal only sets a flag, which is read between two sampled tokens and after each optimizer step.
+    The signal handler only sets a flag, which is read before each sampled token and after each optimizer step.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -31,27 +31,27 @@ class GracefulStop:
 
     @property
     def requested(self) -> bool:
-        """Whether there is a reason to stop."""
+        """Whether training has to stop."""
         return self.terminated or bool(self.alarm)
 
     def reset(self) -> None:
-        """Forget the reasons of an earlier call of train()."""
+        """Clear what an earlier call of train() recorded."""
         self.terminated, self.alarm = False, ""
 
     def check(self) -> None:
-        """Raise Interrupted after SIGTERM."""
+        """Raise Interrupted if SIGTERM has arrived."""
         if self.terminated:
             raise Interrupted
 
     def synchronize(self) -> None:
-        """Make SIGTERM in one process count in all of them."""
+        """Record SIGTERM in all processes if one of them has received it."""
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(self.terminated), device=self.accelerator.device)
             self.terminated = bool(self.accelerator.reduce(flag, "sum").item())
 
     @contextlib.contextmanager
     def handle_sigterm(self) -> Iterator[None]:
-        """Context in which SIGTERM sets the flag; without effect outside the main thread, as in Python."""
+        """Context in which SIGTERM sets the flag. No effect in other threads than Python's main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -67,10 +67,10 @@ class GracefulStop:
 
 
 class StopBetweenUpdates(TrainerCallback):
-    """Delays another callback's request to stop training, or an epoch, to the end of the update.
+    """Delays another callback's request to stop training, or to stop an epoch, to the end of the update.
 
-    Metrics are logged at the end of an update, so what an incomplete update learned would appear in no log. Must be the
-    last callback. may_stop: whether no update is running, or SIGTERM leaves no time to wait.
+    Metrics are logged at the end of an update, so an incomplete update would not be logged. This must be the last
+    callback. may_stop: returns whether to stop at once, because no update is running or SIGTERM has arrived.
     """
 
     def __init__(self, may_stop: Callable[[], bool]) -> None:
@@ -83,7 +83,7 @@ class StopBetweenUpdates(TrainerCallback):
         control.should_training_stop, control.should_epoch_stop = self.training and now, self.epoch and now
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A new epoch starts: the request to end the previous one is fulfilled."""
+        """Clear the request to stop the previous epoch, which has ended."""
         self.epoch = False
 
     on_substep_end = on_step_end = on_log = on_evaluate = on_save = _delay

@@ -1,13 +1,13 @@
-"""use_reference: a soup, or any other reference, for TRL 1.16's DPO, KTO, RLOO and GRPO trainers.
+"""use_reference: sets a soup, or any other reference, in TRL 1.16's DPO, KTO, RLOO and GRPO trainers.
 
-trainer = DPOTrainer(model, args=…, train_dataset=…, processing_class=…)
+    trainer = DPOTrainer(model, args=…, train_dataset=…, processing_class=…)
     use_reference(trainer, "soup-folder-or-Hub-id")
     trainer.train()                                 # to resume, also call use_reference first
 
-TRL's reference is an adapter called `ref`, a copy of the policy at the start, or a model with full weights that it
-loads from the policy's path. The soup replaces it, whatever its rank. Several references become one, whose log-probs
-are their mean: log π = mean_k log π_k, so that the KL term of DPO, KTO and RLOO is the mean of the KLs (paper eq. 5,
-MKL).
+TRL's own reference is an adapter called `ref`, a copy of the initial policy, or a model with full weights that TRL
+loads from the policy's path. use_reference replaces it; an adapter may have any rank. Several references are combined
+into one, whose log-probs are the mean of theirs: log π = mean_k log π_k. The KL term of DPO, KTO and RLOO is then the
+mean of the KLs (paper eq. 5, MKL).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ AnyReference = str | Path | FrozenReference | PreTrainedModel
 
 
 def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]) -> list[FrozenReference]:
-    """Set the reference of a TRL trainer → the references that it has now.
+    """Set the reference of a TRL trainer. Returns it as frozen references, one for each that was given.
 
     trainer: a DPOTrainer, KTOTrainer, RLOOTrainer or GRPOTrainer, before `train`. reference: one or a list, as in
     `references.as_references`: an adapter's folder or Hub id, an attached adapter's name, "base", or with full weights
-    a checkpoint's folder or Hub id, or a model. The trainer's previous reference is dropped. Its checkpoints include an
-    adapter (as `ref/`), but not a model.
+    a checkpoint's folder or Hub id, or a model. The trainer's previous reference is dropped. The trainer's checkpoints
+    include a reference that is an adapter (as `ref/`), but not a model.
 
-    Raises SalsaError for a trainer that would ignore its reference, for several references of GRPO (whose k3 of a mean
-    is not the mean of k3), for weights of another base, and for sharded policies.
+    Raises SalsaError for a trainer that would ignore its reference, for several references with GRPO (its KL estimator
+    k3 of a mean is not the mean of k3), for adapters of another base, and for sharded policies.
     """
     several = isinstance(reference, list | tuple) and not isinstance(reference, FrozenReference)
     given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     check_policy(model, own, given)
     check_synced(model, own, [one for one in given if isinstance(one, FrozenReference)])
     replaced = isinstance(model, PeftModel) and REF in model.peft_config and REF not in given
-    # replaced: TRL's copy of the policy, or the reference of an earlier call
+    # `ref` is TRL's copy of the policy, or the reference of an earlier call
     with lora.removed(model, REF) if replaced else contextlib.nullcontext():
         frozen = as_references(model, given, names=[REF] if len(given) == 1 else None)
     for one in frozen:
@@ -77,7 +77,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
 
 
 def as_ref_model(model: Any, frozen: list[FrozenReference]) -> nn.Module | None:
-    """The trainer's `ref_model`: None for the adapter `ref` and for the base, which TRL finds itself."""
+    """The trainer's `ref_model`; None for the adapter `ref` and for the base, which TRL finds itself."""
     if len(frozen) == 1 and isinstance(model, PeftModel) and frozen[0].model is None:
         if frozen[0].adapter == REF or (frozen[0].adapter is None and REF not in model.peft_config):
             return None
@@ -87,7 +87,7 @@ def as_ref_model(model: Any, frozen: list[FrozenReference]) -> nn.Module | None:
 
 
 def check_trainer(trainer: Any, references: int) -> None:
-    """Raise SalsaError for a trainer that would ignore its references, or use them wrongly."""
+    """Raise SalsaError for a trainer that would ignore its references, or does not support them."""
     name, known = type(trainer).__name__, ", ".join(trainer.__name__ for trainer in TRAINERS)
     require(
         isinstance(trainer, TRAINERS),
@@ -97,7 +97,7 @@ def check_trainer(trainer: Any, references: int) -> None:
     if isinstance(trainer, DPOTrainer | KTOTrainer):
         require(
             not trainer.precompute_ref_logps,
-            f"{name}: precompute_ref_log_probs has used the old reference; set it to False",
+            f"{name}: with precompute_ref_log_probs, TRL has used its own reference already; set it to False",
         )
     if isinstance(trainer, DPOTrainer):
         sft_only = set(trainer.loss_types) == {"sft"}
@@ -105,7 +105,7 @@ def check_trainer(trainer: Any, references: int) -> None:
     require(
         references == 1 or not isinstance(trainer, GRPOTrainer),
         f"reference: {name} takes one reference, not {references}, because its KL estimator k3 of a mean is not the"
-        " mean of k3. Use their soup, for example",
+        " mean of k3. Pass one reference, such as the soup of all",
     )
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     require(
@@ -115,9 +115,9 @@ def check_trainer(trainer: Any, references: int) -> None:
 
 
 def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
-    """Raise SalsaError for a policy whose trained modules or tokens the references would share.
+    """Raise SalsaError if references would share the policy's modules_to_save or trainable tokens.
 
-    PEFT switches modules_to_save for the adapter `ref` only, and trainable tokens never.
+    TRL's reference has its own modules_to_save only as the adapter `ref`, and never its own trainable tokens.
     """
     models = (one.model if isinstance(one, FrozenReference) else one for one in given)
     if not isinstance(model, PeftModel) or all(isinstance(one, PreTrainedModel) for one in models):
@@ -125,18 +125,18 @@ def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
     folder = len(given) == 1 and isinstance(given[0], str | Path) and str(given[0]) not in model.peft_config
     named = len(given) == 1 and given[0] == REF
     for field, remedy in (
-        ("modules_to_save", "Pass one adapter's folder or Hub id"),
+        ("modules_to_save", "Pass the folder or Hub id of one adapter"),
         ("trainable_token_indices", "Use a policy without it"),
     ):
         found = vars(model.peft_config[str(own)]).get(field)
         require(
             not found or (field == "modules_to_save" and (folder or named)),
-            f"reference: the policy has {field} {found}, which such references would share. {remedy}",
+            f"reference: the policy has {field} {found}, which the references would share. {remedy}",
         )
 
 
 def check_synced(model: Any, own: str | None, frozen: Sequence[FrozenReference]) -> None:
-    """Raise SalsaError for references that cannot be synced. Models cannot: TRL does not save them."""
+    """Raise SalsaError for references that cannot be synced, such as models, which TRL does not save."""
     for one in frozen:
         require(
             one.sync_every is None or one.model is None,
@@ -146,34 +146,34 @@ def check_synced(model: Any, own: str | None, frozen: Sequence[FrozenReference])
 
 
 class SyncReferences(TrainerCallback):
-    """Syncs references that are adapters to the policy every `sync_every` optimizer steps."""
+    """Syncs adapters that are references to the policy, every `sync_every` optimizer steps."""
 
     def __init__(self, model: Any, policy: str | None, references: Sequence[FrozenReference]) -> None:
         self.model, self.policy, self.references = model, policy, references
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Sync the references that are due."""
+        """Sync the references whose `sync_every` divides the number of steps."""
         reference_sync.sync(self.model, self.policy, self.references, state.global_step)
 
 
 def head_options(trainer: Any) -> dict[str, Any]:
-    """Options of the trainer's log-probs: trainers that sample divide logits by the temperature."""
+    """Options of add_fused_lm_head with which a reference computes log-probs as the trainer does."""
     options = {} if isinstance(trainer, DPOTrainer | KTOTrainer) else {"temperature": trainer.temperature}
     is_grpo = isinstance(trainer, GRPOTrainer)
     return options | ({"cast_lm_head_to_fp32": trainer.args.cast_lm_head_to_fp32} if is_grpo else {})
 
 
 class MeanReference(nn.Module):
-    """A `ref_model` for TRL whose log-probs are the mean over references, which may be adapters."""
+    """A `ref_model` for TRL that returns the mean of the references' log-probs; adapters are allowed."""
 
     def __init__(self, policy: nn.Module, references: Sequence[FrozenReference]) -> None:
         super().__init__()
-        # in a tuple, in which torch does not register them as submodules
+        # a tuple, because torch does not register the modules in one as submodules
         self.parts = tuple((policy if one.model is None else one.model, one.adapter) for one in references)
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
-        """Output of the fused language model, with the mean `log_probs`, (B, P + T − 1)."""
+        """The fused language model's output, with `log_probs` (B, P + T − 1) averaged over the references."""
         outputs = []
         for model, adapter in self.parts:
             with lora.active(model, adapter):

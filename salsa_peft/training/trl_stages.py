@@ -1,7 +1,7 @@
 """The stages dpo, kto, rloo and grpo: policies trained by TRL's trainers against any reference.
 
-With the soup as reference they apply SALSA's idea to other algorithms (the paper's future work). A killed stage starts
-again. Sharding is not supported.
+With the soup as reference, these stages apply SALSA's idea to other algorithms (the paper's future work). A stage that
+was killed starts from the beginning. Sharding is not supported.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 def run(job: Job) -> dict[str, Any]:
     """Train the policy that the unit names, and save it as an adapter or checkpoint.
 
-    With `export: merged` an adapter is saved merged into its base too.
+    With `export: merged` an adapter is also saved merged into its base.
     """
     algorithm = job.unit.stage
     # 1. the policy starts at seed-0; references are frozen
     context = StageContext.of_job(job)
-    model, references = build_policy(context, job, "default")  # the one name that TRL knows
+    model, references = build_policy(context, job, "default")  # TRL expects this adapter name
     # 2. TRL's trainer, with the recipe's references
     trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
     if is_quantised(model):  # TRL casts adapters to bfloat16
@@ -78,11 +78,11 @@ def run(job: Job) -> dict[str, Any]:
 
 
 TrainerSetup = tuple[Any, "Dataset | None", dict[str, Any]]
-"""A trainer, the held-out pairs, and facts about the data for policy.json."""
+"""A trainer, the held-out pairs (None without pairs), and the numbers of rows for policy.json."""
 
 
 def arguments(context: StageContext, job: Job) -> dict[str, Any]:
-    """Arguments that the configs of all four TRL trainers take."""
+    """The arguments for the config of any of the four TRL trainers."""
     section = getattr(job.recipe, job.unit.stage)
     own = job.recipe.policies[job.unit.name].kl_coef
     return {
@@ -93,9 +93,9 @@ def arguments(context: StageContext, job: Job) -> dict[str, Any]:
 
 
 def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
-    """Pairs that fit → training pairs, held-out pairs, facts.
+    """Training pairs, held-out pairs and their numbers; pairs longer than model.max_length are left out.
 
-    The same pairs as in the reward stage are held out if the shares are the same.
+    If the held-out share is that of the reward stage, the same pairs are held out.
     """
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
     source = datasets.training_sources(job.recipe, job.inputs.get("toy"))["preferences"]
@@ -115,13 +115,13 @@ def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, 
 
 
 def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """DPO on the pairs."""
+    """Set up DPO on the preference pairs."""
     from trl import DPOConfig, DPOTrainer
 
     train, test, facts = pairs(context, job)
     trainer = DPOTrainer(
         model,
-        ref_model=references[0].model,  # of full weights; else TRL would load another one
+        ref_model=references[0].model,  # if it has full weights, TRL would otherwise load a reference itself
         args=DPOConfig(
             **arguments(context, job),
             loss_type=[job.recipe.dpo.loss_type],
@@ -137,7 +137,7 @@ def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
 
 
 def kto(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """KTO: each pair gives a desirable and an undesirable response."""
+    """Set up KTO: each preference pair gives one desirable and one undesirable response."""
     from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
 
     train, _, facts = pairs(context, job)
@@ -158,9 +158,9 @@ def kto(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
 
 
 def rloo_or_grpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """RLOO or GRPO with the recipe's reward. They differ only in their loss.
+    """Set up RLOO or GRPO with the recipe's reward.
 
-    Raises SalsaError for rows with options for the chat template, which TRL does not pass on.
+    Raises SalsaError for rows with options for the chat template, which TRL does not pass to the template.
     """
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -191,7 +191,7 @@ def rloo_or_grpo(context: StageContext, job: Job, model: Any, references: list[F
 
 
 def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) -> Callable[..., list[float]]:
-    """A Reward as a TRL reward function: prompts, completion_ids, columns → scores."""
+    """Wrap a Reward as a TRL reward function. ends: ids of the tokens that end a response."""
     pad = int(context.tokenizer.pad_token_id)  # type: ignore[arg-type]
     idle = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
@@ -210,7 +210,7 @@ def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) ->
 
 
 def last_metrics(trainer: Any) -> dict[str, float]:
-    """The last logged metrics of the distance from the reference and of the reward."""
+    """The KL and reward metrics that the trainer logged last."""
     wanted = ("kl", "reward", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     rows = [row for row in trainer.state.log_history if set(wanted) & set(row)]
     return {name: rows[-1][name] for name in wanted if rows and name in rows[-1]}
@@ -218,9 +218,9 @@ def last_metrics(trainer: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def margins(trainer: Any, held_out: Dataset) -> dict[str, Any]:
-    """`margin_metrics` of DPO's implicit reward β log π/π_ref on the held-out pairs."""
+    """margin_metrics of DPO's implicit reward, β log(π / π_ref), on the held-out pairs."""
     model = trainer.model.eval()
-    for batch in trainer.get_eval_dataloader():  # a pair each
+    for batch in trainer.get_eval_dataloader():  # one pair in each batch
         trainer.compute_loss(model, trainer._prepare_inputs(batch))
     found = trainer._metrics["eval"].pop("rewards/margins")
     assert len(found) == len(held_out)

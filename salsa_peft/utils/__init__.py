@@ -1,1 +1,1 @@
-"""Helpers that know nothing of a recipe."""
+"""Helpers that do not depend on recipes: files, messages, fingerprints, safetensors, statistics."""

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from salsa_peft.utils.messages import did_you_mean, one_line
 
 INTERVAL = 10.0
-"""Seconds between two lines of progress where standard error is not a terminal."""
+"""Seconds between two progress lines if standard error is not a terminal."""
 NOISY_LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")
 """Loggers of libraries that warn at import about features that this machine does not support."""
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Print the error and exit; for an unknown option the error names the nearest one."""
+        """Print the error in one line and exit with code 2. For an unknown option, name the nearest option."""
         _, _, unknown = message.partition("unrecognized arguments: ")
         if unknown:
             words = unknown.split()
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-"):
                 message = f"{word}: no such option; {did_you_mean(word, options, 'options')}"
             else:
-                message = f"{word}: unexpected argument; arguments without an option's name come before the options"
+                message = f"{word}: unexpected argument; put positional arguments before the options"
         self.exit(2, f"{self.prog}: {one_line(message).removeprefix('argument ')}; see {self.prog} --help\n")
 
 
@@ -53,9 +53,9 @@ def silence_import_warnings() -> None:
 
 @contextlib.contextmanager
 def progress_bar(total: int, description: str, *, interval: float = INTERVAL) -> Iterator[Any]:
-    """A tqdm bar on standard error; where that is not a terminal, a line of text every `interval` seconds.
+    """Show a tqdm bar on standard error; without a terminal, print a line every `interval` seconds.
 
-    What is printed on standard error while the bar is open appears above it. Bars can be nested.
+    Lines printed on standard error in the meantime appear above the bar. Bars can be nested.
     """
     from tqdm import tqdm
     from tqdm.contrib import DummyTqdmFile

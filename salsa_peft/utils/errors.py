@@ -8,6 +8,6 @@ class SalsaError(ValueError):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise SalsaError(message) unless condition."""
+    """Raise SalsaError with this message if the condition is false."""
     if not condition:
         raise SalsaError(message)

@@ -34,10 +34,10 @@ def require_disk_space(folder: Path, size: float, what: str) -> None:
 
 
 def disk_full_message(error: BaseException, folder: Path) -> str | None:
-    """What to do about an error that a full disk caused, as text; None for any other error.
+    """Message for an error that a full disk caused, with advice; None for any other error.
 
-    Quotas and limits on file sizes count as full disks. folder: where the files are written, for errors that name no
-    file.
+    An exceeded quota or file size limit counts as a full disk. folder: the folder of the files, for errors that name
+    no file.
     """
     chain: list[BaseException] = []
     one: BaseException | None = error
@@ -57,7 +57,7 @@ def disk_full_message(error: BaseException, folder: Path) -> str | None:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Whether the error's number or a library's message says so. Full shared memory is another problem."""
+    """Whether the error number or message reports a full disk; full shared memory does not count."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "/dev/shm" not in str(error.filename)
     written = isinstance(error, RuntimeError) or type(error) is Exception or type(error).__name__ == "SafetensorError"
@@ -70,13 +70,13 @@ def existing_parent(folder: Path) -> Path:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes in GiB or MiB."""
+    """A number of bytes as text, in GiB or MiB."""
     unit, name = (2**30, "GiB") if abs(size) >= 2**30 else (2**20, "MiB")
     return f"{size / unit:.1f} {name}"
 
 
 def _require_no_folder(path: Path) -> None:
-    message = "this is a folder, but a file of this name is to be written; move the folder away"
+    message = "this is a folder, but a file with this name must be written; move or rename the folder"
     require(not path.is_dir(), f"{path}: {message}")
 
 
@@ -84,8 +84,8 @@ def _require_no_folder(path: Path) -> None:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path, which is renamed to `path` when the block ends without an error.
 
-    It is in the same folder, and is flushed to the disk before it is renamed, so that `path` is never seen
-    half-written, not even after kill -9 or a power loss. After an error the temporary file is removed and `path` is
+    The temporary file is in the same folder, and is flushed to the disk before it is renamed. `path` is therefore never
+    incomplete, not even after kill -9 or a power loss. After an error the temporary file is removed and `path` is
     unchanged. Raises SalsaError if `path` is a folder.
     """
     path = Path(path)
@@ -103,7 +103,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Write a file through `replacing`: it is complete or does not exist."""
+    """Write a file through `replacing`: after a crash `path` has the old or the new content, never a part."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
@@ -141,21 +141,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def timestamp() -> str:
-    """The local time to the second, with its offset from UTC."""
+    """The local time as text, to the second, with the offset from UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def other_files(folder: Path, *own: str) -> str:
-    """The names of a folder's files except `own` and hidden files, for a message; empty if there are none."""
+    """Names in a folder, for a message, except `own` and hidden ones: at most three and a count."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in own)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a run's folder for this process. The lock of a process that has ended is free.
+    """Context in which this process holds the lock of a run's folder. A lock ends with its process.
 
-    Raises SalsaError, which names the other process, if the folder is locked.
+    Raises SalsaError, which names the process that holds the lock, if the folder is locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
@@ -177,7 +177,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def lock_holder(folder: Path) -> str | None:
-    """The process that has locked a run's folder, as text; None if it is not locked. Writes nothing."""
+    """Process that holds the lock of a run's folder, as text; None if it is unlocked. Writes nothing."""
     try:
         handle = os.open(folder / ".lock", os.O_RDONLY)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from salsa_peft.utils.safetensors_io import NO_SAFETENSORS, SafetensorsFile
 from salsa_peft.utils.tensor_names import without_wrappers
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "fingerprint.json")
-"""The files of an adapter's folder that count for its fingerprint; its checkpoints do not."""
+"""Files of an adapter's folder that its fingerprint covers; training checkpoints are not covered."""
 FINGERPRINT = "fingerprint.json"
 """The file beside an adapter or checkpoint that holds the fingerprint of its base."""
 HEAD = "lm_head.weight"
@@ -26,13 +26,13 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "em
 """Endings of the names of input embeddings."""
 NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.(attn|attention)\.masked_bias$")
 MASK = re.compile(r"\.(attn|attention)\.bias$")
-"""Buffers that earlier versions of Transformers saved; a causal mask (MASK) has four dimensions."""
+"""Names of buffers that earlier Transformers saved. MASK (causal masks) needs four dimensions."""
 PREFIXES = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
 """model_type → the base model's prefix, for architectures whose files on the Hub may lack it."""
 
 
 def read_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the base that an adapter or checkpoint was trained on; None if it is not saved.
+    """Fingerprint of an adapter's or checkpoint's base; None if the folder has none.
 
     Raises SalsaError for a damaged file.
     """
@@ -41,7 +41,7 @@ def read_fingerprint(folder: Path) -> str | None:
         return None
     content, form = read_json(path), '{"base": SHA-256 of the base}'
     base = content.get("base") if isinstance(content, dict) else None
-    require(isinstance(base, str), f"{path}: expected {form}; save the adapter or checkpoint again")
+    require(isinstance(base, str), f"{path}: must be {form}; save the adapter or checkpoint again")
     return str(base)
 
 
@@ -62,8 +62,8 @@ def sha256(path: str | Path) -> str:
 def fingerprint(path: str | Path) -> str:
     """The fingerprint of a file (its content) or of a folder.
 
-    Of an adapter's folder ADAPTER_FILES count, of a model's the base_fingerprint, the configuration and the tokenizer,
-    of any other folder all files that are not hidden. Raises SalsaError if something is missing or cannot be read.
+    It covers ADAPTER_FILES of an adapter's folder; the base_fingerprint, configuration and tokenizer of a model's
+    folder; and all files that are not hidden of any other folder. Raises SalsaError if a file is missing or unreadable.
     """
     path = Path(path)
     try:
@@ -76,7 +76,7 @@ def fingerprint(path: str | Path) -> str:
 def _fingerprint(path: Path) -> str:
     if path.is_file():
         return sha256(path)
-    require(path.is_dir(), f"{path}: no such file or folder")
+    require(path.is_dir(), f"{path}: no such file or folder; check the path")
     adapter = (path / "adapter_config.json").is_file()
     model = (path / "config.json").is_file() and not adapter
     digest = hashlib.sha256((base_fingerprint(path) if model else "").encode())
@@ -93,17 +93,17 @@ def _fingerprint(path: Path) -> str:
 def base_fingerprint(folder: str | Path) -> str:
     """SHA-256 over each parameter's name, shape, dtype and first 64 KiB, read from the safetensors files.
 
-    It is saved beside every adapter, and the members of a soup must have the same one. It does not depend on how the
-    tensors are distributed over files, on buffers in the files (rotary frequencies, GPT-2's causal masks), on tied
+    It is saved beside every adapter, and the members of a soup must have the same one. It does not depend on the
+    distribution of tensors over files, on buffers in the files (rotary frequencies, GPT-2's causal masks), on tied
     output embeddings, on prefixes of wrappers such as `_orig_mod`, or on the base model's prefix where the Hub's files
-    may lack it (PREFIXES). Other names for the same tensors, such as a multimodal model's older layout or fused
-    experts, give another fingerprint.
+    may lack it (PREFIXES). Tensors saved under other names, as in a multimodal model's older layout or with
+    fused experts, have a different fingerprint.
     """
     return _digest(_parameters(Path(folder), _tensors(Path(folder))))
 
 
 def base_fingerprints(folder: str | Path) -> list[str]:
-    """The base_fingerprint, and the one of earlier versions of this package if the files hold buffers."""
+    """The base_fingerprint and, if it differs, the one that earlier versions of this package computed."""
     found = _tensors(Path(folder))
     both = [_digest(_parameters(Path(folder), found)), _digest(found)]
     return list(dict.fromkeys(both))
@@ -113,7 +113,7 @@ class _Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     first: bytes
-    """The SHA-256 of its first 64 KiB."""
+    """The SHA-256 of the tensor's first 64 KiB."""
 
 
 def _tensors(folder: Path) -> dict[str, _Tensor]:
@@ -137,7 +137,7 @@ def _digest(tensors: Mapping[str, _Tensor]) -> str:
 
 
 def _parameters(folder: Path, tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
-    """The parameters alone, without buffers, under the names that Transformers saves."""
+    """The parameters without buffers and a tied lm_head, under the names that Transformers saves."""
     found = {
         without_wrappers(name): tensor
         for name, tensor in tensors.items()
@@ -152,7 +152,7 @@ def _parameters(folder: Path, tensors: Mapping[str, _Tensor]) -> dict[str, _Tens
 
 
 def _model_type(folder: Path) -> str:
-    """The model_type of config.json; empty if there is none."""
+    """The model_type in the folder's config.json; empty if it is not known."""
     path = folder / "config.json"
     content = read_json(path) if path.is_file() else {}
     return str(content.get("model_type", "")) if isinstance(content, dict) else ""
@@ -165,7 +165,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
         except (KeyError, TypeError, AttributeError) as error:
             raise SalsaError(
-                f"{index}: not a safetensors index, which has a weight_map; save the model again"
+                f"{index}: not a safetensors index, since it has no weight_map; save the model again"
             ) from error
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))

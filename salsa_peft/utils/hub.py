@@ -25,18 +25,18 @@ NAMED = (
     r"(Dataset|Couldn't reach) '([\w./-]+)'",
     r"()['`\"]([\w.-]+/[\w.-]+)['`\"]",
 )
-"""Kind and name of a repository in a message, the most certain pattern first."""
+"""Patterns of a repository's kind and name in an error message, the most reliable first."""
 
 
 def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, revision: str | None = None) -> Path:
-    """The folder of a model or adapter; a Hub repository is downloaded to the Hub's cache.
+    """The folder of a model or adapter. A Hub repository is first downloaded to the Hub's cache.
 
-    patterns: the files to download. Raises SalsaError for a name that is neither a folder nor a Hub id, and if the Hub
-    refuses or cannot be reached.
+    patterns: the files to download. Raises SalsaError if `name` is neither a folder nor a Hub id, or if the Hub refuses
+    or cannot be reached.
     """
     if Path(name).is_dir():
         return Path(name)
-    require(HUB_ID.match(str(name)) is not None, f"{name}: no such folder, and not a Hub id (namespace/name)")
+    require(HUB_ID.match(str(name)) is not None, f"{name}: no such folder, and not a Hub id; use namespace/name")
     from huggingface_hub import snapshot_download
 
     with readable_hub_errors(str(name)):
@@ -44,7 +44,7 @@ def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, rev
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a Hub id's files in the Hub's cache; None if config.json is not there, or if `name` is not a Hub id."""
+    """Folder of a Hub id's files in the Hub's cache; None without a cached config.json or a valid Hub id."""
     from huggingface_hub import try_to_load_from_cache
 
     if HUB_ID.match(name) is None:
@@ -66,9 +66,10 @@ def readable_hub_errors(name: str) -> Iterator[None]:
 
 
 def explain_hub_error(error: BaseException, name: str | None = None) -> str | None:
-    """What to do about an error of the Hub or Transformers, as text; None for any other error.
+    """Message for an error of the Hub or Transformers, with advice; None for any other error.
 
-    The error may be wrapped in one of Transformers or datasets. name: the repository, for errors that do not name it.
+    Transformers or datasets may have wrapped the error in one of theirs. name: the repository, for errors that do not
+    name it.
     """
     if "huggingface_hub" not in sys.modules:
         return None
@@ -85,8 +86,8 @@ def explain_hub_error(error: BaseException, name: str | None = None) -> str | No
             return words.format(_page(found, text))
     if code := re.search(r"[Tt]he repository (\S+) (?:contains|references) custom code", text):
         return (
-            f"{code[1]}: its model or tokenizer needs code from the repository (auto_map), which is never run; use one"
-            " that Transformers supports itself"
+            f"{code[1]}: its model or tokenizer needs code from the repository (auto_map), which is never run; use a"
+            " model that Transformers supports itself"
         )
     if pickled := re.search(r"no file named model\.safetensors.* found in directory (.+?)\.(?:\s|$)", text):
         return f"{pickled[1]}: {NO_SAFETENSORS}"
@@ -118,7 +119,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _page(error: BaseException | None, text: str) -> str:
-    """The repository's page, from the attributes of the error, or else from a URL or name in the messages."""
+    """URL of the repository, from the error's attributes, or else from a URL or name in the messages."""
     kind, name = getattr(error, "repo_type", None), getattr(error, "repo_id", None)
     if name is None:
         match = next(filter(None, (re.search(pattern, text) for pattern in NAMED)), None)

@@ -1,4 +1,4 @@
-"""manifest.json of a result: the size and SHA-256 of each file, and whether the files still match."""
+"""The manifest.json of a result: reading it, and checking files against their size and SHA-256."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def _is_entry(entry: Any) -> bool:
 
 
 def content_digest(manifest: dict[str, Any]) -> str:
-    """A SHA-256 of the contents of a result's files."""
+    """SHA-256 over the names, sizes and hashes of a result's files."""
     return hashlib.sha256(canonical_json(manifest["files"]).encode()).hexdigest()
 
 
 def changed_file(folder: Path, manifest: dict[str, Any]) -> str | None:
-    """The first file of a result that does not match its manifest, as text; None if all files match."""
+    """The first mismatch between files and manifest, such as "changed: NAME"; None if all files match."""
     for name, entry in manifest["files"].items():
         file = folder / name
         try:
@@ -65,7 +65,7 @@ def changed_file(folder: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def latest_report(run: Path) -> Path | None:
-    """The folder of the most recent finished report."""
+    """The folder of the most recent finished report; None if there is no finished report."""
     there = [path for path in run.glob(f"report/*/{MANIFEST}") if read_manifest(path.parent) is not None]
     return max(there, key=lambda path: path.stat().st_mtime_ns).parent if there else None
 
@@ -73,11 +73,11 @@ def latest_report(run: Path) -> Path | None:
 def finished_results(run: Path) -> dict[str, Path]:
     """Unit id → folder of the results that the run's latest report was made from.
 
-    Their cache keys may be different by now, for example with other versions of the libraries.
+    They are found by content, since a new plan may give them different cache keys, for example after a library update.
 
     Raises SalsaError if there is no finished report, or if one of these results is missing or changed.
     """
-    report, again = latest_report(run), f"run it again: salsa run {run}/recipe.yaml --output-dir {run}"
+    report, again = latest_report(run), f"run the recipe again: salsa run {run}/recipe.yaml --output-dir {run}"
     if report is None:
         raise SalsaError(f"{run}: this run has no finished report; {again}")
     folders = {}

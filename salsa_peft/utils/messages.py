@@ -1,4 +1,4 @@
-"""Parts of messages: values on one line, the nearest name, pydantic's errors, durations.
+"""Text for messages: values on one line, the nearest known name, pydantic's errors, durations.
 
 torch is not imported.
 """
@@ -16,20 +16,20 @@ TYPES = {
     "dict_type": "a mapping {NAME: value, …}", "dataclass_type": "a mapping {key: value, …}",
     "dataclass_exact_type": "a mapping {key: value, …}", "none_required": "null",
 }  # fmt: skip
-"""pydantic's error types, as what the value must be."""
+"""pydantic's error type → text that says what the value must be."""
 BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "less than"),
           "less_than_equal": ("le", "at most")}  # fmt: skip
-"""pydantic's error types, as the name of the bound and what the value must be."""
+"""pydantic's error type → the name of the bound in the error's context, and the comparison as text."""
 
 
 def short(value: Any) -> str:
-    """The repr of a value, shortened to 58 characters."""
+    """The repr of a value; a repr of more than 60 characters is cut to 58."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
 def describe(value: Any) -> str:
-    """A JSON value in words: null, the number 4, an object with the keys a, b."""
+    """A JSON value as text: null, the number 4, an object with the keys a, b."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):
@@ -53,7 +53,7 @@ def one_line(message: object) -> str:
 
 
 def did_you_mean(found: str, known: list[str], what: str = "known keys") -> str:
-    """The nearest of the known names as a question, or a list of all of them."""
+    """Suggestion of the known name nearest to `found`, or else a list of all known names."""
     close = difflib.get_close_matches(found, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"{what}: {', '.join(known) or 'none'}"
 
@@ -87,7 +87,7 @@ def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
         close = difflib.get_close_matches(str(value), known, n=1)
         words = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
         return key, f"must be {words}, not {found}" + (f"; did you mean {close[0]}?" if close else "")
-    return key or "recipe", f"is not valid: {one_line(error['msg'])}; found {found}"
+    return key or "recipe", f"{found} is not valid: {one_line(error['msg'])}"
 
 
 def duration(seconds: float) -> str:
@@ -100,6 +100,6 @@ def duration(seconds: float) -> str:
 
 
 def number_in_name(value: float) -> str:
-    """A number for a policy's name: by %g if that is exact, else with all digits; without a plus sign."""
+    """A number as text in a policy's name: by %g if that is exact, else all digits; without a plus sign."""
     text = f"{value:g}"
     return (text if float(text) == value else repr(value)).replace("+", "")

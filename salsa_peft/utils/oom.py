@@ -1,7 +1,7 @@
 """Out-of-memory errors: detecting them, and halving the micro-batch size until the forward pass fits.
 
 transformers.Trainer's auto_find_batch_size restarts training with a smaller global batch; here the global batch keeps
-its size. torch is not imported; accelerate is, after an out-of-memory error.
+its size. torch is not imported; accelerate is imported only after an out-of-memory error.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def largest_proper_divisor(rows: int) -> int | None:
-    """The largest divisor smaller than `rows`, so that a batch still divides evenly; None for 1."""
+    """Largest divisor of `rows` below `rows`: the next smaller batch size that divides it; None for 1."""
     return next((part for part in range(rows // 2, 0, -1) if rows % part == 0), None)
 
 
 class MicroBatchLimit:
     """The largest number of rows in one forward pass, halved after an out-of-memory error.
 
-    rows: the limit now. configured: the limit at the start. option: the configuration option that sets it, for
-    messages. single_process: False where other processes wait for this one in collective operations; the limit is then
+    rows: the current limit. configured: the initial limit. option: the configuration option that sets the limit, for
+    messages. single_process: False if other processes wait for this one in collective operations. The limit is then
     never changed, because the processes would run different numbers of forward passes.
     """
 
@@ -45,10 +45,10 @@ class MicroBatchLimit:
         self.option, self.single_process = option, single_process
 
     def run(self, work: Callable[[], T], rows: int | None = None) -> T:
-        """Call `work`, which splits its rows by `self.rows`; if it runs out of memory, again with half.
+        """Call `work`, which processes `self.rows` rows at a time; halve them if it runs out of memory.
 
-        rows: how many rows there are, if that can be fewer than the limit. Raises SalsaError if one row alone does not
-        fit, and the out-of-memory error itself unless `single_process`.
+        rows: number of rows in all, if it can be below the limit. Raises SalsaError if a single row does not fit, and
+        the out-of-memory error itself if `single_process` is False.
         """
         while True:
             try:
@@ -57,7 +57,7 @@ class MicroBatchLimit:
                 self._halve(error, rows)
             from accelerate.utils.memory import clear_device_cache
 
-            # outside `except`, where the failed call's frames, which hold tensors, are gone
+            # outside `except`, since the failed call's frames, which hold tensors, are freed only here
             clear_device_cache(garbage_collection=True)
 
     def _halve(self, error: RuntimeError, rows: int | None) -> None:
@@ -71,5 +71,5 @@ class MicroBatchLimit:
                 f" ({' '.join(str(error).split())[:200]})"
             ) from error
         self.rows = used // 2
-        going_on = f"continuing with {self.rows}, the batch size stays the same"
+        going_on = f"continuing with {self.rows} rows; the batch size stays the same"
         say(f"{self.option}: out of memory with {used} rows; {going_on}")

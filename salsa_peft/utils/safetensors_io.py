@@ -36,11 +36,11 @@ NO_SAFETENSORS = (
 )
 Buffer = bytes | bytearray | memoryview
 EARLY = 2**25
-"""Bytes after which the disk starts writing, so that the fsync at the end has little left to do."""
+"""Number of bytes after which writing to the disk starts, so that the fsync at the end is short."""
 
 
 class Entry(NamedTuple):
-    """A tensor's place in the file: its first byte and its number of bytes."""
+    """A tensor in a file: its dtype and shape, its first byte (begin), and its number of bytes (size)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,11 +49,11 @@ class Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """The tensors of a file, in the order of their bytes.
+    """The tensors of a safetensors file, in the order in which they lie in the file.
 
     Raises SalsaError for a file that is missing or damaged.
 
-    any_dtype: accept dtypes that cannot be read here (not in BITS).
+    any_dtype: accept dtypes that are not in BITS; tensors of these dtypes cannot be read.
     """
 
     def __init__(self, path: str | Path, *, any_dtype: bool = False) -> None:
@@ -81,9 +81,9 @@ class SafetensorsFile:
             )
             bits = math.prod(entry.shape) * BITS[entry.dtype] if entry.dtype in BITS else 8 * entry.size
             fits = entry.begin == place and entry.size * 8 == bits
-            require(fits, f"{path}: damaged: the bytes of {name} do not fit its dtype and shape; {_AGAIN}")
+            require(fits, f"{path}: damaged: the byte range of {name} does not fit its dtype and shape; {_AGAIN}")
             place += entry.size
-        require(place == self.size, f"{path}: truncated or damaged: {self.size} bytes, expected {place}; {_AGAIN}")
+        require(place == self.size, f"{path}: truncated or damaged: it has {self.size} bytes, not {place}; {_AGAIN}")
 
     def _entry(self, given: dict[str, Any]) -> Entry:
         first, last = map(operator.index, given["data_offsets"])
@@ -94,7 +94,7 @@ class SafetensorsFile:
         return self.read_entry(self.entries[name])
 
     def read_entry(self, entry: Entry) -> torch.Tensor:
-        """A copy of the tensor at any place in the file, on the CPU."""
+        """A copy of the tensor that an Entry describes, on the CPU."""
         import torch
 
         raw = torch.empty(entry.size, dtype=torch.uint8)
@@ -111,16 +111,19 @@ _AGAIN = "copy or save the file again"
 
 
 def read_exactly(descriptor: int, buffer: memoryview, begin: int, path: Path) -> None:
-    """Fill `buffer` from byte `begin` on. Raises SalsaError if the file ends before that."""
+    """Fill `buffer` with bytes of a file from `begin` on. Raises SalsaError if the file is too short."""
     done = 0
     while done < len(buffer):
         read = os.preadv(descriptor, [buffer[done:]], begin + done)
-        require(read > 0, f"{path}: ends at byte {begin + done}; it became shorter while it was read; {_AGAIN}")
+        require(read > 0, f"{path}: ends at byte {begin + done}; the file became shorter while it was read; {_AGAIN}")
         done += read
 
 
 def make_header(layout: Iterable[tuple[str, str, Iterable[int]]], metadata: dict[str, str] | None = None) -> bytes:
-    """A header like SafetensorsFile.header, from names, dtypes and shapes in the order of their bytes."""
+    """The bytes of a safetensors header, as in SafetensorsFile.header.
+
+    layout: (name, dtype, shape) of each tensor, in the order in which the tensors are written.
+    """
     entries: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     place = 0
     for name, dtype, shape in layout:
@@ -145,7 +148,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Writer:
-    """Writes the bytes after a file's header: in order by calling it, or anywhere by `at`."""
+    """Writes tensor data after a file's header: a call appends, and `at` writes at a given place."""
 
     def __init__(self, descriptor: int, begin: int) -> None:
         self.descriptor, self.begin = descriptor, begin
@@ -165,7 +168,7 @@ class Writer:
             self.written += done
 
     def start_writeback(self, place: int) -> None:
-        """Tell the disk to write the bytes before `place`, so that the fsync at the end is short."""
+        """Start writing the bytes before `place` to the disk, so that the fsync at the end is short."""
         if sys.platform == "linux" and place - self._early >= EARLY:
             begin, self._early = self.begin + self._early, place
             os.posix_fadvise(self.descriptor, begin, self.begin + place - begin, os.POSIX_FADV_DONTNEED)
@@ -173,9 +176,9 @@ class Writer:
 
 @contextlib.contextmanager
 def safetensors_writer(path: Path, header: bytes) -> Iterator[Writer]:
-    """Gives the Writer of a new file, which appears under its name when the block ends.
+    """Context that gives the Writer of a new file, which appears under its name when the block ends.
 
-    Its disk space is allocated first.
+    On Linux the file's disk space is allocated first.
 
     Raises SalsaError if more or fewer bytes are written than the header says.
     """
@@ -188,4 +191,4 @@ def safetensors_writer(path: Path, header: bytes) -> Iterator[Writer]:
         Writer(file.fileno(), 0)(start)
         write = Writer(file.fileno(), len(start))
         yield write
-        require(write.written == expected, f"{path}: {write.written} bytes were written, expected {expected}")
+        require(write.written == expected, f"{path}: {write.written} bytes were written instead of {expected}")

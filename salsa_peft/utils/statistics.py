@@ -1,4 +1,4 @@
-"""Means, confidence intervals and tests of values, single or in clusters (the turns of a question).
+"""Means, confidence intervals and tests; values may come in clusters, such as the turns of a question.
 
 All intervals are 95% confidence intervals. Random draws are seeded and do not depend on the order of the rows: the same
 values give the same interval, and comparing b with a gives the mirror image of comparing a with b. Only NumPy and SciPy
@@ -19,7 +19,7 @@ TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95% confidence interval; as a dict it is an entry of the JSON files."""
+    """A mean with its 95% confidence interval. The JSON files of results hold it as a dict."""
 
     mean: float
     low: float
@@ -34,8 +34,8 @@ def mean_interval(values: Sequence[float] | np.ndarray, clusters: Sequence[Hasha
         without clusters:  mean ± t(0.975, n − 1) · s / √n
         with clusters:     mean ± t(0.975, G − 1) · √(G/(G − 1) · Σ_g e_g²) / N
 
-    s is the standard deviation (n − 1), e_g the sum of value − mean over cluster g of G (Liang and Zeger, 1986), so
-    values of one cluster may depend on each other. Clusters of one value each give the first formula. For a single
+    s is the standard deviation (n − 1), and e_g the sum of value − mean over cluster g of G (Liang and Zeger, 1986).
+    Values of one cluster may depend on each other. Clusters of one value each give the first formula. For a single
     value or cluster no spread can be estimated, and low = high = mean. Raises ValueError for no values, NaN or
     infinity.
     """
@@ -62,7 +62,7 @@ def mean_interval(values: Sequence[float] | np.ndarray, clusters: Sequence[Hasha
 def paired_difference(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None
 ) -> Estimate:
-    """The t-interval of a − b over paired questions, so that differences in difficulty cancel."""
+    """Mean of a − b over paired questions, with its interval. The questions' difficulty cancels."""
     return mean_interval(np.subtract(*as_paired_arrays(a, b)), clusters)
 
 
@@ -79,7 +79,7 @@ def as_paired_arrays(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.nd
 
 
 def cluster_indices(clusters: Sequence[Hashable], n: int) -> np.ndarray:
-    """The number of each value's cluster (n,), in order of first appearance."""
+    """Index of the cluster of each value (n,). Clusters are numbered in order of first appearance."""
     if len(clusters) != n:
         raise ValueError(f"{len(clusters)} clusters for {n} values; each value needs one")
     number: dict[Hashable, int] = {}
@@ -87,9 +87,9 @@ def cluster_indices(clusters: Sequence[Hashable], n: int) -> np.ndarray:
 
 
 def tango_interval(wins: float, losses: float, n: float) -> tuple[float, float]:
-    """Tango's (1998) score interval for (W − L)/n.
+    """Tango's (1998) score interval for (W − L)/n, with W wins and L losses.
 
-    Its bounds are the δ with |W − L − nδ| = z √(n (2 q̂ + δ − δ²)), where q̂ is the maximum likelihood estimate of the
+    The bounds are the δ with |W − L − nδ| = z √(n (2 q̂ + δ − δ²)), where q̂ is the maximum likelihood estimate of the
     share of losses given the difference δ. For n = 0 the interval is (−1, 1).
     """
     from scipy.optimize import brentq
@@ -119,7 +119,7 @@ def bootstrap_interval(nets: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tu
     nets, sizes (K, G): wins − losses, and the number of judgments, of each question in each run. A resample keeps the
     judgments of a question together in all runs (Owen's pigeonhole bootstrap, 2007), since the runs share the
     questions' difficulty. K − 1 of K runs are drawn, which gives the mean of few runs the right variance (Rao and Wu,
-    1988). Questions with equal numbers are interchangeable, so a resample is one multinomial draw over distinct
+    1988). Questions with equal nets and sizes are interchangeable, so a resample is one multinomial draw over distinct
     questions, fast for any G. Returns None if all questions have the same rate, for which a bootstrap interval would
     have width 0.
     """
@@ -141,7 +141,7 @@ def bootstrap_interval(nets: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tu
 
 
 def widen_to_tango(bounds: tuple[float, float], wins: float, losses: float, n: float) -> tuple[float, float]:
-    """The bootstrap interval of (W − L)/n, widened to Tango's interval for independent judgments.
+    """Widen a bootstrap interval of (W − L)/n to contain Tango's interval for independent judgments.
 
     With few decided questions a percentile bootstrap is far too narrow: with one loss in 80 it never draws a win, so
     its upper bound is 0.
@@ -160,10 +160,10 @@ def sign_test(wins: int, losses: int) -> float:
 def sign_flip_test(nets: np.ndarray) -> float:
     """P-value of the exact two-sided sign-flip test of nets (wins − losses of each question, integers).
 
-    It is P(|Σ ±net_g| ≥ |Σ net_g|) with random signs: under the null hypothesis, swapping the two models in all turns
-    of a question is as likely as not. The turns of a question may depend on each other; questions are independent. The
-    test is exact for any number of questions: nets are small integers, so the distribution of the sum is a convolution
-    of binomials, one for each size of net. With one judgment per question it is the sign test.
+    The p-value is P(|Σ ±net_g| ≥ |Σ net_g|) with random signs: under the null hypothesis, swapping the two models in
+    all turns of a question is as likely as not. The turns of a question may depend on each other; questions are
+    independent. The test is exact for any number of questions: nets are small integers, so the distribution of the sum
+    is a convolution of binomials, one for each size of net. With one judgment per question it is the sign test.
     """
     from scipy.stats import binom
 
@@ -237,7 +237,7 @@ def compare_scores(
 def win_rates(wins: int, losses: int, ties: int) -> WinRates:
     """Win rates from counts, for independent judgments.
 
-    The interval of the adjusted win rate is ½ + d/2 of Tango's (1998) score interval d for (W − L)/N. Unlike a
+    The interval of the adjusted win rate is ½ + d/2, where d is Tango's (1998) score interval for (W − L)/N. Unlike a
     t-interval or a bootstrap it has a positive width if all verdicts agree (20 wins of 20 do not give [1, 1]), and it
     never leaves [0, 1].
     """
@@ -251,12 +251,12 @@ def win_rates(wins: int, losses: int, ties: int) -> WinRates:
 
 
 def clustered_win_rates(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[WinRates, str]:
-    """Win rates from verdicts 1, −1 or 0 (N,) and their questions, with the interval's kind.
+    """Win rates of verdicts, and the method of their interval: "tango" or "bootstrap".
 
-    The kind is "tango" or "bootstrap". With one judgment per question the result is that of `win_rates`. Otherwise the
-    interval is the bootstrap over questions, widened by `widen_to_tango`, and the test is the sign-flip test. If all
-    questions agree, the interval is Tango's with one judgment per question, which is right for turns that depend on
-    each other completely.
+    nets (N,): 1 (win), −1 (loss) or 0 (tie). clusters: the question of each verdict. With one judgment per question the
+    result is that of `win_rates`. Otherwise the interval is the bootstrap over questions, widened by `widen_to_tango`,
+    and the test is the sign-flip test. If all questions have the same rate, the interval is Tango's with one judgment
+    per question, which is right for turns that depend on each other completely.
     """
     number = cluster_indices(clusters, nets.size)
     wins, losses = int((nets > 0).sum()), int((nets < 0).sum())

@@ -49,12 +49,12 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class ResolvedNames:
-    """The places of a checkpoint's tensors in the model."""
+    """Which tensors of a checkpoint's files belong to which tensors of the model."""
 
     names: dict[str, str | None]
     """Name in the file → name in the model.
 
-    None: Transformers ignores the tensor. For a tensor that is split, the name of its first part.
+    None if Transformers ignores the tensor. For a tensor that is split on loading, the name of its first part.
     """
     blocks: dict[str, tuple[Block, ...]]
     """Name in the model → the blocks in the file that hold its elements, in order.
@@ -79,10 +79,10 @@ class ModelNames:
         return type(self.model).__name__
 
     def resolve(self, shapes: Mapping[str, Sequence[int]], where: str) -> ResolvedNames:
-        """The places that `from_pretrained` would give to tensors of these names and shapes.
+        """Map tensors of these names and shapes to the model's tensors, as `from_pretrained` does.
 
-        Wrappers' prefixes are removed first. where: the folder, for errors. Raises SalsaError if two tensors have the
-        same place, or if a tensor's shape does not fit its place.
+        Wrappers' prefixes are removed first. where: the folder, for errors. Raises SalsaError if two tensors map to the
+        same tensor of the model, or if a tensor has another shape in the model than in the file.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -123,7 +123,7 @@ class ModelNames:
         return ResolvedNames(names, blocks, [name for name, found in unplaced.items() if found not in ignored])
 
     def _ignored(self, names: set[str]) -> set[str]:
-        """Those of these names, which the model does not have, that Transformers ignores without a warning."""
+        """Those of `names` that Transformers ignores without a warning. The model has none of `names`."""
         from transformers.utils.loading_report import LoadStateDictInfo
 
         info = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
@@ -140,8 +140,7 @@ class ModelNames:
     ) -> dict[str, tuple[Block, ...]]:
         """The blocks of the tensors that a converter makes, such as fused experts.
 
-        They are found by converting the numbers of rows in place of the rows, so the cost does not depend on the rows'
-        length.
+        The converter is applied to row numbers instead of rows, so the cost does not depend on the length of the rows.
         """
         import torch
 
@@ -166,20 +165,20 @@ class ModelNames:
 
 def _check_free(taken: str | None, found: str, name: str, where: str) -> None:
     if taken is not None:
-        raise SalsaError(f"{where}: {taken} and {name} are both {found} in the model; remove one of them")
+        raise SalsaError(f"{where}: {taken} and {name} are both loaded as {found}; remove one of them")
 
 
 def _wrong_shape(where: str, name: str, given: Sequence[int], found: str, expected: Sequence[int]) -> str:
     return (
-        f"{where}: {name} has shape {list(given)}, but {found} in the model has {list(expected)} by config.json;"
-        " correct the configuration, or save the model again with Transformers"
+        f"{where}: {name} has shape {list(given)}, but {found} in the model has {list(expected)} according to"
+        " config.json; correct the configuration, or save the model again with Transformers"
     )
 
 
 def _blocks(numbers: Any, starts: list[tuple[int, str, int]]) -> tuple[Block, ...]:
     """Runs of consecutive rows, each within one source tensor.
 
-    starts: for each source its first row's number, its name, and the length of its rows.
+    starts: for each source tensor the number of its first row, its name, and the length of its rows.
     """
     import torch
 
@@ -250,7 +249,7 @@ def is_known(config: Mapping[str, Any]) -> bool:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The model class that `architectures` names, or else the language model of this configuration."""
+    """The class that `architectures` names, or else the first that Transformers has for the configuration."""
     from transformers.models.auto import modeling_auto as auto
 
     mappings = (

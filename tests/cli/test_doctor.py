@@ -214,7 +214,8 @@ class TestHub:
         server.token = "another"
         done = asked(server.environment(tmp_path) | {"HF_TOKEN": CANARY})
         assert (
-            "('login', 'the Hub answers 401', 'The Hub does not know this token; `hf auth login` again')" in done.stdout
+            "('login', 'the Hub answers 401', 'The Hub does not know this token; run `hf auth login` again')"
+            in done.stdout
         )
         assert CANARY not in done.stdout + done.stderr
 
@@ -233,7 +234,10 @@ class TestHub:
     def test_a_proxy_in_between(self, server: Any, tmp_path: Path) -> None:
         """Its answer is not the Hub's."""
         server.faults.append(Fault("HEAD", "/api/models", 407, times=20))
-        assert "answers 407', 'Look for a proxy or a login page" in asked(server.environment(tmp_path)).stdout
+        assert (
+            "answers 407', 'Look for a proxy or login page between this machine and the Hub"
+            in asked(server.environment(tmp_path)).stdout
+        )
 
     def test_a_hub_out_of_order(self, server: Any, tmp_path: Path) -> None:
         """A 503 is said as that."""
@@ -269,16 +273,14 @@ class TestARun:
         """A flipped bit is named; nothing is written."""
         monkeypatch.setattr(doctor, "CHECKS", {})
         assert cli.main(["doctor", str(run)]) == 0
-        assert (
-            "ppo/salsa/222222222222 unfinished: the same command continues it or runs it again"
-            in capsys.readouterr().out
-        )
+        assert "ppo/salsa/222222222222 unfinished: run the same command again to finish it" in capsys.readouterr().out
         (run / "soup" / ("0" * 12) / "weights.bin").write_bytes(b"weighss")
         before = sorted(run.rglob("*"))
         assert cli.main(["doctor", str(run)]) == 1
         said = capsys.readouterr().out
         assert (
-            "! soup/000000000000  changed: weights.bin" in said and "Run the recipe again; it makes soup again" in said
+            "! soup/000000000000  changed: weights.bin" in said
+            and "Run the recipe again, which makes soup again" in said
         )
         assert "  sft/seed-0/111111111111 complete, 0.0 MB" in said and sorted(run.rglob("*")) == before
 

@@ -82,10 +82,10 @@ def test_line_and_plane_of_adapters_are_those_of_their_checkpoints(made: Path, t
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["a0"], "MEMBER: found 1, expected two (a line) or three"),
-        (["a0", "a1", "--alphas", "0,nan"], "--alphas: found 0,nan, expected finite numbers"),
+        (["a0"], "MEMBER: give two (a line) or three (a plane, and the line of the first two), not 1"),
+        (["a0", "a1", "--alphas", "0,nan"], "--alphas: the numbers must be finite, not 0,nan"),
         (["c0", "c1", "--scales", "0.5"], "--scales: needs adapters; the difference of a checkpoint from its base"),
-        (["a0", "c1"], "members of a soup must be of one kind"),
+        (["a0", "c1"], "a soup cannot mix adapters and checkpoints: merge the adapters into their base first"),
         (["a0", "nowhere/at/all"], "no such folder: nowhere/at/all"),
     ],
 )

@@ -95,13 +95,13 @@ REFUSED = [
     (
         "adapter.use_dora=true",
         [
-            "adapter.use_dora: unknown key; of PEFT's LoraConfig a recipe supports r, lora_alpha, lora_dropout, target_modules, use_rslora, in `adapter`"
+            "adapter.use_dora: unknown key; of PEFT's LoraConfig only r, lora_alpha, lora_dropout, target_modules, use_rslora are supported; write them in `adapter`"
         ],
     ),
     (
         "adapter.lora={r: 8}",
         [
-            "adapter.lora: unknown key; of PEFT's LoraConfig a recipe supports r, lora_alpha, lora_dropout, target_modules, use_rslora, in `adapter` itself, not under `lora`"
+            "adapter.lora: unknown key; of PEFT's LoraConfig only r, lora_alpha, lora_dropout, target_modules, use_rslora are supported; write them in `adapter`, not under `lora`"
         ],
     ),
     ("adapter.alpha=3", ["adapter.alpha: unknown key; did you mean lora_alpha?"]),
@@ -110,13 +110,13 @@ REFUSED = [
     (
         "data.demonstrations=[a.jsonl, b.jsonl]",
         [
-            "--set: data.demonstrations: must be one source, not a list. Put the files into one folder and name it, or join them into one file"
+            "--set: data.demonstrations: must be one source, not a list. Put the files into one folder and give its path, or join them into one file"
         ],
     ),
     (
         "evaluate.prompts={x: [a.jsonl]}",
         [
-            "--set: evaluate.prompts.x: must be one source, not a list. Put the files into one folder and name it, or join them into one file"
+            "--set: evaluate.prompts.x: must be one source, not a list. Put the files into one folder and give its path, or join them into one file"
         ],
     ),
     ("evaluate.prompts=a.jsonl", ["evaluate.prompts: must be a mapping {NAME: value, …}, not 'a.jsonl'"]),
@@ -127,7 +127,7 @@ REFUSED = [
     ("policies.new.kl_coef=1", ["policies.new.reference: is required; add it"]),
     (
         "sft.batch_size=7 & sft.micro_batch_size=2",
-        ["sft.batch_size: 7 is not a multiple of micro_batch_size 2; set sft.batch_size=8 or another micro_batch_size"],
+        ["sft.batch_size: 7 is not a multiple of micro_batch_size 2; set sft.batch_size=8 or change micro_batch_size"],
     ),
     (
         "ppo.batch_size=7 & ppo.num_mini_batches=2",
@@ -135,13 +135,13 @@ REFUSED = [
     ),
     (
         "ppo.batch_size=8 & ppo.micro_batch_size=3",
-        ["ppo.micro_batch_size: 3 does not divide the minibatch of 8 / 1 = 8 responses"],
+        ["ppo.micro_batch_size: 3 must divide 8, the number of responses in a minibatch (8 / 1)"],
     ),
-    ("soup.weights=[0.5,0.6]", ["soup.weights: [0.5, 0.6] sum to 1.1, not 1; scale them"]),
+    ("soup.weights=[0.5,0.6]", ["soup.weights: [0.5, 0.6] sum to 1.1, not 1; scale the weights"]),
     ("soup.weights=[1]", ["soup.weights: found 1 weights for 2 members"]),
     ("soup.weights=[.nan,1]", ["soup.weights[0]: must be a finite number, not nan"]),
     ("soup.members=[0,2]", ["soup.members: there is no seed-2; sft.seeds has seed-0 to seed-1"]),
-    ("soup.members=[0,0]", ["soup.members: [0, 0] has an entry twice; give each once"]),
+    ("soup.members=[0,0]", ["soup.members: [0, 0] has a repeated entry; give each entry only once"]),
     ("policies.a.reference=seed-2", ["policies.a.reference: there is no seed-2; sft.seeds has seed-0 to seed-1"]),
     ("policies.a.reference=[]", ["policies.a.reference: is an empty list; name at least one reference"]),
     (
@@ -165,7 +165,7 @@ REFUSED = [
     ),
     (
         "policies.a.reference={shrunk: {seed: 0}}",
-        ["policies.a.reference.shrunk: scale must be a number such as 0.6; found {'seed': 0}"],
+        ["policies.a.reference.shrunk: scale must be a number such as 0.6, but the value is {'seed': 0}"],
     ),
     (
         "policies.a.reference={shrunk: {seed: 5, scale: 0.6}}",
@@ -181,10 +181,10 @@ REFUSED = [
             "policies.a.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'a b'"
         ],
     ),
-    ("policies.soup.reference=base", ["policies.soup: this name has another meaning in a recipe; rename the policy"]),
+    ("policies.soup.reference=base", ["policies.soup: is the name of another model of the run; rename the policy"]),
     (
         "policies.seed-1.reference=base",
-        ["policies.seed-1: this name has another meaning in a recipe; rename the policy"],
+        ["policies.seed-1: is the name of another model of the run; rename the policy"],
     ),
     (
         "policies.-x.reference=base",
@@ -206,7 +206,7 @@ REFUSED = [
         ],
     ),
     ("sft.seeds=[]", ["sft.seeds: must have at least 1 entry, not []"]),
-    ("sft.seeds=[1,1]", ["sft.seeds: [1, 1] has an entry twice; give each once"]),
+    ("sft.seeds=[1,1]", ["sft.seeds: [1, 1] has a repeated entry; give each entry only once"]),
     ("sft.seeds=[1.5]", ["sft.seeds[0]: must be a whole number, not 1.5"]),
     ("sft.batch_size=0", ["sft.batch_size: must be at least 1, not 0"]),
     ("sft.gradient_checkpointing=yes", ["sft.gradient_checkpointing: must be true or false, not 'yes'"]),
@@ -234,13 +234,13 @@ REFUSED = [
     ("evaluate.models=[seed-9]", ["evaluate.models[0]: there is no seed-9; sft.seeds has seed-0 to seed-1"]),
     (
         "generation.max_new_tokens=1024",
-        ["generation.max_new_tokens: must be less than model.max_length 1024, which includes the prompt, not 1024"],
+        ["generation.max_new_tokens: 1024 must be less than model.max_length 1024, which includes the prompt"],
     ),
-    ("generation.min_new_tokens=500", ["generation.min_new_tokens: must be at most max_new_tokens 128, not 500"]),
+    ("generation.min_new_tokens=500", ["generation.min_new_tokens: 500 must be at most max_new_tokens 128"]),
     (
         "ppo.max_prompt_length=1000",
         [
-            "ppo.max_prompt_length: must be at most 896, not 1000: model.max_length 1024 less generation.max_new_tokens 128"
+            "ppo.max_prompt_length: 1000 must be at most 896, which is model.max_length 1024 less generation.max_new_tokens 128"
         ],
     ),
     (
@@ -266,14 +266,14 @@ REFUSED = [
     (
         "model.chat_template=chatm",
         [
-            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's own), the path of a Jinja file, or a bundled template: chatml, zephyr"
+            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr"
         ],
     ),
     (
         "model.chat_template=x.jinja",
         [
             "model.chat_template: ",
-            "/x.jinja' is no file. Use tokenizer (the base's own), the path of a Jinja file, or a bundled template: chatml, zephyr",
+            "/x.jinja' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr",
         ],
     ),
     ("toy=null", ["model.base: is required; add it (or add a `toy` section, the embedded world)"]),
@@ -287,7 +287,7 @@ REFUSED = [
     ),
     ("ppo.seed=*a", ["aliases (*) are not allowed"]),
     ("ppo.seed=" + "9" * 5000, ["line 1: a number of 5000 digits is too long"]),
-    ("policies.a.reference." + "x." * 5000 + "x=1", ["a key of 5004 parts is too long"]),
+    ("policies.a.reference." + "x." * 5000 + "x=1", ["a key has at most 8 parts, not 5004"]),
 ]
 
 
@@ -341,9 +341,15 @@ def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_preset
         preset = "qlora" if key == "model.quantization" else "lora"
         assert load(f"{key}={value}", lora=preset).recipe.mode == preset
     line = said(load, "model.quantization=nf4")
-    assert "--lora lora: model.quantization is nf4, which is qlora; use --lora qlora, or remove the key" in line
+    assert (
+        "--lora lora: model.quantization is nf4, as in a qlora run; use --lora qlora, or remove model.quantization"
+        in line
+    )
     line = said(load, "model.quantization=null", lora="qlora")
-    assert "--lora qlora: model.quantization is null, which is lora; use --lora lora, or remove the key" in line
+    assert (
+        "--lora qlora: model.quantization is null, as in a lora run; use --lora lora, or remove model.quantization"
+        in line
+    )
     assert "--set adapter.r=8: this run uses full weights, without an adapter; add --lora" in said(
         load, "adapter.r=8", lora=None
     )
@@ -380,7 +386,7 @@ def test_recipes_by_name(load, tmp_path, monkeypatch):
         ("", "must contain `key: value` lines, but is empty"),
         ("- a", "must contain `key: value` lines, but is a list"),
         ("name: [", "line 2 is not valid YAML: while parsing a flow node, did not find expected node content"),
-        ("name: a\nname: b", "line 2: the key 'name' is there twice"),
+        ("name: a\nname: b", "line 2: the key 'name' occurs twice"),
         ("a: &x 1", "anchors (&) are not allowed"),
         ("a: *x", "aliases (*) are not allowed"),
         ("a: !!python/object:os.system x", "tags (!) are not allowed"),
@@ -662,7 +668,7 @@ def test_text_pairs_need_a_prompt(load, tmp_path):
     rows(tmp_path / "p.jsonl", {"chosen": "a", "rejected": "b"})
     with pytest.raises(
         SalsaError,
-        match=r"data\.preferences: 'p\.jsonl' has text in chosen, which needs a column `prompt` beside it; add the column",
+        match=r"data\.preferences: 'p\.jsonl' has texts in chosen that do not contain the prompt; add a column `prompt`",
     ):
         load("data.preferences=p.jsonl")
 
@@ -689,7 +695,7 @@ def test_max_steps_of_ppo_are_whole_updates(load):
     assert load("ppo.max_steps=8").recipe.ppo.max_steps == 8
     with pytest.raises(
         SalsaError,
-        match=r"ppo\.max_steps: 6 is not a multiple of 4, the optimizer steps of one update \(num_ppo_epochs × num_mini_batches\); set ppo\.max_steps=8",
+        match=r"ppo\.max_steps: 6 is not a multiple of 4, the number of optimizer steps in one update \(num_ppo_epochs × num_mini_batches\); set ppo\.max_steps=8",
     ):
         load("ppo.max_steps=6")
 

@@ -63,7 +63,7 @@ def test_a_recipe_as_it_ran_is_read_as_it_is(load: Any, tmp_path: Path) -> None:
     ("line", "more", "said"),
     [
         ("{kl_coef: [0.1], methods: [pp0]}", "", "search.methods: there is no policy 'pp0'; did you mean ppo?"),
-        ("{kl_coef: [0.1, 0.1]}", "", "search.kl_coef: [0.1, 0.1] has an entry twice; give each once"),
+        ("{kl_coef: [0.1, 0.1]}", "", "search.kl_coef: [0.1, 0.1] has a repeated entry; give each entry only once"),
         ("{kl_coef: []}", "", "search.kl_coef: must have at least 1 entry, not []"),
         ("{kl_coef: [-1]}", "", "search.kl_coef[0]: must be at least 0, not -1 (and 2 more)"),
         ("{kl_coef: x}", "", "search.kl_coef"),
@@ -71,7 +71,7 @@ def test_a_recipe_as_it_ran_is_read_as_it_is(load: Any, tmp_path: Path) -> None:
         ("{kl_coef: [0.1], by: judge}", "", "search.by: judge needs evaluate.judge; add it, or set search.by=reward"),
         ("{kl_coef: [0.1], by: jury}", "", "search.by: must be reward or judge, not 'jury'"),
         ("{kl_coef: [0.1], against: seed-1}", "", "search.against: 'seed-1' is not an evaluated model; did you mean seed-0?"),
-        ("{kl_coef: [0.1], against: ppo-kl-0.1}", "", "search.against: 'ppo-kl-0.1' is a candidate itself; name another model, such as seed-0"),
+        ("{kl_coef: [0.1], against: ppo-kl-0.1}", "", "search.against: 'ppo-kl-0.1' is a candidate of the search; name a model that is none, such as seed-0"),
         ("{kl_coef: [0.1], questions: [inn]}", "", "search.questions: evaluate.prompts has no 'inn'; its sets are in, out"),
         ("{kl_coef: [0.1]}", "sweep: {kl_coef: {values: [0.1]}}\n", ""),
         ("{kl_coef: [0.1], methods: [kl-0.1]}", "sweep: {kl_coef: {values: [0.1, 1]}}\n", ""),
@@ -94,7 +94,7 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(
         SalsaError,
-        match=r"search: ppo with kl_coef 0\.1 is called ppo-kl-0\.1, but `policies` has a policy of that name; rename that one",
+        match=r"search: the candidate of ppo with kl_coef 0\.1 gets the name ppo-kl-0\.1, but `policies` has a policy of that name; rename that policy",
     ):
         load_recipe(str(tmp_path / "s.yaml"), lora="lora", overrides=[])
 

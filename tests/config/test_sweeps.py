@@ -76,7 +76,7 @@ def test_it_stands_beside_policies_and_can_be_set_or_taken_out(load: Any) -> Non
     assert list(policies(load("{kl_coef: {values: [1]}}", more=both))) == ["ppo", "kl-1"]
     with pytest.raises(
         SalsaError,
-        match=r"sweep\.kl_coef: makes a policy kl-1, but `policies` has another policy of that name; rename that one",
+        match=r"sweep\.kl_coef: makes a policy kl-1, but there is a different policy kl-1 already; rename that policy",
     ):
         load("{kl_coef: {values: [1], reference: seed-1}}", more=both)
     assert list(policies(load("{kl_coef: {values: [1]}}", "sweep.kl_coef.values=[2, 3]"))) == ["kl-2", "kl-3"]
@@ -126,8 +126,14 @@ def test_the_recipe_as_it_ran_has_policies_and_no_sweep(load: Any, tmp_path: Pat
         ("{alpha: [1]}", "sweep.alpha: must be a mapping {values: […]}, not [1]"),
         ("{alpha: {}}", "sweep.alpha.values: is required; give a list of numbers"),
         ("{alpha: {values: [a]}}", "sweep.alpha.values: must be a list of numbers, not ['a']"),
-        ("{alpha: {values: [0.5, 0.5]}}", "sweep.alpha.values: [0.5, 0.5] has an entry twice; give each once"),
-        ("{alpha: {values: [-0.0, 0]}}", "sweep.alpha.values: [0.0, 0.0] has an entry twice; give each once"),
+        (
+            "{alpha: {values: [0.5, 0.5]}}",
+            "sweep.alpha.values: [0.5, 0.5] has a repeated entry; give each entry only once",
+        ),
+        (
+            "{alpha: {values: [-0.0, 0]}}",
+            "sweep.alpha.values: [0.0, 0.0] has a repeated entry; give each entry only once",
+        ),
         ("{alpha: {values: [.nan]}}", "sweep.alpha.values: must be a list of numbers, not [nan]"),
         ("{alpha: {values: [true]}}", "sweep.alpha.values: must be a list of numbers, not [True]"),
         ("{alpha: {values: 0.5}}", "sweep.alpha.values: must be a list of numbers, not 0.5"),

@@ -111,7 +111,7 @@ class TestForms:
                 "train[a:]",
                 r"split 'train\[a:\]' is not a slice of 10 rows \(Unrecognized instruction format: train\[a:\]\); use one such as train\[:80%\]",
             ),
-            ("validation", "a single file has no split 'validation'"),
+            ("validation", "`split: validation` has no meaning for a single file"),
         ):
             with pytest.raises(SalsaError, match=line):
                 take(split)
@@ -147,7 +147,7 @@ class TestRefusals:
         ("read", "fine", "row", "message"),
         [
             (datasets.demonstrations, {"text": None, "messages": [user("a"), assistant("b")]}, {"text": "x", "messages": None},
-             r": has the columns messages, text; it needs messages, conversations, prompt and completion or instruction and output; `text` alone does not show which part is the assistant's, which the loss needs; messages is null"),
+             r": has the columns messages, text; it needs messages, conversations, prompt and completion or instruction and output; the loss needs to know which part is the assistant's, and `text` alone does not show it; messages is null"),
             (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [user("a")]},
              r", messages: has no assistant turn; add one"),
             (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": []},

@@ -114,7 +114,11 @@ PROMPTS: dict[tuple[str, int], Callable[[Row], Row]] = {
 }
 """(file, row), row 0 for all of a file that are not named."""
 REFUSED = {
-    ("demonstrations", "kto_and_parts", 1): "every row has the label false; give demonstrations to learn from",
+    (
+        "demonstrations",
+        "kto_and_parts",
+        1,
+    ): "every row has label: false (an undesirable answer) and is left out, so no row is left; add rows with label: true",
     ("demonstrations", "ultrafeedback_binarized", 3): "messages: has no assistant turn; add one",
     ("demonstrations", "sharegpt", 3): "conversations: has no assistant turn; add one",
     ("demonstrations", "sharegpt", 4): "conversations: has no assistant turn; add one",

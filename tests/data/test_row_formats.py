@@ -137,7 +137,7 @@ class TestDemonstrations:
     @pytest.mark.parametrize(
         ("row", "said"),
         [
-            ({"text": "### Human: hi ### Assistant: yo"}, "rows.jsonl, row 1: has the columns text; it needs messages, conversations, prompt and completion or instruction and output; `text` alone does not show which part is the assistant's, which the loss needs"),
+            ({"text": "### Human: hi ### Assistant: yo"}, "rows.jsonl, row 1: has the columns text; it needs messages, conversations, prompt and completion or instruction and output; the loss needs to know which part is the assistant's, and `text` alone does not show it"),
             ({"chosen": "a", "rejected": "b"}, "rows.jsonl, row 1: has the columns chosen, rejected; it needs messages, conversations, prompt and completion or instruction and output; rows with chosen and rejected belong to data.preferences"),
             ({"prompt": "<|im_start|>user\nq<|im_end|>\n", "completion": "a"}, "rows.jsonl, row 1, prompt: is already rendered with a chat template ('<|im_start|>user\\nq<|im_end|>\\n'), and the recipe's template would be applied to it again; give messages, or the text of the turn alone"),
             ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, PLAIN[1]]},
@@ -571,7 +571,7 @@ class TestFolders:
         ("name", "text", "line"),
         [
             ("b.jsonl", '{"prompt": [', 'set/b\\.jsonl, row 1: b\'\\{"prompt": \\[\' is not valid JSON \\(Expecting value: line 1 column 13 \\(char 12\\)\\); write one object per line'),
-            ("b.jsonl", '{"text": "x"}', r"has the columns text, but a\.jsonl has prompt, completion\. All files of a folder must have the same columns: name one file, or use a folder for each kind of rows"),
+            ("b.jsonl", '{"text": "x"}', r"has the columns text, but a\.jsonl has prompt, completion\. All files of a folder must have the same columns: give one file, or put files with different columns into different folders"),
             ("b.jsonl", '{"prompt": [3], "completion": "a"}', r"set/b\.jsonl, row 1, prompt: is the list \[3\], but text in a\.jsonl; all files of a folder must have the same types"),
             ("b.csv", "prompt,completion\n1,q,a\n", r"set/b\.csv, row 1: has more fields than the header; put text with commas in quotes"),
         ],
@@ -635,7 +635,7 @@ class TestWrapped:
         for whole, line in (
             (
                 {"train": [self.ROW], "test": [self.ROW]},
-                "is an object with the lists train, test; put the one to read into its own file",
+                "is an object with the lists train, test; put the list to read into its own file",
             ),
             (
                 {"messages": [turns("q", "a")]},

@@ -250,9 +250,10 @@ class TestContent:
         read, fine, _ = KINDS[kind]
         row = {column: odd} if kind == "prompts" else fine | {column: odd}
         line = refusal(read, put(fine, row))
-        assert re.match(rf"rows\.jsonl, row 2, {column}: ((a turn )?must be .*, not |a message has no role)", line), (
-            line
-        )
+        assert re.match(
+            rf"rows\.jsonl, row 2, {column}: ((a turn )?must be .*, not |a message must have role and content, or from and value, but is )",
+            line,
+        ), line
 
     @kinds
     @pytest.mark.parametrize("half", [r"\ud800", r"\ude00", r"x\ud83d y"])
@@ -329,7 +330,7 @@ class TestRoles:
             (datasets.demonstrations, {"messages": [user("a"), turn("human", "b")]}, "messages: has no assistant turn; add one"),
             (datasets.demonstrations, {"messages": [{"from": "narrator", "value": "a"}]},
              "messages: unknown role 'narrator'; use human, gpt, system, function_call, observation or tool"),
-            (datasets.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: a message has no role but is an object with the keys speaker, text; messages need {role, content} or {from, value}"),
+            (datasets.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: a message must have role and content, or from and value, but is an object with the keys speaker, text"),
             (datasets.preferences, PAIR | {"chosen": [user("q")]}, "chosen: must end with an assistant turn, not with a user turn"),
             (datasets.preferences, PAIR | {"prompt": [user("q"), assistant("a")]},
              "prompt: must not end with an assistant turn, because the policy answers next; remove that turn"),
@@ -377,9 +378,7 @@ class TestPairs:
     def test_of_other_prompts(self, put: Any, chosen: Any, rejected: Any, place: int) -> None:
         """The turn where they part is named; a `prompt` before one of them only is another prompt too."""
         line = refusal(datasets.preferences, put(PAIR, {"prompt": "q", "chosen": chosen, "rejected": rejected}))
-        expected = (
-            f"answers another prompt than chosen does (they differ in turn {place}); both must have the same prompt"
-        )
+        expected = f"this chat and chosen must have the same prompt and differ first in an assistant turn; they differ in turn {place}"
         assert line == f"rows.jsonl, row 2, rejected: {expected}"
 
     def test_conversations_that_part_at_an_answer(self, put: Any) -> None:
@@ -405,7 +404,7 @@ class TestIds:
         """The row has no id of its own, which the line says."""
         line = refusal(questions, put({"question_id": 2, "prompt": "a"}, {"prompt": "b"}))
         assert line == (
-            "rows.jsonl, row 2: has no id (question_id, uid, prompt_id), and row 1 has its number 2 as id; give every row an id, or none"
+            "rows.jsonl, row 2: has no id (question_id, uid, prompt_id), and its row number 2 is the id of row 1; give every row an id, or none"
         )
         assert [one.id for one in questions(put({"question_id": 9, "prompt": "a"}, {"prompt": "b"}))] == [9, 2]
 
@@ -622,7 +621,7 @@ class TestLengths:
         kept = prompts_that_fit(JOB, bench_of(tokenizer, 12, 7), rows)
         assert [row["prompt"][0]["content"] for row in kept] == ["owl", "owl owl"]
         assert "evaluate  2 of 4 rows left out: prompts longer than 5 tokens" in capsys.readouterr().err
-        with pytest.raises(SalsaError, match=r"^data\.prompts: no prompt has at most 3 tokens; raise"):
+        with pytest.raises(SalsaError, match=r"^data\.prompts: every prompt is longer than 3 tokens; raise"):
             prompts_that_fit(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
 
     def test_of_the_trainer(self, make_base: Any, tokenizer: Any, capsys: Any) -> None:
@@ -657,15 +656,15 @@ class TestTokenizers:
         model = make_base(vocab_size=len(chat_tokenizer))
         chat_tokenizer.eos_token = None
         chat_tokenizer.save_pretrained(tmp_path)
-        with pytest.raises(SalsaError, match="its tokenizer has no eos_token, which ends a response"):
+        with pytest.raises(SalsaError, match="the tokenizer has no eos_token, which is needed to end responses"):
             load_tokenizer(str(tmp_path))
-        with pytest.raises(SalsaError, match=r"^processing_class: there is no eos_token"):
+        with pytest.raises(SalsaError, match=r"^processing_class: the tokenizer has no eos_token"):
             check_tokenizer(chat_tokenizer, model)
 
     def test_no_padding_in_the_trainer(self, chat_tokenizer: Any, make_base: Any) -> None:
         model = make_base(vocab_size=len(chat_tokenizer))
         chat_tokenizer.pad_token = None
-        with pytest.raises(SalsaError, match=r"^processing_class: there is no pad_token. Set tokenizer\.pad"):
+        with pytest.raises(SalsaError, match=r"^processing_class: the tokenizer has no pad_token. Set tokenizer\.pad"):
             check_tokenizer(chat_tokenizer, model)
 
     def test_padding_that_is_eos_in_the_trainer(self, make_base: Any, tokenizer: Any) -> None:
@@ -803,7 +802,7 @@ class TestStages:
         write(path, rows[:2])
         with pytest.raises(
             SalsaError,
-            match=r"^data\.demonstrations: found 2 rows with an answer within .* tokens, fewer than sft.batch_size = 4",
+            match=r"^data\.demonstrations: 2 rows have an answer within .* tokens, fewer than sft.batch_size = 4",
         ):
             sft.run(job)
         assert (

@@ -114,7 +114,7 @@ class TestWeights:
         factor("policy", value)(trainer)
         refused(
             trainer,
-            r"^model: the logits are NaN or infinite for [1-8] of 8 prompts; look for NaN in its weights",
+            r"^model: the logits are NaN or infinite for [1-8] of 8 prompts\. Check the model's weights for NaN",
         )
 
     def test_in_the_base(self, make_trainer: Any, value: float) -> None:

@@ -232,9 +232,11 @@ def test_a_folder_in_a_files_place_is_named(go: Any, name: str) -> None:
     go()
     folder(RUN / name)
     code, made, _, err = go()
-    assert (code, made) == (2, []) and err.splitlines()[
-        -1
-    ] == f"{(RUN / name).resolve()}: this is a folder, but a file of this name is to be written; move the folder away"
+    assert (
+        (code, made) == (2, [])
+        and err.splitlines()[-1]
+        == f"{(RUN / name).resolve()}: this is a folder, but a file with this name must be written; move or rename the folder"
+    )
     (RUN / name).rmdir()
     assert go()[:2] == (0, [])
 
@@ -309,7 +311,7 @@ def test_a_shard_of_another_dtype(base: Path) -> None:
     save_file({"t1": np.arange(64, dtype=np.float16)}, shard)
     assert fingerprint(base) != before
     shard.write_bytes(raw.replace(b"F32", b"F16"))
-    with pytest.raises(SalsaError, match=r"model-1.safetensors: damaged: the bytes of t1 do not fit its dtype"):
+    with pytest.raises(SalsaError, match=r"model-1.safetensors: damaged: the byte range of t1 does not fit its dtype"):
         fingerprint(base)
 
 

@@ -94,7 +94,7 @@ class TestEngine:
         )
         said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
         assert said == [
-            f"micro_batch_size: out of memory with {rows} rows; continuing with {rows // 2}, the batch size stays the same"
+            f"micro_batch_size: out of memory with {rows} rows; continuing with {rows // 2} rows; the batch size stays the same"
             for rows in (8, 4)
         ]
 

@@ -131,10 +131,10 @@ def test_bf16_weights_need_an_optimizer_that_rounds_at_random(make_full: Any) ->
     make_full("a")
     for optim in ({"optim_args": "bf16_stochastic_round=False"}, {"optim_args": None}, {"optim": "adamw_torch"}):
         with pytest.raises(
-            SalsaError, match=r"in bfloat16, which rounds small steps away.* optim_args='bf16_stochastic_round=True'"
+            SalsaError, match=r"in bfloat16, which rounds small updates away.* optim_args='bf16_stochastic_round=True'"
         ):
             make_full("a", **optim)
-    with pytest.raises(SalsaError, match="in float16, which rounds small steps away"):
+    with pytest.raises(SalsaError, match="in float16, which rounds small updates away"):
         make_full("a", dtype=torch.float16)
 
 

@@ -165,8 +165,11 @@ def test_stages(go):
     ("action", "said"),
     [
         ("refuse", "reward failed: data.prompts: found nothing, expected something\n"),
-        ("crash", "reward failed: RuntimeError: boom and more (add --debug for the trace; trace in "),
-        ("kill", "reward failed: its process was killed by SIGKILL; out of memory?"),
+        ("crash", "reward failed: RuntimeError: boom and more (add --debug to see the traceback; traceback in "),
+        (
+            "kill",
+            "reward failed: its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less",
+        ),
         ("exit", "reward failed: its process ended with code 3 and without a result\n"),
         ("nan", "reward failed: ValueError: Out of range float values are not JSON compliant"),
     ],

@@ -119,7 +119,7 @@ def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     )
     for words, line in (
         (["--gpu", "24"], "--gpu needs --dry-run"),
-        (["--dry-run", "--gpu", "big"], "found big, expected GiB"),
+        (["--dry-run", "--gpu", "big"], "big is no memory size in GiB, such as 24"),
     ):
         with pytest.raises(SystemExit) as caught:
             salsa_run(["llama2_full", *words])

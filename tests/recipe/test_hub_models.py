@@ -29,7 +29,7 @@ from transformers import (
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import classifier_class, language_model_only
 
-REFUSED = {"llama-3.1-8b-instruct-int8": "is quantised already"}
+REFUSED = {"llama-3.1-8b-instruct-int8": "is already quantised"}
 """Families that can't be trained on, and what is said of them."""
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "max_position_embeddings": 256, "initializer_range": 0.3}  # fmt: skip

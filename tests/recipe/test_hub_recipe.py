@@ -128,11 +128,11 @@ def test_seeds_can_be_taken_some_trained(tmp_path: Path, tokenizer: Any) -> None
         ),
         (
             ["sft.from=[a/b]", "sft.seeds=[0, 1]"],
-            "sft.from: found 1 entries for 2 seeds in sft.seeds; give one per seed (null: trained here)",
+            "sft.from: has 1 entries, but sft.seeds has 2 seeds; give one entry per seed, or null for a seed that this run is to train",
         ),
         (
             ["sft.from=[soup, a/b]"],
-            "sft.from[0]: 'soup' is no folder or Hub id (namespace/name); give one of a LoRA adapter",
+            "sft.from[0]: 'soup' is no folder or Hub id (namespace/name); give the folder or Hub id of a LoRA adapter",
         ),
         (
             ["sft.from=[./nowhere, a/b]"],

@@ -79,8 +79,8 @@ def test_two_processes_do_the_work_once(tmp_path: Path) -> None:
     ("actions", "line", "logged"),
     [
         ({"_0": "refuse", "_1": "refuse"}, "data.prompts: found nothing, expected something\n", "SalsaError"),
-        ({"_0": "late", "_1": "first"}, "RuntimeError: boom and more (add --debug for the trace; trace in ", "process 1:\nTraceback"),
-        ({"_0": "wait", "_1": "kill"}, "its process was killed by SIGKILL; out of memory?", "exitcode  : -9"),
+        ({"_0": "late", "_1": "first"}, "RuntimeError: boom and more (add --debug to see the traceback; traceback in ", "process 1:\nTraceback"),
+        ({"_0": "wait", "_1": "kill"}, "its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less", "exitcode  : -9"),
         ({"_0": "exit"}, "its process ended with code 3 and without a result", "exitcode  : 3"),
     ],
     ids=["both refuse", "the second crashes first", "one is killed", "one ends"],
@@ -170,8 +170,8 @@ def test_memory_is_of_the_machine_and_of_a_gpu(tmp_path: Path) -> None:
         (["reward.batch_size=24", "reward.micro_batch_size=8"],
          r"reward.batch_size: 24 is not a multiple of micro_batch_size 8 × num_processes 2; set reward.batch_size=32 or another"),
         (["ppo.batch_size=6", "ppo.num_mini_batches=2"], r"ppo.batch_size: 6 is not a multiple of num_mini_batches 2 × 2 processes; set ppo.batch_size=8"),
-        (["ppo.batch_size=8", "ppo.micro_batch_size=8"], r"ppo.micro_batch_size: 8 does not divide the minibatch of 8 / 1 / 2 processes = 4 responses"),
-        (["ppo.batch_size=12", "ppo.rollout_batch_size=4"], r"ppo.rollout_batch_size: 4 does not divide 6, the responses of a rollout batch"),
+        (["ppo.batch_size=8", "ppo.micro_batch_size=8"], r"ppo.micro_batch_size: 8 must divide 4, the number of responses in a minibatch \(8 / 1 / 2 processes\)"),
+        (["ppo.batch_size=12", "ppo.rollout_batch_size=4"], r"ppo.rollout_batch_size: 4 must divide 6, the number of responses that each of 2 processes generates for a rollout batch"),
         (["accelerate=fsdp2", "model.quantization=nf4"], r"model.quantization: nf4 does not work with accelerate fsdp2, .* set model.quantization=null or accelerate=ddp"),
         (["accelerate=zero3", "precision=stochastic"], r"precision: stochastic does not work with accelerate zero3, .* set precision=master or"),
         (["accelerate=fsdp2", "reward.seeds=[0, 1]"], r"reward.seeds: \[0, 1\] does not work with accelerate fsdp2, .* set reward.seeds=\[0\] or"),
@@ -194,8 +194,18 @@ def test_what_a_recipe_can_not_share(tmp_path: Path, sets: list[str], message: s
     [
         (0, None, [], None),
         (4, None, ["accelerate=fsdp2"], None),
-        (4, "1", [], "num_processes: found 2, but this machine has 1 GPU and each process needs one; lower it to 1"),
-        (1, None, [], "num_processes: found 2, but this machine has 1 GPU and each process needs one; lower it to 1"),
+        (
+            4,
+            "1",
+            [],
+            "num_processes: 2 processes need a GPU each, but this machine has 1 GPU; lower num_processes to 1",
+        ),
+        (
+            1,
+            None,
+            [],
+            "num_processes: 2 processes need a GPU each, but this machine has 1 GPU; lower num_processes to 1",
+        ),
         (0, None, ["accelerate=fsdp2"], "accelerate: fsdp2 needs GPUs, and nvidia-smi lists none; use ddp"),
     ],
 )

@@ -155,7 +155,7 @@ def test_qlora(whole: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -
             name
         )
     assert abs(first_kl(folder, "ppo")) < 1e-4
-    assert "needs a CUDA device, and there is none; adamw_torch_fused is used instead" in capsys.readouterr().err
+    assert "needs a CUDA device, which this machine lacks; adamw_torch_fused is used instead" in capsys.readouterr().err
     merged = load_file(unit(folder, "ppo/salsa") / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
 

@@ -317,7 +317,7 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
     shutil.copytree(unit(run, "soup"), tmp_path / "soup")
     context.check({"soup": tmp_path / "soup"})
     (tmp_path / "soup" / "fingerprint.json").write_text('{"base": "00"}')
-    with pytest.raises(SalsaError, match="these weights were trained on another base"):
+    with pytest.raises(SalsaError, match="these weights were trained on a base with the fingerprint"):
         context.check({"soup": tmp_path / "soup"})
     (tmp_path / "soup" / "fingerprint.json").unlink()
     context.check({"soup": tmp_path / "soup"})  # of seeds without one, which was noted when they were taken

@@ -219,7 +219,7 @@ except SalsaError as error:
     print(error)
     sys.exit()
 """)  # fmt: skip
-    assert "these weights were trained on another base" in python(
+    assert "these weights were trained on a base with the fingerprint" in python(
         server, tmp_path / "other", refused, str(tmp_path / "out")
     )
 
@@ -344,8 +344,11 @@ def test_full_weights_are_pushed_as_checkpoints(
     ("words", "message"),
     [
         (["push", "RUN", "soup"], "--to: is required with items; add --to namespace/name"),
-        (["push", "RUN", "soup", "--to", "../../etc"], "--to: found '../../etc', expected namespace/name"),
-        (["push", "RUN", "soup", "--to", "name"], "--to: found 'name', expected namespace/name"),
+        (
+            ["push", "RUN", "soup", "--to", "../../etc"],
+            "--to: found '../../etc', which is no repository id; give namespace/name",
+        ),
+        (["push", "RUN", "soup", "--to", "name"], "--to: found 'name', which is no repository id; give namespace/name"),
         (
             ["push", "RUN", "salas", "--to", "a/b"],
             "this recipe has no result 'salas'; did you mean salsa?",
@@ -354,15 +357,18 @@ def test_full_weights_are_pushed_as_checkpoints(
         (["push", "RUN", "soup", "soup", "--to", "a/b"], "soup soup: name each item once"),
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "/tmp/x"], "--base-model: found '/tmp/x'"),
         (["push", "nowhere", "soup", "--to", "a/b"], "nowhere: not a run's folder, since it has no recipe.yaml"),
-        (["push", "RUN", "soup", "--to", "a/b--c"], "--to: found 'a/b--c', expected namespace/name"),
+        (
+            ["push", "RUN", "soup", "--to", "a/b--c"],
+            "--to: found 'a/b--c', which is no repository id; give namespace/name",
+        ),
         (["push", "RUN", "soup", "--to", "a/b.git"], "--to: found 'a/b.git'"),
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "a/b..c"], "--base-model: found 'a/b..c'"),
-        (["push", "RUN", "soup", "salsa", "--to", "a/" + "x" * 93], "expected namespace/name"),
-        (["push", "RUN", "--public"], "--public, --base-model: need items and --to"),
+        (["push", "RUN", "soup", "salsa", "--to", "a/" + "x" * 93], "which is no repository id; give namespace/name"),
+        (["push", "RUN", "--public"], "--public, --base-model: work only with items and --to"),
         (["pull", "a/b", "RUN"], "this folder is not empty (it has "),
         (["pull", "a/b", ""], "a/b: FOLDER and --revision must not be empty"),
-        (["pull", "a"], "ID: found 'a', expected namespace/name"),
-        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: this is a file; name a folder"),
+        (["pull", "a"], "ID: found 'a', which is no repository id; give namespace/name"),
+        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: this is a file; choose a folder"),
     ],
 )
 def test_bad_words_are_one_line(run: Path, capsys: Any, words: list[str], message: str) -> None:
@@ -414,14 +420,17 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
             ["hub.push=[soup]"],
             "hub.base_model: is required, because the base is the embedded world; give the base's Hub id",
         ),
-        (["hub={push: [soup], base_model: nobody}"], "hub.base_model: found 'nobody', expected namespace/name"),
+        (
+            ["hub={push: [soup], base_model: nobody}"],
+            "hub.base_model: found 'nobody', which is no repository id; give namespace/name",
+        ),
         (
             ["hub={push: [soup], base_model: a/b, namespace: ../x}"],
-            "hub.namespace: must consist of letters, digits and single dots, - and _ between them, at most 64, not '../x'",
+            "hub.namespace: must consist of letters, digits and single dots, - and _ between them, at most 64 characters, not '../x'",
         ),
         (
             ["hub={push: [soup, soup], base_model: a/b}"],
-            "hub.push: ['soup', 'soup'] has an entry twice; give each once",
+            "hub.push: ['soup', 'soup'] has a repeated entry; give each entry only once",
         ),
         (["hub.token=hf_secret"], "hub.token: unknown key"),
     ],

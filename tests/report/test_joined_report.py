@@ -266,12 +266,12 @@ class TestCommand:
             (tmp_path / name).mkdir()
             (tmp_path / name / "recipe.yaml").write_text("name: r\ntoy: {}\npolicies: {ppo: {reference: seed-0}}\n")
         assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-        assert "a: this run has no finished report; run it again: salsa run " in capsys.readouterr().err
+        assert "a: this run has no finished report; run the recipe again: salsa run " in capsys.readouterr().err
         assert report.main([str(tmp_path / "a"), str(tmp_path / "none")]) == 2
         assert "none: not the folder of a run, since it has no recipe.yaml" in capsys.readouterr().err
         (tmp_path / "a" / "recipe.yaml").write_text("name: r\nbeta: 1\n")
         assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-        assert "recipe.yaml: beta: is not valid: Unexpected keyword argument; found 1" in capsys.readouterr().err
+        assert "recipe.yaml: beta: 1 is not valid: Unexpected keyword argument" in capsys.readouterr().err
         assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
     def test_what_can_not_be_meant(
@@ -282,7 +282,7 @@ class TestCommand:
         (tmp_path / "a" / "recipe.yaml").write_text("name: r\n")
         run, seen = str(tmp_path / "a"), []
         for words, said in (
-            ([run, "--output-dir", "x"], "--output-dir: is for several runs"),
+            ([run, "--output-dir", "x"], "--output-dir: works only with several runs; leave it out"),
             ([run, run, "--output-dir"], "--output-dir: needs a folder's name"),
             (["/nope"], "/nope: not the folder of a run, since it has no recipe.yaml"),
             ([str(tmp_path)], "not the folder of a run"),
@@ -323,7 +323,7 @@ class TestCommand:
         os.utime(tmp_path / "report" / "9" / "manifest.json", (30, 30))
         assert runs_of.finished_results(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "1"}
         (tmp_path / "sft" / "seed-0" / "1" / "x").write_text("longer")
-        with pytest.raises(SalsaError, match="sft/seed-0/1/x is missing or has changed; run it again"):
+        with pytest.raises(SalsaError, match="sft/seed-0/1/x is missing or has changed; run the recipe again"):
             runs_of.finished_results(tmp_path)
         shutil.rmtree(tmp_path / "sft" / "seed-0" / "1")
         with pytest.raises(SalsaError, match="the result of sft/seed-0 that the report was made from is missing"):

@@ -68,40 +68,40 @@ WRONG = {
     "OUT a0/adapter_model.safetensors a1": "not a folder: a0/adapter_model.safetensors; a member is the folder that holds the file",
     "OUT run a0": "run holds neither an adapter (adapter_config.json) nor a checkpoint (config.json); did you mean run/sft/seed-0?",
     "OUT empty a0": "empty holds neither an adapter (adapter_config.json) nor a checkpoint (config.json)",
-    "OUT a0 c1": "c1 is a full checkpoint, but a0 is an adapter; members of a soup must be of one kind",
+    "OUT a0 c1": "c1 is a full checkpoint, but a0 is an adapter; a soup cannot mix adapters and checkpoints",
     "OUT": "the following arguments are required: MEMBER",
-    "OUT a0 a1 --weights 1": "weights: 1 (1.0) for 2 members; give one for each member",
+    "OUT a0 a1 --weights 1": "weights: 1 weights (1.0) for 2 members; give one for each member",
     "OUT a0 a1 --weights 0,0": "all are 0",
     "OUT a0 a1 --weights a,b": "--weights: a,b is not a list of numbers such as 0.25,0.75",
-    "OUT a0 a1 --weights 0.3 abc": "abc: unexpected argument; arguments without an option's name come before the options",
-    "OUT a0 a1 --weights=0.3 abc": "abc: unexpected argument; arguments without an option's name come before the options",
-    "OUT a0 --merge a1": "a1: unexpected argument; arguments without an option's name come before the options",
+    "OUT a0 a1 --weights 0.3 abc": "abc: unexpected argument; put positional arguments before the options",
+    "OUT a0 a1 --weights=0.3 abc": "abc: unexpected argument; put positional arguments before the options",
+    "OUT a0 --merge a1": "a1: unexpected argument; put positional arguments before the options",
     "OUT a0 a1 --weight 0.3 0.7": "--weight: no such option; did you mean --weights?",
     "OUT a0 a1 --rank x": "--rank: x is not a whole number of at least 1",
     "OUT a0 a1 --rank 0": "--rank: 0 is not a whole number of at least 1",
     "OUT a0 a1 --steps 1.5": "--steps: 1.5 is not a whole number of at least 1",
     "OUT a0 a1 --step-size ten": "--step-size: invalid float value: 'ten'",
     "OUT a0 a1 --strategy mean": "--strategy: invalid choice: 'mean' (choose from ",
-    "notes a0 a1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty one or an earlier soup",
-    "notes c0 c1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty one or an earlier soup",
+    "notes a0 a1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty folder or one of an earlier soup",
+    "notes c0 c1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty folder or one of an earlier soup",
     "notes a0 a1 --merge --base base": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten",
-    "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, and base is a llama model",
-    "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, and base is",
-    "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', nowhere-known names 'someone/llama@main'",
+    "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, but base is a llama model",
+    "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, but base is",
+    "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', but nowhere-known names 'someone/llama@main'",
     "OUT a0 a1 --weights 1 -1 --normalize": "sum to 0, so they cannot be normalized",
     "OUT c0 c1 --weights .5,.6": "sum to 1.1, but the weights of checkpoints must sum to 1",
     "OUT saved saved --weights .5,.6": "sum to 1.1, but they must sum to 1",
     "OUT c0 c1 --merge": "merge: True has no effect on checkpoints, only on adapters",
-    "OUT c0 c1 --strategy slerp": "needs the base that they were trained from (--base)",
+    "OUT c0 c1 --strategy slerp": "needs the base that they were trained from, because it interpolates between their changes",
     "OUT a0 a1 --merge --rank 4": "rank: 4 has no effect with merge, because a merged soup is exact",
     "OUT a0 a1 --untie": "untie: True has an effect only with merge=True (--merge)",
     "OUT a0 a1 --quantized-base nf4": "quantized_base: nf4 has an effect only with merge=True",
     "OUT nameless a0 --merge": "has no base_model_name_or_path; name the base's folder or Hub id (--base)",
     "OUT elsewhere elsewhere --merge": "no such folder: /home/someone/models/llama, which elsewhere/adapter_config.json names as the base; "
-    "name it with --base",
-    "OUT hub hub --merge": "no such folder: someone/llama, which hub/adapter_config.json names as the base; name it with --base; as a Hub id",
+    "give the base's folder with --base",
+    "OUT hub hub --merge": "no such folder: someone/llama, which hub/adapter_config.json names as the base; give the base's folder with --base; as a Hub id",
     "OUT a0 a1 --merge --base nowhere": "no such folder: nowhere; as a Hub id: https://huggingface.co/nowhere: not in",
-    "a0 a0 a1": "a0: this folder is a member of the soup",
+    "a0 a0 a1": "a0: this folder is a member or the base of the soup; choose another folder for the soup",
     "OUT dora a1": "a DoRA delta is not linear",
 }
 
@@ -138,7 +138,7 @@ def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path,
     bar = re.compile(r"soup:? +\d.*")
     lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
     assert lines == [
-        "warning: nowhere-known has no fingerprint.json, so it was not checked that it was trained on base; it names the base someone/llama"
+        "warning: nowhere-known has no fingerprint.json, so it was not checked that it was trained on base; its config names the base someone/llama"
     ]
     numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert done.stdout.startswith(
@@ -167,7 +167,7 @@ def test_greedy_says_each_warning_once(
     assert main(["out", "x", "y", *words]) == 0
     bar = re.compile(r"soup:? +\d.*")
     lines = [line for line in capfd.readouterr().err.splitlines() if not bar.match(line)]
-    said = "warning: {} has no fingerprint.json, so its base cannot be compared with that of the others"
+    said = "warning: {} has no fingerprint.json, so its base cannot be compared with those of the other members"
     assert lines == [said.format("x"), said.format("y")]
 
 

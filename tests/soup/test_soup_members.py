@@ -275,9 +275,12 @@ class TestDirect:
         [
             (
                 LM | {"trainable_token_indices": [1, 2]},
-                "trainable_token_indices of model.embed_tokens are not those of",
+                "trainable_token_indices of model.embed_tokens differ from those of",
             ),
-            (LM | {"trainable_token_indices": [3]}, "trainable_token_indices of model.embed_tokens are not those of"),
+            (
+                LM | {"trainable_token_indices": [3]},
+                "trainable_token_indices of model.embed_tokens differ from those of",
+            ),
             (LM, "has no model.embed_tokens.token_adapter.trainable_tokens_delta, but"),
             (LM | {"modules_to_save": ["lm_head"]}, "has no lm_head.weight, but"),
         ],

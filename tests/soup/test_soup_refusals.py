@@ -140,17 +140,17 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "LoRA-GA": (configure(init_lora_weights="lora_ga"), "'lora_ga', which changes the weights of the base"),
     "two adapters": (
         put(f"{Q0}.lora_A.default.weight", (2, 16)),
-        f"are both base_model.model.{Q0}.lora_A.weight: save the adapter again",
+        f"are two names of the tensor base_model.model.{Q0}.lora_A.weight; save the adapter again",
     ),
     "two adapters by name": (
         lambda m: [put(f"{Q0}.lora_A.{name}.weight", (2, 16))(m) for name in ("one", "two")],
-        "the tensors of 2 adapters (one, two) are in one file",
+        "the file has the tensors of 2 adapters (one, two), expected one",
     ),
     "pissa": (configure(init_lora_weights="pissa"), "'pissa', which changes the weights of the base"),
-    "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a LoRA configuration"),
+    "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a valid LoRA configuration"),
     "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x'; the rank must be"),
     "not json": (write("adapter_config.json", "{"), "adapter_config.json: not valid JSON"),
-    "list": (write("adapter_config.json", "[]"), "adapter_config.json: this is a list, not a mapping"),
+    "list": (write("adapter_config.json", "[]"), "adapter_config.json: the JSON is a list, but must be a mapping"),
     "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json: not valid JSON"),
     "no config": (
         rename("adapter_config.json", "x"),
@@ -198,7 +198,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other fingerprint": (write("fingerprint.json", '{"base": "abc"}'), "was trained on base abc…"),
     "bad fingerprint": (
         write("fingerprint.json", '{"base": 1}'),
-        'fingerprint.json: expected {"base": SHA-256 of the base}',
+        'fingerprint.json: must be {"base": SHA-256 of the base}',
     ),
     "task": (configure(task_type="SEQ_2_SEQ_LM"), "has task_type 'SEQ_2_SEQ_LM'"),
 }
@@ -241,14 +241,14 @@ class TestRefusals:
         (members[1] / "fingerprint.json").unlink()
         soup(folder / "soup", members)
         assert caplog.messages == [
-            f"warning: {members[1]} has no fingerprint.json, so its base cannot be compared with that of the others"
+            f"warning: {members[1]} has no fingerprint.json, so its base cannot be compared with those of the other members"
         ]
 
     @pytest.mark.parametrize(
         ("weights", "line"),
         [
-            ([0.5], "weights: 1 (0.5) for 2 members"),
-            ([0.5, 0.3, 0.2], "weights: 3 (0.5, 0.3, 0.2) for 2 members"),
+            ([0.5], "weights: 1 weights (0.5) for 2 members"),
+            ([0.5, 0.3, 0.2], "weights: 3 weights (0.5, 0.3, 0.2) for 2 members"),
             ([math.nan, 1], "weights: nan, 1 are not all finite numbers"),
             ([math.inf, -math.inf], "weights: inf, -inf are not all finite numbers"),
             ([0, 0], "weights: all are 0"),
@@ -265,9 +265,11 @@ class TestRefusals:
 
     def test_no_members_names_and_strategy(self, base, folder: Path) -> None:
         member = train(base, folder / "a", 0)
-        with pytest.raises(SalsaError, match="members: none given; a soup needs at least one adapter or checkpoint"):
+        with pytest.raises(
+            SalsaError, match="members: the list is empty; a soup needs at least one adapter or checkpoint"
+        ):
             soup(folder / "soup", [])
-        with pytest.raises(SalsaError, match="names: 2 for 1 members; give one for each member"):
+        with pytest.raises(SalsaError, match="names: 2 names for 1 members; give one per member"):
             StackedAdapter.load([member], ["a", "b"])
         with pytest.raises(SalsaError, match="'slurp' is unknown; use one of linear"):
             soup(folder / "soup", [member], strategy="slurp")
@@ -327,7 +329,10 @@ def test_a_runs_folders_are_called_by_their_units(tmp_path: Path) -> None:
             ["--measure", "sft_loss", "--data", "none.jsonl"],
             "--data: no such file: none.jsonl; use a jsonl, json or parquet file",
         ),
-        (["--measure", "reward", "--data", "none.jsonl"], "--reward: measure reward needs one; add --reward REWARD"),
+        (
+            ["--measure", "reward", "--data", "none.jsonl"],
+            "--reward: measure reward needs a reward model; add --reward REWARD",
+        ),
         (["--measure", "no_such_module:f"], "there is no module no_such_module"),
         (["--measure", "loss"], "--measure: loss is unknown; use sft_loss, reward"),
     ],

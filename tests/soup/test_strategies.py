@@ -65,8 +65,12 @@ def test_slerp_of_one_direction_is_linear() -> None:
 @pytest.mark.parametrize(
     ("gram", "weights", "line"),
     [
-        ([[1, 0], [0, 1]], [0.2, 0.3, 0.5], "strategy slerp: there are 3 members, but slerp needs two"),
-        ([[0, 0], [0, 1]], [0.5, 0.5], "strategy slerp: a member does not change the base"),
+        (
+            [[1, 0], [0, 1]],
+            [0.2, 0.3, 0.5],
+            "strategy slerp: there are 3 members, but slerp needs exactly two; use strategy linear",
+        ),
+        ([[0, 0], [0, 1]], [0.5, 0.5], "strategy slerp: a member equals the base, so its change has no direction"),
         ([[1, -1], [-1, 1]], [0.5, 0.5], "strategy slerp: the members change the base in opposite directions"),
     ],
 )
@@ -111,7 +115,7 @@ def test_without_a_measure_or_with_nan_it_is_refused(strategy: str) -> None:
 
 
 def test_learned_starts_inside() -> None:
-    with pytest.raises(SalsaError, match=r"strategy learned: it starts from the weights .*, which must all be above 0"):
+    with pytest.raises(SalsaError, match=r"strategy learned: the weights to start from, .*, must all be above 0"):
         ask("learned", [1.0, 0.0], Hill([0.5, 0.5]))
 
 

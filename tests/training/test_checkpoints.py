@@ -185,7 +185,7 @@ class TestFinding:
         (tmp_path / "checkpoint-1" / "model.safetensors").unlink()
         found, passed = checkpoints.last_complete(tmp_path)
         assert found == tmp_path / "checkpoint-2" and len(passed) == 2
-        assert "checkpoint-4: skipped, because it is incomplete (no readable checkpoint.json)" in passed[0]
+        assert "checkpoint-4: skipped, because it is incomplete (it has no readable checkpoint.json)" in passed[0]
         assert "checkpoint-3: skipped, because it is incomplete (model.safetensors is missing)" in passed[1]
         (tmp_path / "checkpoint-2" / checkpoints.STATE).unlink()
         assert checkpoints.last_complete(tmp_path)[0] is None and len(checkpoints.last_complete(tmp_path)[1]) == 4
@@ -280,7 +280,7 @@ class TestCut:
         line = checkpoints.truncate_log(tmp_path / "log", 4)
         assert (
             line is not None
-            and "log: lines from before the checkpoint are missing (0 bytes; 4 at the checkpoint)" in line
+            and "log: lines from before the checkpoint are missing: the file has 0 bytes, and had 4 then" in line
         )
 
     def test_a_log_that_is_too_short_is_left_as_it_is(self, tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ class TestCut:
         line = checkpoints.truncate_log(tmp_path / "log", 5)
         assert (
             line is not None
-            and "log: lines from before the checkpoint are missing (4 bytes; 5 at the checkpoint)" in line
+            and "log: lines from before the checkpoint are missing: the file has 4 bytes, and had 5 then" in line
         )
         assert (tmp_path / "log").read_text() == "one\n"
 

@@ -146,9 +146,9 @@ def test_a_seed_that_is_taken_is_one_of_this_run(
     ).exists()
     assert not (out / "all_results.json").exists() and not (out / "trainer_state.json").exists()
     said = capsys.readouterr().err
-    assert said.count("has no fingerprint.json, so that its base cannot be checked") == 1
+    assert said.count("has no fingerprint.json, so its base cannot be checked") == 1
     assert ("It names unsloth/tiny-bnb-4bit as its base" in said) == (maker == "unsloth")
-    assert ("another chat template" in said) == (maker == "trl")
+    assert ("the chat template of this folder's tokenizer differs" in said) == (maker == "trl")
 
 
 def test_a_base_named_by_a_relative_path_is_no_other(
@@ -230,7 +230,9 @@ def test_a_tokenizer_of_other_ids_is_refused(base: Path, small: Path, tmp_path: 
     one, two = sorted(vocabulary, key=vocabulary.get)[-2:]
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     path.write_text(json.dumps(content))
-    with pytest.raises(SalsaError, match=r"theirs: its tokenizer gives .* mean other text here"):
+    with pytest.raises(
+        SalsaError, match=r"theirs: the token .* so the weights would read other text than they were trained on"
+    ):
         take(small, base, folder, tmp_path / "out")
 
 
@@ -266,9 +268,12 @@ def logits_of_base(model: Any) -> torch.Tensor:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight, a trained copy of a module of the base"),
-    "dora": ({"use_dora": True}, "use_dora: True, and the mean of such adapters is not an adapter; merge it"),
-    "bias": ({"bias": "all"}, "bias: 'all', and that changes the base"),
-    "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices: [5], and that changes the base"),
+    "dora": ({"use_dora": True}, "use_dora: True, and the average of DoRA adapters is not an adapter; merge the adapter into its base"),
+    "bias": ({"bias": "all"}, "bias: 'all', which changes the base that all roles share"),
+    "tokens": (
+        {"trainable_token_indices": [5]},
+        "trainable_token_indices: [5], which changes the base that all roles share",
+    ),
     "reward": ({"task_type": "SEQ_CLS"}, "is a reward adapter"),
 }
 
@@ -297,7 +302,7 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
         assert "lora is a LoRA adapter, but this run uses full weights. Add --lora" in plan(
             salsa, {given: named(given, lora)}
         )
-        assert "full is a full checkpoint, but this run uses LoRA adapters. Run it without --lora" in plan(
+        assert "full is a full checkpoint, but this run uses LoRA adapters. Run without --lora" in plan(
             salsa, {given: named(given, full)}, "--lora"
         )
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
@@ -308,15 +313,13 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
     assert (
         "policies.salsa.reference: " in said
         and "with a delta of 128 × 64" in said
-        and "so the adapter belongs to another base" in said
+        and "so the adapter was trained on another base" in said
     )
     assert "has model_type gemma, and the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert "has quantised weights (bitsandbytes)" in plan(salsa, {"sft.from": [str(full)]})
     elsewhere.edit(wide / "adapter_config.json", peft_type="IA3")
-    assert "is an adapter of kind IA3. Use a LoRA adapter" in plan(
-        salsa, {"policies.salsa.reference": str(wide)}, "--lora"
-    )
+    assert "has peft_type IA3. Use a LoRA adapter" in plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
 
 
 def test_a_dora_adapter_can_be_a_reference(base: Path, tmp_path: Path, salsa: Any) -> None:
@@ -421,12 +424,12 @@ def test_llama_factorys_reward_model(base: Path, tmp_path: Path) -> None:
 
 def test_rewards_that_score_nothing_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: Any) -> None:
     adapter = elsewhere.adapter(base, tmp_path / "plain", 1)
-    assert "has no score head, so it scores nothing" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "must have one score head, but has 0" in plan(salsa, {"reward": str(adapter)}, "--lora")
     assert "uses full weights" not in plan(salsa, {"reward": str(adapter)}, "--lora")
     two = elsewhere.adapter(base, tmp_path / "two", 1, task_type="SEQ_CLS", num_labels=2)
     assert "a score head with 2 labels" in plan(salsa, {"reward": str(two)}, "--lora")
     save_file({"weight": torch.ones(1, 64)}, adapter / "value_head.safetensors")
-    assert "this is PPO's value head" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "so it is PPO's value head" in plan(salsa, {"reward": str(adapter)}, "--lora")
     for words in ((), ("--lora",)):
         several = elsewhere.classifier(base, tmp_path / f"several{len(words)}", 1, labels=2)
         assert "is a classifier with 2 labels, but a reward is one number" in plan(
@@ -464,7 +467,7 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
             (),
             "reward.model: https://huggingface.co/me/gone: not in the local cache, and the Hub",
         ),
-        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "so the adapter belongs to another base"),
+        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "so the adapter was trained on another base"),
         ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
     ):
         assert salsa(given, "--dry-run", *words)[0] == 0 and not asked, "a plan fetches nothing"
@@ -534,7 +537,7 @@ def test_a_whole_run_of_seeds_from_elsewhere(
     for name, tensor in merged[-1].items():
         mean = torch.stack([one[name].double() for one in merged[:-1]]).mean(0)
         torch.testing.assert_close(tensor.double(), mean, atol=1e-5 if words else 2e-3, rtol=0)
-    assert said.count("has no fingerprint.json, so that its base cannot be checked") == 5
+    assert said.count("has no fingerprint.json, so its base cannot be checked") == 5
 
 
 @pytest.mark.slow
@@ -599,8 +602,8 @@ def naming(folder: Path, base: str) -> Path:
 
 
 OTHER_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"model_type": "mistral"}, "a mistral model, and the recipe's base {base} is a llama model. Use {other} as the base"),
-    "size": ({"num_hidden_layers": 7}, "which has num_hidden_layers 7, and the recipe's base {base} has 2. Use {other} as the base"),
+    "architecture": ({"model_type": "mistral"}, "a mistral model, but the recipe's base {base} is a llama model. Use {other} as the base"),
+    "size": ({"num_hidden_layers": 7}, "which has num_hidden_layers 7, but the recipe's base {base} has num_hidden_layers 2. Use {other} as the base"),
 }  # fmt: skip
 
 
@@ -644,10 +647,10 @@ def test_one_architecture_by_two_configurations_is_one_family(base: Path, tmp_pa
             (other / "config.json").write_text(json.dumps(own))
             assert require_same_family(folder, used, "it") is None
     (other / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"model_type": "llama"}}))
-    with pytest.raises(SalsaError, match="a llama model, and it is a mistral model"):
+    with pytest.raises(SalsaError, match="a llama model, but it is a mistral model"):
         require_same_family(folder, {"model_type": "llava", "text_config": {"model_type": "mistral"}}, "it")
     assert require_same_family(naming(folder, "someone/of-the-hub"), text, "it") == "someone/of-the-hub"
-    with pytest.raises(SalsaError, match=r"mistralai/Mistral-7B-v0\.1, a mistral model, and it is a llama model"):
+    with pytest.raises(SalsaError, match=r"mistralai/Mistral-7B-v0\.1, a mistral model, but it is a llama model"):
         require_same_family(naming(folder, "mistralai/Mistral-7B-v0.1"), {"model_type": "llama"}, "it")
 
 
@@ -656,7 +659,7 @@ def test_a_reference_whose_base_is_not_at_hand_is_said_with_both_names(base: Pat
     shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
     shared.get_base_model().name_or_path = str(base)
     as_references(shared, [folder])
-    assert f"it names the base someone/of-the-hub, and is used on {base}" in capsys.readouterr().err
+    assert f"it names the base someone/of-the-hub, but is used on {base}" in capsys.readouterr().err
 
 
 def keyed(folder: Path, change: Callable[[str], str]) -> Path:
@@ -746,7 +749,10 @@ def test_hub_ids_that_are_not_at_hand_are_told_before_a_run_begins(
 def test_target_modules_that_the_base_lacks(base: Path, tmp_path: Path, salsa: Any) -> None:
     """By the plan where its files' headers say it; by the stage for a regular expression. PEFT would leave one out in silence."""
     said = plan(salsa, {"adapter.target_modules": ["q_porj", "v_proj"]}, "--lora")
-    assert "adapter.target_modules: the base has no module q_porj. It has " in said and " o_proj, q_proj, " in said
+    assert (
+        "adapter.target_modules: the base has no module q_porj. Use all-linear, or some of the base's modules: " in said
+        and " o_proj, q_proj, " in said
+    )
     model = loaded(base)
     sft.check_targets(Adapter(target_modules=["q_proj", "self_attn.v_proj", "layers.0.mlp.up_proj"]), model)
     sft.check_targets(Adapter(target_modules=r".*\.(q|v)_proj"), model)

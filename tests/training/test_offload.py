@@ -127,12 +127,13 @@ def test_an_offloaded_model_is_the_one_that_was_given() -> None:
 def test_refusals(make_trainer: Any, make_base: Any) -> None:
     """Nothing to offload; weights that train."""
     with pytest.raises(
-        SalsaError, match="offload: frozen has nothing to offload: references and reward are functions, or adapters"
+        SalsaError,
+        match="offload: frozen has nothing to offload, since references and reward are functions, or adapters",
     ):
         make_trainer(offload="frozen")
     with pytest.raises(SalsaError, match="offload: must be none or frozen, not 'all'"):
         make_trainer(full=True, offload="all")
-    with pytest.raises(SalsaError, match="is trained or quantised and cannot be offloaded"):
+    with pytest.raises(SalsaError, match="is trainable or quantised and cannot be offloaded"):
         OffloadedModel(make_base())
     trainer = make_trainer([make_base(1)], length_reward, offload="frozen")  # a model of its own beside adapters
     assert roll_out(trainer).kl.abs().max() > 0.1

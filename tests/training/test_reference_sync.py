@@ -213,7 +213,10 @@ def test_bad_numbers_are_refused(reference: Any, message: str) -> None:
 def test_what_can_not_move_is_refused(make_trainer: Any, make_base: Any, make_adapter: Any) -> None:
     """Before training: the base is every role's, embeddings have no rule, a policy's own modules no place; TRL's full weights have TRL's own."""
     for options, message in (
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "it has LoRA on a Embedding, not only on plain linear layers"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            "sync needs LoRA without bias on linear layers or experts, not on a Embedding",
+        ),
         ({"target_modules": ["q_proj"]}, "the policy adapts a module that the reference does not adapt"),
     ):
         model = make_adapter(make_adapter(make_base(), "policy", 1), "soup", 2, **options)

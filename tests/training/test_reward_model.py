@@ -19,12 +19,13 @@ def test_what_is_left_of_the_pairs_is_said_plainly() -> None:
     recipe = load_recipe("quickstart", lora="lora", overrides=["reward.batch_size=8", "reward.held_out=0.1"]).recipe
     assert reward_model.count_held_out(recipe, 20, 9) == 1
     assert reward_model.count_held_out(recipe, 100, 100) == 10
-    for fitting, told in ((8, "12 are longer than model.max_length = 32 tokens and 1 are held out (reward.held_out 0.1). The 7 that"),
-                          (0, "20 are longer than model.max_length = 32 tokens and 0 are held out (reward.held_out 0.1). The 0 that")):  # fmt: skip
+    for fitting, told in ((8, ", 12 are longer than model.max_length = 32 tokens, and 1 are held out (reward.held_out = 0.1). The 7"),
+                          (0, ", 20 are longer than model.max_length = 32 tokens, and 0 are held out (reward.held_out = 0.1). The 0")):  # fmt: skip
         with pytest.raises(SalsaError) as caught:
             reward_model.count_held_out(recipe, 20, fitting)
-        assert f"data.preferences: of 20 pairs {told} are left are fewer than reward.batch_size = 8. Add pairs" in str(
-            caught.value
+        assert (
+            f"data.preferences: of 20 pairs{told} pairs left to train on are fewer than reward.batch_size = 8. Add pairs"
+            in str(caught.value)
         )
 
 
@@ -44,7 +45,7 @@ def test_accuracy_of_few_pairs_has_wilsons_interval() -> None:
     assert reward_model.accuracy([0.0])["mean"] == 0, "a tie is not right"
 
 
-@pytest.mark.parametrize(("pairs", "said"), [(1, "1 pair only"), (29, "29 pairs only"), (30, None)])
+@pytest.mark.parametrize(("pairs", "said"), [(1, "1 held-out pair only"), (29, "29 held-out pairs only"), (30, None)])
 def test_few_pairs_are_said(pairs: int, said: str | None, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """At the end of the stage, on the terminal; the metrics are written all the same."""
     trainer = SimpleNamespace(is_world_process_zero=lambda: True)
@@ -54,4 +55,4 @@ def test_few_pairs_are_said(pairs: int, said: str | None, tmp_path: Path, monkey
     job: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, unit=SimpleNamespace(id="reward"))
     assert reward_model.run(job) == json.loads((tmp_path / "metrics.json").read_text())
     found = capsys.readouterr().err
-    assert found == ("" if said is None else f"reward  warning: accuracy measured on {said}\n")
+    assert found == ("" if said is None else f"reward  warning: the accuracy was measured on {said}\n")

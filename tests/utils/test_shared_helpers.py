@@ -36,7 +36,7 @@ class TestReplacing:
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
     def test_a_folder_of_that_name(self, tmp_path: Path) -> None:
-        with pytest.raises(SalsaError, match="this is a folder, but a file of this name is to be written"):
+        with pytest.raises(SalsaError, match="this is a folder, but a file with this name must be written"):
             write_atomic(tmp_path, "text")
 
 
@@ -84,7 +84,7 @@ class TestLocalFolder:
         assert asked == {"name": "someone/model", "allow_patterns": ["*.json"], "revision": "v1"}
 
     def test_what_is_neither_is_refused_before_the_hub_is_asked(self) -> None:
-        with pytest.raises(SalsaError, match=r"^a/b/c: no such folder, and not a Hub id \(namespace/name\)"):
+        with pytest.raises(SalsaError, match=r"^a/b/c: no such folder, and not a Hub id; use namespace/name"):
             local_folder("a/b/c")
 
     def test_the_hubs_errors_are_one_line(self, monkeypatch: Any) -> None:

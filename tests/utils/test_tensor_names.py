@@ -142,7 +142,7 @@ def test_wrappers_and_untied_heads_are_said_once(tmp_path: Path, caplog: pytest.
     average(tmp_path / "heads", [tied, untied], [0.5, 0.5])
     found = [message for message in caplog.messages if str(tmp_path) in message]
     assert found == [
-        f"{a}: prefixes of wrappers are removed, as in _orig_mod.lm_head.weight",
+        f"{a}: prefixes of wrappers are removed, as from _orig_mod.lm_head.weight",
         f"{untied} has output embeddings of its own, so the soup has them too",
     ]
     embeddings = [load(folder)["model.embed_tokens.weight"] for folder in (tied, untied)]
@@ -156,10 +156,10 @@ def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> No
     a = save(tmp_path / "a", "llama", 1)
     refused = {
         r"/0/model.safetensors: v_head.weight has no place in LlamaForCausalLM": lambda t: t | {"v_head.weight": torch.ones(1)},
-        r"/1: the model \(LlamaForCausalLM\) has no lm_head.weight, but .*/a/model.safetensors has it": lambda t: {
+        r"/1: its model \(LlamaForCausalLM\) has no lm_head.weight, which is in .*/a/model.safetensors": lambda t: {
             name: tensor for name, tensor in t.items() if name != "lm_head.weight"
         },
-        r"/2: model.norm.weight and _orig_mod.model.norm.weight are both model.norm.weight|/2: _orig_mod.model.norm.weight and": (
+        r"/2: model.norm.weight and _orig_mod.model.norm.weight are both loaded as model.norm.weight|/2: _orig_mod.model.norm.weight and": (
             lambda t: t | {"_orig_mod.model.norm.weight": t["model.norm.weight"].clone()}
         ),
         r"/3: model.norm.weight has shape \[15\], but model.norm.weight in the model has \[16\]": lambda t: t
@@ -172,7 +172,7 @@ def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> No
                 average(tmp_path / "out", members, [0.5, 0.5])
             assert "\n" not in str(caught.value)
     classifier = save(tmp_path / "classifier", "classifier", 1)
-    with pytest.raises(SalsaError, match=r"lm_head.weight, but .* has it \(LlamaForCausalLM\)"):
+    with pytest.raises(SalsaError, match=r"lm_head.weight, which is in .* \(LlamaForCausalLM\)"):
         average(tmp_path / "out", [a, classifier], [0.5, 0.5])
     two = save(tmp_path / "two", "classifier", 1, num_labels=2)
     with pytest.raises(SalsaError, match=r"two: score.weight has shape \[2, 16\], but \[1, 16\] in .*classifier"):
@@ -308,7 +308,7 @@ def test_shards_without_an_index_get_one_and_a_wrong_size_is_counted_anew(tmp_pa
     assert json.loads((tmp_path / "indexed" / INDEX).read_text())["weight_map"] == index["weight_map"]
     assert load(tmp_path / "indexed").keys() == load(a).keys()
     (last := sorted(b.glob("*.safetensors"))[-1]).unlink()
-    with pytest.raises(SalsaError, match=rf"/b: {last.name} of \d+ weight files is missing"):
+    with pytest.raises(SalsaError, match=rf"/b: {last.name}, one of \d+ weight files, is missing; copy it again"):
         average(tmp_path / "out", [a, b], [0.5, 0.5])
     (a / SINGLE).rename(a / "consolidated.safetensors")
     with pytest.raises(

@@ -56,7 +56,7 @@ def parse_guards(guards: Mapping[str, Any], where: str = "guards") -> dict[str, 
 
 
 def _setting(value: Any, guard: GuardDefault, where: str) -> GuardSetting:
-    """Parse off | warn | stop, or {action, limit}. Either key may be missing; a limit alone warns."""
+    """Parse off | warn | stop, or {action, limit}. With a limit alone, the action is warn."""
     if not isinstance(value, Mapping):
         return GuardSetting(_action(value, where), guard.limit)
     for key in value:
@@ -72,7 +72,7 @@ def _setting(value: Any, guard: GuardDefault, where: str) -> GuardSetting:
 
 
 def _action(value: Any, where: str) -> Action:
-    if value is False:  # `off` in YAML 1.1
+    if value is False:  # `off`, as YAML 1.1 reads it
         return "off"
     require(
         isinstance(value, str) and value in get_args(Action), f"{where}: must be off, warn or stop, not {short(value)}"

@@ -17,22 +17,23 @@ from salsa_peft.utils.messages import short
 PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,%d}[A-Za-z0-9_])?(?<!\.git)"
 NAMESPACE = re.compile(PART % 62 + r"\Z")
 REPO_ID = re.compile((PART % 62).replace(".*", "[^/]*") + "/" + PART % 94 + r"\Z")
-"""Pattern of a repository to create, stricter than `utils.hub.HUB_ID`, which accepts what exists."""
+"""Pattern of ids of repositories to create. `utils.hub.HUB_ID` is less strict and matches all that exist."""
 REPO_EXPECTED = (
-    "expected namespace/name, of letters, digits and single dots, - and _ between them, at most 96 characters"
+    "which is no repository id; give namespace/name, of letters, digits and single dots, - and _ between them, at most 96"
+    " characters"
 )
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Hub:
-    """Results to push after the report. If a push fails, the run succeeds; repeat with `salsa hub push RUN`."""
+    """Results to push after the report. A failed push does not fail the run; `salsa hub push` repeats it."""
 
     push: list[str] = dataclasses.field(default_factory=list)
-    """Results to push, one repository each: soup, reward, seed-N, a policy's name. Empty: none."""
+    """Results to push, each into its own repository: soup, reward, seed-N, a policy's name. Empty: none."""
     namespace: str | None = None
     """User or organization. None: the logged-in user."""
     name: str | None = None
-    """Repositories are called <name>-<result>. None: the name of the run's folder."""
+    """First part of the repositories' names <name>-<result>. None: the name of the run's folder."""
     private: bool = True
     """Whether the repositories are private."""
     base_model: str | None = None
@@ -43,8 +44,8 @@ class Hub:
         for key, value in (("namespace", self.namespace), ("name", self.name)):
             require(
                 value is None or NAMESPACE.match(value) is not None,
-                f"{where}.{key}: must consist of letters, digits and single dots, - and _ between them, at most 64,"
-                f" not {short(value)}",
+                f"{where}.{key}: must consist of letters, digits and single dots, - and _ between them, at most 64"
+                f" characters, not {short(value)}",
             )
         fits = self.base_model is None or REPO_ID.match(self.base_model) is not None
         require(fits, f"{where}.base_model: found {short(self.base_model)}, {REPO_EXPECTED}")

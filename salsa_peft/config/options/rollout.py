@@ -18,8 +18,8 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
         "enable_sleep_mode", "model_impl",
     ),
 }  # fmt: skip
-"""Fields of Transformers' ContinuousBatchingConfig and of TRL's VLLMGeneration. tensor_parallel_size is left out: TRL
-splits the responses into equal shares, and the size of a rollout need not be divisible."""
+"""Fields of Transformers' ContinuousBatchingConfig and of TRL's VLLMGeneration. tensor_parallel_size is left out,
+because TRL would split the responses into equal shares, and their number may not be divisible."""
 
 
 def check_rollout_options(prefix: str, backend: str, options: Mapping[str, Any]) -> None:

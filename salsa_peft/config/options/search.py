@@ -26,4 +26,4 @@ class Search:
     against: str = SEED_0
     """Model that the candidates are compared with."""
     questions: list[str] = dataclasses.field(default_factory=list)
-    """Names of the sets in evaluate.prompts whose questions, pooled, decide. Empty: all sets."""
+    """Names of the sets in evaluate.prompts whose pooled questions decide the search. Empty: all sets."""

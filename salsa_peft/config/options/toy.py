@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from salsa_peft.config.fields import STRICT, Count, Positive, Seed, Share
 
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
-"""The embedded world's sets of evaluation prompts, in and out of distribution → their files."""
+"""Each set of the embedded world's evaluation prompts, in and out of distribution → its file."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -17,34 +17,34 @@ class Toy:
     seed: Seed = 0
     """Seed of data, initialization, pre-training and sampling."""
     hidden_size: Count = 64
-    """Hidden size of the base, a multiple of 2 · num_heads."""
+    """Hidden size of the base; must be a multiple of 2 · num_heads."""
     num_layers: Count = 2
-    """Decoder layers of the base."""
+    """Number of decoder layers of the base."""
     num_heads: Count = 4
-    """Attention heads of the base."""
+    """Number of attention heads of the base."""
     pretrain_examples: Count = 20_000
-    """Conversations in the pre-training text, of all operations and lengths, without the evaluation prompts."""
+    """Number of pre-training conversations, of all operations and lengths, without the evaluation prompts."""
     pretrain_long: Share = 0.3
-    """Fraction of these whose answer has five or six words. That length is out of distribution for all later data."""
+    """Fraction of pre-training conversations with answers of five or six words, lengths that no later stage trains on."""
     pretrain_noise: Share = 0.5
-    """Fraction of these with one or more errors in the answer, so that the base learns to answer, but not well."""
+    """Fraction of pre-training conversations with errors in the answer. The base thus learns to answer, but not well."""
     pretrain_graded: Share = 1.0
-    """Fraction of these that end with a grade from bad to perfect, from which a reward model can learn to judge."""
+    """Fraction of pre-training conversations that end with a grade (bad to perfect), which helps a reward model."""
     pretrain_steps: Count = 800
-    """Optimizer steps of pre-training."""
+    """Number of optimizer steps of pre-training."""
     pretrain_batch_size: Count = 64
-    """Conversations per optimizer step."""
+    """Number of conversations per optimizer step of pre-training."""
     pretrain_learning_rate: Positive = 3e-3
-    """AdamW's peak learning rate, with 5% warm-up and a cosine decay to zero."""
+    """AdamW's peak learning rate in pre-training, with 5% warm-up and a cosine decay to zero."""
     demonstrations: Count = 512
     """Number of demonstrations. `sft.subset` is the fraction that each seed trains on."""
     demonstration_noise: Share = 0.1
-    """Fraction of demonstrations whose answer has one error, which seeds can overfit."""
+    """Fraction of demonstrations with one error in the answer, to which SFT can overfit."""
     preferences: Count = 8_000
-    """Number of pairs of answers with different gold rewards, all pairs different."""
+    """Number of preference pairs. No pair repeats, and the two answers of a pair have different gold rewards."""
     preference_sampled: Share = 0.5
-    """Fraction of pairs with two samples of the base; the others are right answers with zero to two errors added."""
+    """Fraction of pairs of two samples of the base. The other pairs are right answers with up to two errors added."""
     prompts: Count = 6_400
-    """PPO's prompts. The default is 50 rollout batches of 128."""
+    """Number of PPO's prompts. The default fills 50 rollout batches of 128."""
     eval_prompts: Count = 256
-    """Prompts of each evaluation set (in and out of distribution), all different and in no training data."""
+    """Number of prompts of each evaluation set (in and out of distribution). None repeats or is in training data."""

@@ -17,13 +17,13 @@ class Training:
     learning_rate: Positive = 5e-5
     """Peak learning rate."""
     num_train_epochs: Positive = 1.0
-    """Passes over the data."""
+    """Number of passes over the data."""
     max_steps: int = -1
-    """Optimizer steps. −1: as many as the epochs have."""
+    """Number of optimizer steps. −1: as many as num_train_epochs takes."""
     batch_size: Count = 8
-    """Rows of one optimizer step over all processes (PPO: responses of one rollout batch)."""
+    """Number of rows in an optimizer step over all processes (PPO: number of responses in a rollout batch)."""
     micro_batch_size: Count | None = None
-    """Rows of one forward pass. None: the whole batch, or a process's share of it."""
+    """Number of rows in a forward pass. None: a process's whole share of the batch."""
     weight_decay: NonNegative = 0.0
     """AdamW's weight decay."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -43,5 +43,5 @@ class Training:
         micro = self.micro_batch_size
         parts = (micro or 1) * processes
         factors = [f"micro_batch_size {micro}"] * (micro is not None) + [f"num_processes {processes}"] * (processes > 1)
-        more = " or another micro_batch_size" if micro is not None else ""
+        more = " or change micro_batch_size" if micro is not None else ""
         require_multiple(f"{section}.batch_size", self.batch_size, parts, " × ".join(factors), more)

@@ -20,9 +20,9 @@ class TRLTraining(Training):
     """Settings that DPO, KTO, RLOO and GRPO have in common."""
 
     learning_rate: Positive = 1e-6
-    """Peak learning rate (default: TRL, for all four)."""
+    """Peak learning rate (TRL's default for all four)."""
     kl_coef: Positive = 0.1
-    """TRL's `beta`. Not 0: TRL's trainers would then ignore the reference."""
+    """TRL's `beta`. It must not be 0, because TRL's trainers would then ignore the reference."""
     seed: Seed = 0
     """Seed of the data order and of sampling, the same for every policy."""
 
@@ -32,15 +32,15 @@ class PreferenceTraining(TRLTraining):
     """Settings of the trainers that learn from `data.preferences`."""
 
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Fraction of the pairs that is not trained on; dpo's metrics give their accuracy and margin. With the reward
-    model's fraction, it is the same pairs."""
+    """Fraction of the pairs that is not trained on. DPO's metrics include accuracy and margin on these pairs. If
+    reward.held_out has the same value, the same pairs are held out there."""
 
     def held_out_rows(self, pairs: int) -> int:
-        """Number of held-out pairs out of `pairs`, at least one if there is one."""
+        """Number of pairs that are held out of `pairs` pairs, at least one if `pairs` is not 0."""
         return min(pairs, max(1, round(self.held_out * pairs)))
 
     def rows_per_epoch(self, pairs: int | None, prompts: int | None) -> int | None:
-        """Rows of an epoch, or None if the number of pairs is unknown. KTO makes two rows of a pair."""
+        """Number of rows in an epoch (KTO: two per pair), or None if the number of pairs is unknown."""
         return None if pairs is None else (2 if isinstance(self, KTO) else 1) * (pairs - self.held_out_rows(pairs))
 
     def check_rows(self, pairs: int, section: str) -> None:
@@ -61,7 +61,7 @@ class DPO(PreferenceTraining):
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
         "apo_down", "discopop", "sigmoid_norm",
     ] = "sigmoid"  # fmt: skip
-    """As in DPOConfig, without `sft`, which uses no reference."""
+    """Loss, as in DPOConfig but without `sft`, which uses no reference."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -86,16 +86,16 @@ class KTO(PreferenceTraining):
 
 @dataclass(config=STRICT, kw_only=True)
 class OnlineTraining(TRLTraining):
-    """Settings of the trainers that sample responses to `data.prompts`, as the section `generation` says.
+    """Settings of the trainers that sample responses to `data.prompts`, with the settings of `generation`.
 
     batch_size counts responses.
     """
 
     num_generations: Annotated[int, Field(ge=2)] = 2
-    """Responses to one prompt, which are compared with one another."""
+    """Number of responses to one prompt, which are compared with one another."""
 
     def rows_per_epoch(self, pairs: int | None, prompts: int | None) -> int | None:
-        """Responses of an epoch, or None if the number of prompts is unknown."""
+        """Number of responses in an epoch, or None if the number of prompts is unknown."""
         return None if prompts is None else prompts * self.num_generations
 
     def check_rows(self, prompts: int, section: str) -> None:
@@ -119,7 +119,7 @@ class RLOO(OnlineTraining):
     """TRL's RLOOTrainer (Ahmadian et al., 2024): REINFORCE with the KL in the reward."""
 
     kl_coef: Positive = 0.05
-    """TRL's `beta` (default: TRL)."""
+    """TRL's `beta` (TRL's default)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -127,9 +127,9 @@ class GRPO(OnlineTraining):
     """TRL's GRPOTrainer (Shao et al., 2024), with the KL in the loss, estimated by k3."""
 
     kl_coef: Positive = 0.04
-    """TRL's `beta`. Default: the paper's; TRL's default 0 would ignore the reference."""
+    """TRL's `beta` (default of the GRPO paper). With TRL's default 0, the reference would be ignored."""
     num_generations: Annotated[int, Field(ge=2)] = 8
-    """Responses to one prompt (default: TRL)."""
+    """Number of responses to one prompt (TRL's default)."""
 
 
 ALGORITHMS = {"dpo": DPO, "kto": KTO, "rloo": RLOO, "grpo": GRPO}

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 def assistant_tokens(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and for each 1 if it belongs to an answer or ends it, else 0.
+    """Token ids of a conversation, and a mask: 1 for the tokens of answers and of their ends, else 0.
 
-    The mask comes from the template's {% generation %} marks; without marks, from rendering the conversation up to each
-    answer; if the template renders a turn differently once later turns follow (Qwen3's reasoning), from TRL's version
-    of the template. Raises SalsaError if none of these works. options: other inputs of the template, such as `tools`.
+    The mask comes from the template's {% generation %} marks. Without marks, it comes from rendering the conversation up
+    to each answer, or, if the template renders a turn differently once later turns follow (Qwen3's reasoning), from
+    TRL's version of the template. Raises SalsaError if TRL has no such version. options: other inputs of the template, such as `tools`.
     """
     chat = content_for_template(messages, tokenizer)
     if has_generation_marks(tokenizer):
         return _marked(chat, tokenizer, None, options)
     require(
         tokenizer.is_fast,
-        "tokenizer: is a slow one, which gives no character offsets of its tokens. Use a fast tokenizer"
+        "tokenizer: this is a slow tokenizer, which gives no character offsets of tokens. Use a fast tokenizer"
         " (tokenizer.json).",
     )
     spans = _spans(chat, tokenizer, options)
@@ -46,7 +46,7 @@ def assistant_tokens(
     firsts = [first for first, _ in places]  # type: ignore[union-attr]
     for start, end in spans:
         first, last = bisect_left(firsts, start), bisect_left(firsts, end)
-        # a token that starts before the answer and overlaps it counts, unless it is special: those only absorb blanks
+        # a token that starts before the answer and overlaps it counts; a special token does not, it only absorbs blanks
         if first and places[first - 1][1] > start and ids[first - 1] not in added:  # type: ignore[index]
             first -= 1
         # text that the template writes after the end-of-turn token does not count
@@ -80,7 +80,7 @@ def _spans(chat: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str
 
 
 def _before(chat: Messages, turn: int, text: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
-    """The rendered text before an answer; of a first turn, the text that opens it."""
+    """The rendered text before an answer; if the answer is the first turn, up to the end of its opening."""
     if turn:
         return render(chat[:turn], tokenizer, add_generation_prompt=True, **options)
     opening = assistant_turn(tokenizer).opening

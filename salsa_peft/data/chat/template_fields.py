@@ -1,7 +1,7 @@
 """What a chat template does with messages: the form it reads, the fields it drops, the loss mask.
 
-A template drops fields without an error; a field is dropped if changing it does not change the rendered text. Imports
-no torch.
+A template gives no error for a field that it drops. A field counts as dropped if changing it does not change the
+rendered text. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 CHAT_ROLES = ("user", "assistant")
 FIELD = "`{}` in their messages"
 TOOL_CALLS_FIELD = FIELD.format("tool_calls")
-"""Name of dropped tool calls in `dropped_fields`."""
+"""Name of tool calls in the result of `dropped_fields`."""
 
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of apply_chat_template from a row besides its messages, as in TRL's trainers."""
+    """Arguments of apply_chat_template that a row has besides its messages, as in TRL's trainers."""
     tools = parse_tools(row.get("tools"), "tools")
     return ({"tools": tools} if tools else {}) | dict(row.get("chat_template_kwargs") or {})
 
@@ -119,7 +119,7 @@ def dropped_fields(
             found.append(f"a {role} turn")
         more = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]
         bare = {"role": role, "content": message["content"]}
-        if more and shown([*before, bare, *behind]):  # at least one of them is read
+        if more and shown([*before, bare, *behind]):  # the template reads at least one of these keys
             rest = {key: {name: value for name, value in message.items() if name != key} for key in more}
             more = [key for key in more if not shown([*before, rest[key], *behind])]
         found += map(FIELD.format, more)
@@ -140,7 +140,7 @@ def _other_words(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of a row's chat, and for each 1 if it has loss: the assistant's, except `skipped` turns.
+    """Token ids of a row's chat, and a mask: 1 for the assistant's tokens outside `skipped` turns, else 0.
 
     A turn starts where the tokens of the messages before it, with the generation prompt, first differ from those of the
     whole chat (TRL finds a completion's start in this way), and ends where the next assistant turn starts.

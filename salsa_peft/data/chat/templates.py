@@ -23,7 +23,7 @@ USER, ANSWER = "Question", "Answer"
 CHAT: Messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
 """Sample contents and a sample conversation for testing what a template does."""
 DATE = date(2024, 7, 26)
-"""Default date of Llama 3.1's template, which replaces today's date."""
+"""Date that replaces today's date in templates: the default date of Llama 3.1's template."""
 Result = TypeVar("Result")
 
 
@@ -44,7 +44,7 @@ def cached_per_tokenizer(
 
 
 def templates_by_name(template: str | dict[str, str] | None) -> dict[str, str]:
-    """A tokenizer's templates by name. Most have only one; some have another for tools."""
+    """A tokenizer's templates by name. Most tokenizers have only one; some have a second one for tools."""
     return template if isinstance(template, dict) else {} if template is None else {"default": template}
 
 
@@ -63,7 +63,7 @@ def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def in_parts(messages: Messages) -> Messages:
-    """Messages whose content is a list of typed parts, the form of multimodal models' templates."""
+    """Messages with each content as a list of typed parts, the form that multimodal models' templates read."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)
@@ -73,7 +73,7 @@ def in_parts(messages: Messages) -> Messages:
 
 
 def try_render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str | None:
-    """The rendered text of messages in their present form; None without a template, or if it rejects them."""
+    """The text of messages, rendered without conversion; None without a template, or if it rejects them."""
     if tokenizer.chat_template is None:
         return None
     try:
@@ -104,13 +104,13 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: An
 
 @cached_per_tokenizer
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer adds a BOS to a text, as the model was trained."""
+    """Whether the tokenizer puts a BOS in front of texts."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer(USER)["input_ids"][:1] == [bos]  # type: ignore[index]
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text, with one BOS if the tokenizer adds it, also for text that starts with a BOS."""
+    """Token ids of a text, with one BOS even if the text already starts with a BOS and the tokenizer adds one."""
     ids: list[int] = list(tokenizer(text)["input_ids"])  # type: ignore[arg-type]
     return ids[1:] if adds_bos(tokenizer) and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 

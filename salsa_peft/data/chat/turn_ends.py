@@ -1,7 +1,7 @@
 """The tokens that end a response, and the padding token.
 
-Many templates end a turn with another token than the tokenizer's EOS (Llama 3's <|eot_id|>, Phi-3's <|end|>, Gemma's
-<end_of_turn>), which rendering a turn shows, and a generation_config may name several.
+Many templates end a turn with a token other than the tokenizer's EOS (Llama 3's <|eot_id|>, Phi-3's <|end|>, Gemma's
+<end_of_turn>). Rendering a turn shows this token. A generation_config may name further tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AssistantTurn(NamedTuple):
     end: int | None
     """Token that ends the turn. None: there is no template, or it writes no such token (LLaVA)."""
     after: tuple[int, ...]
-    """Tokens that the template writes after it: Qwen's newline, Phi-3's <|endoftext|>. TRL's rewards read them."""
+    """Tokens that the template writes after `end`: Qwen's newline, Phi-3's <|endoftext|>. TRL's rewards read them."""
     opening: str
     """Text of the generation prompt: Qwen's <|im_start|>assistant and a newline."""
 
@@ -58,7 +58,7 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
     if not answer or not special:
         return AssistantTurn(None, (), opening)
     written = tokenizer.convert_ids_to_tokens(special[0])
-    if closing.partition(str(written))[0].strip():  # text ends the turn, and the token has another purpose
+    if closing.partition(str(written))[0].strip():  # the turn ends with text, and this token has another purpose
         return AssistantTurn(None, (), opening)
     place = len(ids)
     for token in reversed(special):  # the end of `ids` is these tokens, perhaps with others between them

@@ -1,7 +1,7 @@
-"""LoRA adapters on one shared base: read, attach, switch, save.
+"""Reading, attaching, switching and saving LoRA adapters on one shared base.
 
 PEFT's own `set_adapter` sets requires_grad on the adapter that it activates, so frozen references would become
-trainable. `Toggle` lists the tuner layers once and sets one attribute in each.
+trainable. `Toggle` switches adapters without changing requires_grad.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEEPS_BASE = {"gaussian", "eva", "orthogonal"}
-"""Values of init_lora_weights that leave the base's weights as they are, besides true and false."""
+"""Values of init_lora_weights, besides true and false, that do not change the base's weights."""
 
 
 def lora_config(adapter: Adapter, task_type: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
-    """PEFT's LoraConfig of a recipe's `adapter` section."""
+    """Make PEFT's LoraConfig of a recipe's section `adapter`. options: further fields of LoraConfig."""
     return LoraConfig(**dataclasses.asdict(adapter), task_type=task_type, **options)
 
 
 def unused_name(model: nn.Module, name: str) -> str:
-    """`name`, with a number after it if the model already has an adapter of that name."""
+    """A free adapter name: `name`, or `name` with a number if the model has an adapter of that name."""
     taken = model.peft_config if isinstance(model, PeftModel) else ()
     numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
     return next(one for one in [name, *numbered] if one not in taken)
 
 
 def adapter_folder(name: str) -> Path:
-    """The local folder of an adapter, whose files are downloaded if `name` is a Hub id."""
+    """The local folder of an adapter. If `name` is a Hub id, the adapter's files are downloaded."""
     return local_folder(name, patterns=(WEIGHTS, CONFIG, FINGERPRINT, VALUE_HEAD))
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Read an adapter's folder → its configuration, and its tensors by PEFT's names.
+    """Read the configuration and the tensors (by PEFT's names) of the adapter in `folder`.
 
-    Raises SalsaError if a file is missing or damaged, if the adapter is not LoRA, and for values that are not finite.
+    Raises SalsaError if a file is missing or damaged, if the adapter is not LoRA, or if a value is not finite.
     """
     for name in (CONFIG, WEIGHTS):
         found = (folder / name).is_file()
-        require(found, f"{folder}: no {name} in this folder; use a PEFT adapter saved with safetensors")
+        require(found, f"{folder}: the folder has no {name}; use a PEFT adapter saved with safetensors")
     config = PeftConfig.from_pretrained(str(folder))
     require(isinstance(config, LoraConfig), f"{folder}: this is a {config.peft_type} adapter; use a LoRA adapter")
     tensors = read_tensors(folder / WEIGHTS)
@@ -76,26 +76,27 @@ def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
 
 
 def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, trainable: bool = False) -> PeftModel:
-    """Add the adapter in `folder` to the base as `name`: float32, frozen unless `trainable`, not active.
+    """Add the adapter in `folder` to a model as `name`, in float32, not active, frozen unless `trainable`.
 
-    A reward adapter's score head is not loaded (see `score_head`), nor are copies of the base's own weights, which PEFT
-    saves with adapters of embeddings. On the meta device only names and shapes are compared. Raises SalsaError if the
-    adapter's tensors and the base's modules do not match one to one, or if the adapter changes weights of the base.
+    Two things in a file are not loaded: a reward adapter's score head (see `score_head`), and unchanged copies of the
+    base's weights, which PEFT saves with adapters on embeddings. On a model on the meta device, only names and shapes
+    are compared. Raises SalsaError if the adapter's tensors do not match the base's modules one to one, or if the
+    adapter changes weights of the base.
     """
     config, tensors = read(folder)
     require_base_unchanged(config, str(folder))
     require_factors_only(config, str(folder))
     tensors = _lora_factors(model, tensors, folder)
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
-    config.base_model_name_or_path = str(model.name_or_path)  # or PEFT would warn; bases.py has compared the bases
+    config.base_model_name_or_path = str(model.name_or_path)  # prevents a warning of PEFT; bases.py compares the bases
     _require_same_parameters(model, config, folder)
     try:
         model = _add(model, name, config)
         tensors = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[name], tensors, name)
     except NoMatchingPeftModuleError as error:
         raise SalsaError(
-            f"{folder}: the base has none of the adapter's target modules {config.target_modules}; use an adapter of"
-            " this base"
+            f"{folder}: the base has none of the adapter's target modules {config.target_modules}; use an adapter"
+            " that was trained on this base"
         ) from error
     held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     _require_same_shapes(held, tensors, folder, "the base's modules")
@@ -106,7 +107,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
 
 
 def load(model: PeftModel, name: str, folder: Path) -> None:
-    """Load weights into the adapter `name`. Raises SalsaError if their names or shapes differ."""
+    """Load the weights in `folder` into the adapter `name`. Raises SalsaError if names or shapes differ."""
     _, tensors = read(folder)
     held = get_peft_model_state_dict(model, adapter_name=name)
     _require_same_shapes(held, tensors, folder, f"adapter {name!r}")
@@ -122,14 +123,14 @@ def _require_same_shapes(
     require(
         not different,
         f"{folder}: {len(different)} tensors do not match {target} in name and shape ({', '.join(different[:2])} …);"
-        " use an adapter of this base and these target modules",
+        " use an adapter with the same base and target modules as this run",
     )
 
 
 def _lora_factors(
     model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch.Tensor], folder: Path
 ) -> dict[str, torch.Tensor]:
-    """The adapter's LoRA factors. Raises SalsaError if it holds trained copies of the base's weights too."""
+    """Select an adapter's LoRA factors. Raises SalsaError if it also has trained weights of the base."""
     parameters = causal_lm(model).named_parameters(remove_duplicate=False)
     base = {name.replace(".base_layer.", "."): value for name, value in parameters}
     for key, value in tensors.items():
@@ -142,34 +143,34 @@ def _lora_factors(
 
 
 def _require_same_parameters(model: PreTrainedModel | PeftModel, config: LoraConfig, folder: Path) -> None:
-    """Raise SalsaError if another adapter on this base adapts other parameters; PEFT cannot hold both."""
+    """Raise SalsaError if an adapter of the model has different target_parameters; PEFT cannot hold both."""
     for name, other in model.peft_config.items() if isinstance(model, PeftModel) else ():
         both = [set(one.target_parameters or ()) for one in (config, other)]  # type: ignore[attr-defined]
         require(
             not all(both) or both[0] == both[1],
-            f"{folder}: it adapts the parameters {', '.join(sorted(both[0]))}, and adapter {name!r} on the same base"
-            f" adapts {', '.join(sorted(both[1]))}. PEFT holds adapters side by side only if they adapt the same"
-            " parameters; train both with the same target_modules and target_parameters",
+            f"{folder}: this adapter has the target_parameters {', '.join(sorted(both[0]))}, but adapter {name!r} on"
+            f" the same base has {', '.join(sorted(both[1]))}. PEFT can only hold both if they agree; train both"
+            " adapters with the same target_modules and target_parameters",
         )
 
 
 def require_base_unchanged(config: LoraConfig, where: str) -> None:
-    """Raise SalsaError, beginning with `where`, for an initialisation such as PiSSA that changes the base."""
+    """Raise SalsaError for an initialisation, such as PiSSA, that changes the base's weights."""
     initial = config.init_lora_weights
     require(
         not isinstance(initial, str) or initial in KEEPS_BASE,
-        f"{where}: init_lora_weights {initial!r} changes the weights of the base, which all roles share; use"
-        f" {', '.join(sorted(KEEPS_BASE))} or true",
+        f"{where}: init_lora_weights {initial!r} changes the weights of the base, which policy, references and reward"
+        f" share; use {', '.join(sorted(KEEPS_BASE))} or true",
     )
 
 
 def require_factors_only(config: LoraConfig, where: str) -> None:
-    """Raise SalsaError, beginning with `where`, for trained biases or tokens, which belong to the base."""
+    """Raise SalsaError for an adapter that trains biases or tokens of the base."""
     for field, value in (("bias", config.bias), ("trainable_token_indices", config.trainable_token_indices)):
         require(
             not value or value == "none",
-            f"{where}: {field} is {value!r}, so the adapter holds trained weights of the base, which all roles share;"
-            f" {MERGE}",
+            f"{where}: {field} is {value!r}, so the adapter holds trained weights of the base, but policy, references"
+            f" and reward share one base here; {MERGE}",
         )
 
 
@@ -183,11 +184,11 @@ def _add(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> P
 
 @contextlib.contextmanager
 def removed(model: PeftModel, name: str) -> Iterator[None]:
-    """Remove a frozen adapter, and add it again if the context ends with an error."""
+    """Remove a frozen adapter; if the code in the context raises an error, add the adapter again."""
     config, weights = model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.delete_adapter(name)
-    for parameter, required in trainable:  # delete_adapter activates another adapter, which sets its requires_grad
+    for parameter, required in trainable:  # delete_adapter activates a remaining adapter and sets its requires_grad
         parameter.requires_grad_(required)
     try:
         yield
@@ -199,7 +200,7 @@ def removed(model: PeftModel, name: str) -> Iterator[None]:
 
 
 def score_head(folder: Path) -> nn.Linear:
-    """Load the score head, Linear(H, 1), that PEFT or LLaMA-Factory saved with a reward adapter; frozen."""
+    """Load the frozen score head, Linear(H, 1), that PEFT or LLaMA-Factory saved with a reward adapter."""
     _, tensors = read(folder)
     weight, bias = next((value for key, value in tensors.items() if SCORE.fullmatch(key)), None), None
     if weight is None and (folder / VALUE_HEAD).is_file():
@@ -207,13 +208,13 @@ def score_head(folder: Path) -> nn.Linear:
         weight, bias = tensors.get(names.VALUE_WEIGHT), tensors.get(names.VALUE_BIAS)
     if weight is None:
         raise SalsaError(
-            f"{folder} is an adapter without a score head, so it scores nothing; a reward adapter is trained with"
-            " task_type SEQ_CLS, which saves one"
+            f"{folder}: the adapter has no score head, so it cannot be a reward; use an adapter that was trained with"
+            " task_type SEQ_CLS"
         )
     require(
         weight.shape[0] == 1,
-        f"{folder} has a score head of {weight.shape[0]} labels, and a reward is one number; train it with num_labels"
-        " 1, or pass a function",
+        f"{folder}: the score head has {weight.shape[0]} labels, but a reward is one number; use an adapter that was"
+        " trained with num_labels 1, or a Python function as reward",
     )
     head = nn.Linear(weight.shape[1], 1, bias=bias is not None)
     head.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
@@ -221,7 +222,7 @@ def score_head(folder: Path) -> nn.Linear:
 
 
 def parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """The weights of one adapter."""
+    """Yield the parameters of one adapter."""
     for layer in tuner_layers(model):
         for part in layer.adapter_layer_names:
             if name in (modules := getattr(layer, part)):
@@ -230,20 +231,20 @@ def parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
 
 
 def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
-    """Set requires_grad of one adapter's weights, and of no others."""
+    """Set requires_grad of the parameters of one adapter only."""
     for parameter in parameters(model, name):
         parameter.requires_grad_(trainable)
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:
-    """Every layer that holds adapters."""
+    """List the layers of a model that hold adapters."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 class Toggle:
-    """A fast switch between adapters: it lists the tuner layers once and sets one attribute in each.
+    """Switches between a model's adapters fast, by setting two attributes in each layer with adapters.
 
-    The layers are listed again when adapters were added or removed, since that can wrap further layers.
+    The layers are listed once, and again after adapters were added or removed, which can wrap further layers.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -251,20 +252,20 @@ class Toggle:
 
     @property
     def active(self) -> str | None:
-        """The active adapter; None if all are disabled."""
+        """Name of the active adapter; None if all adapters are disabled."""
         layer = self.layers[0]
         return None if layer._disable_adapters else layer.active_adapters[0]
 
     @contextlib.contextmanager
     def __call__(self, name: str | None) -> Iterator[None]:
-        """Context in which the adapter `name` is active; None: the base alone. The previous state is restored."""
+        """Context in which the adapter `name` is active or, if it is None, all adapters are disabled."""
         if self.names != list(self.model.peft_config):
             self.names, self.layers = list(self.model.peft_config), tuner_layers(self.model)
         known = name is None or name in self.names
         require(known, f"adapter {name!r}: the model has no adapter of this name; attach it first")
         layers, before = self.layers, [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
         try:
-            for layer in layers:  # vars: nn.Module.__setattr__ is 50 times as slow and does nothing more for these two
+            for layer in layers:  # vars, because nn.Module.__setattr__ is 50 times slower
                 vars(layer).update(_active_adapter=[name] if name else [], _disable_adapters=name is None)
             yield
         finally:
@@ -273,19 +274,19 @@ class Toggle:
 
 
 def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[None]:
-    """Context in which the adapter `name` is active; None: no adapter, as in a model of full weights."""
+    """As Toggle.__call__, also for a model without adapters, where `name` must be None."""
     if isinstance(model, PeftModel):
         return Toggle(model)(name)
-    require(name is None, f"adapter {name!r}: a {type(model).__name__} of full weights has no adapters")
+    require(name is None, f"adapter {name!r}: the model, a {type(model).__name__}, has no adapters")
     return contextlib.nullcontext()
 
 
 def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None,
          extra: dict[str, torch.Tensor] | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
-    """Save an adapter as an ordinary PEFT folder, its configuration last.
+    """Save an adapter as an ordinary PEFT folder. The configuration is written last.
 
-    state_dict: the gathered weights of a sharded model. Raises SalsaError before writing if a weight is not finite or
-    the disk has no space.
+    extra: further tensors for the file. state_dict: the gathered weights of a sharded model. Raises SalsaError before
+    writing if a weight is not finite or the disk lacks space.
     """
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}

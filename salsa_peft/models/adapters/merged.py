@@ -1,4 +1,4 @@
-"""The base's weights with one adapter merged in, leaving the shared base as it is."""
+"""Computing the base's weights with one adapter merged in, without changing the shared base."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ BASE = ".base_layer"
 
 
 def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's parameters with `adapter` merged as by merge_and_unload, by the base's names.
+    """Yield the base's parameters, as (name, tensor), with `adapter` merged as by PEFT's merge_and_unload.
 
-    Each layer is copied and merged on its own, one at a time. Raises SalsaError for adapters that cannot be merged into
-    the base.
+    Only one layer at a time is copied and merged. Raises SalsaError for an adapter that cannot be merged into the base.
     """
     base = model.get_base_model()
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -40,7 +39,7 @@ def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Ten
 
 
 def _wrappers(layer: Any) -> list[Any]:
-    """The layer and those it wraps: PEFT nests one LoRA layer for each parameter of a stack of experts."""
+    """A LoRA layer and the LoRA layers in it; PEFT nests one per adapted parameter of stacked experts."""
     found = [layer]
     while isinstance(found[-1].base_layer, BaseTunerLayer):
         found.append(found[-1].base_layer)
@@ -56,7 +55,7 @@ def _merged(layer: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> None:
-    """Raise SalsaError for adapters whose merged weights would differ from the adapted base."""
+    """Raise SalsaError if the merged weights would not compute what the base with the adapter computes."""
     wrapped = [path for path, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     bases = {path: layer.get_base_layer() for path, layer in layers.items()}
     nested = [path for path, own in bases.items() if any(isinstance(m, BaseTunerLayer) for m in own.modules())]
@@ -64,8 +63,8 @@ def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> No
     unmergeable = [*wrapped, *nested, *quantised]
     require(
         not unmergeable,
-        f"{', '.join(unmergeable[:1])}: this layer has a trained copy, nested adapters or quantised weights."
-        " rollout_backend vllm needs weights that an adapter can be merged into; use rollout_backend hf",
+        f"{', '.join(unmergeable[:1])}: this layer has a trained copy, nested adapters or quantised weights, so the"
+        " adapter cannot be merged into it, as rollout_backend vllm needs; use rollout_backend hf",
     )
     embeddings = base.get_input_embeddings()
     tied = embeddings.weight is base.get_output_embeddings().weight

@@ -1,4 +1,4 @@
-"""Names of the tensors in adapter files of PEFT, TRL and LLaMA-Factory. Imports no torch."""
+"""Tensor names in the adapter files of PEFT, TRL and LLaMA-Factory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from salsa_peft.utils.tensor_names import WRAPPERS
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 PARALLEL = "module"
-"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can have this name too."""
+"""Part that DDP, DataParallel and DeepSpeed add to tensor names. A model's own module can have this name too."""
 NAMED = re.compile(r"(.*\.)?lora_(?:[AB]\.(?P<linear>[^.]+)\.(?:weight|bias)|embedding_[AB]\.(?P<embedding>[^.]+))")
 SAVED, ORIGINAL, TOKENS = ".modules_to_save.", ".original_module.", ".token_adapter."
 DELTA = "trainable_tokens_delta"
 TRAINING = (".lora_velora_", ".lora_monteclora_")
-"""Tensors of VeLoRA and MonteCLoRA that are used in training only; at inference these adapters are plain LoRA."""
+"""Parts of the names of tensors that VeLoRA and MonteCLoRA use only in training; at inference both are plain LoRA."""
 
 
 def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict[str, str]:
-    """Map PEFT's name of each tensor to its name in the file, without tensors that PEFT does not read.
+    """Map PEFT's name of each tensor that PEFT reads to the tensor's name in the file.
 
-    Logs one warning if the file's names contain parts that PEFT's do not. Raises SalsaError for a file with the tensors
-    of two adapters, or with one tensor under two names.
+    Logs one warning if names in the file have additional parts. Raises SalsaError if the file has the tensors of two
+    adapters, or one tensor under two names.
     """
     own = own_module(config)
     unwrapped = {key: unwrap(key, own) for key in keys}
     names = {match["linear"] or match["embedding"] for key in unwrapped.values() if (match := NAMED.fullmatch(key))}
     require(
         len(names) <= 1,
-        f"{path}: the tensors of {len(names)} adapters ({', '.join(sorted(map(str, names)))}) are in one file: save"
-        " each with PEFT's save_pretrained, which writes a folder for each",
+        f"{path}: the file has the tensors of {len(names)} adapters ({', '.join(sorted(map(str, names)))}), expected"
+        " one; save them with PEFT's save_pretrained, which writes one folder for each adapter",
     )
     name = next(iter(names), None)
     found: dict[str, str] = {}
-    # PEFT reads the name without modules_to_save if it has both
+    # of two names, PEFT reads the one without modules_to_save, which comes first here
     for key in sorted(unwrapped, key=lambda key: SAVED in key):
         plain = without_adapter(unwrapped[key], name)
         if plain is None or (SAVED in unwrapped[key] and plain in found):
             continue
         require(
             plain not in found,
-            f"{path}: {key} and {found.get(plain)} are both {plain}: save the adapter again, with one of them",
+            f"{path}: {key} and {found.get(plain)} are two names of the tensor {plain}; save the adapter again with"
+            " only one of these tensors",
         )
         found[plain] = key
     parts = [f"{part}." for part in (*WRAPPERS, PARALLEL)
@@ -53,19 +54,19 @@ def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict
     removed = [f"the wrapper's {', '.join(parts)}"] if parts else []
     removed += [f"the adapter's name, {name!r}"] if name is not None else []
     if removed:
-        text = "warning: %s: its tensors' names contain %s, which PEFT's names do not; it is removed"
+        text = "warning: %s: the tensors' names contain %s, which is ignored because PEFT's names have no such part"
         logger.warning(text, path, " and ".join(removed))
     return found
 
 
 def own_module(config: dict[str, Any]) -> bool:
-    """Whether the model itself may have a module named `module`, since its class is not Transformers'."""
+    """Whether the model may have its own module named `module`, because its class is not Transformers'."""
     library = str((config["auto_mapping"] or {}).get("parent_library") or "transformers")
     return not library.startswith(("transformers", "torch.nn.parallel", "deepspeed", "accelerate"))
 
 
 def unwrap(key: str, own: bool = False) -> str:
-    """A name without parts that wrappers add; with `own`, `module` is removed at the start only."""
+    """A name without the parts that wrappers add. own: whether to remove `module` only at the start."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     if not own:
         return ".".join(part for part in parts if part != PARALLEL)
@@ -75,7 +76,7 @@ def unwrap(key: str, own: bool = False) -> str:
 
 
 def without_adapter(key: str, name: str | None) -> str | None:
-    """PEFT's name of a saved tensor; None if the adapter does not compute with it."""
+    """PEFT's name of a tensor in a file; None for a tensor that the adapter does not use at inference."""
     if any(part in key for part in (ORIGINAL, *TRAINING)) or (TOKENS in key and DELTA not in key):
         return None
     key = key.replace(f"{SAVED}{name or 'default'}.", SAVED)
@@ -88,22 +89,21 @@ def without_adapter(key: str, name: str | None) -> str | None:
 SCORE_HEAD = f"{PREFIX}score.weight"
 """The name under which PEFT saves a reward adapter's score head."""
 SCORE = re.compile(re.escape(PREFIX) + r"(score|classifier)(\.modules_to_save(\.\w+)?)?\.weight")
-"""All names of a score head: also those of older versions, and of state dicts saved without PEFT."""
+"""Pattern of a score head's names, including names of older PEFT versions and of state dicts saved without PEFT."""
 VALUE_HEAD = "value_head.safetensors"
-"""The file in which LLaMA-Factory saves the head of a reward model, TRL's value head; also that of the value head of
-PPO here."""
+"""File in which LLaMA-Factory saves a reward model's head. PPO here gives the file of its value head the same name."""
 VALUE_WEIGHT, VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
-"""Tensors of LLaMA-Factory's file. The value head of PPO here has other names."""
+"""Names of the tensors in LLaMA-Factory's file. PPO's value head here is saved with different names."""
 MERGE = (
-    "merge it into its base (PEFT's merge_and_unload, or `salsa soup OUT ADAPTER --merge --base BASE`) and use that"
-    " checkpoint: in a recipe with full weights (without --lora), in a script as a model"
+    "merge the adapter into its base (with PEFT's merge_and_unload or `salsa soup OUT ADAPTER --merge --base BASE`) and"
+    " use the merged checkpoint: with full weights in a recipe (without --lora), or as the model in a script"
 )
-"""The remedy in messages about an adapter that trains more than LoRA factors."""
+"""Advice in error messages about an adapter that trains more than LoRA factors."""
 
 
 def trained_module(what: str, name: str) -> str:
-    """The error message for an adapter that holds a trained copy of a module of the base."""
+    """Make the error message for an adapter that has a trained copy of a module of the base."""
     return (
-        f"{what} holds {name}, a trained copy of a module of the base (modules_to_save, or embeddings that were"
-        f" resized). All roles share one base here, so that it cannot be switched on and off with the adapter; {MERGE}"
+        f"{what}: the adapter holds {name}, a trained copy of a module of the base (from modules_to_save or resized"
+        f" embeddings). Here policy, references and reward share one base, without such copies; {MERGE}"
     )

@@ -1,1 +1,1 @@
-"""Facts that a base's config.json gives: sizes, GPU memory, and conflicts with a recipe. Imports no torch."""
+"""Sizes, GPU memory and unsupported settings of a base, from its config.json. Imports no torch."""

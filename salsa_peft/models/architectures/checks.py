@@ -1,8 +1,8 @@
 """Checks of a recipe against its base's config.json, before weights are loaded. Imports no torch.
 
-They run when the recipe is read or, for a base on the Hub that is not in the cache, when the first stage has downloaded
-its config.json. Which architectures Transformers has is read from its source, because importing its tables imports
-torch.
+The checks run when the recipe is read or, for a base on the Hub that is not in the cache, after the first stage has
+downloaded its config.json. The architectures that Transformers supports are read from its source code, because
+importing its tables would import torch.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ HEADS = {
     "modernbert-decoder": "a layer between trunk and head",
     "xlstm": "a soft cap in evaluation mode alone",
 }
-"""Architectures whose logits are not the product of their output embeddings alone → what else they depend on (see
-logprobs.check_head)."""
+"""Architectures whose logits do not depend on hidden states and output embeddings alone → what else changes the logits
+(see logprobs.check_head)."""
 UNMASKED = {
     "cpmant": "it takes no attention mask",
     "deepseek_v4": "it compresses its keys in blocks that are counted from the first token",
@@ -42,28 +42,28 @@ UNMASKED = {
     "trocr": "it counts positions from the first token",
     "xlstm": "its recurrence takes no attention mask",
 }
-"""Architectures that read padding before a prompt as text in Transformers 5.24 → why."""
+"""Architectures that read padding before a prompt as text in Transformers 5.24 → the reason."""
 MAMBA = {
     **dict.fromkeys(("mamba", "falcon_mamba", "mamba2"), "in_proj"),
     **dict.fromkeys(
         ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), "in_proj,q_proj,k_proj,v_proj,o_proj"
     ),
 }
-"""Architectures whose fused kernel reads `out_proj`'s weight without its LoRA (PEFT rejects some) → modules that LoRA
-can adapt."""
+"""Architectures whose fused kernel reads the weight of `out_proj` without its LoRA → modules that LoRA can adapt. PEFT
+rejects LoRA on `out_proj` for some of these architectures, but not for all."""
 NEVER_CALLED = ("out_proj", "conv1d", "dt_proj", "x_proj")
-"""Modules of Mamba layers whose weights are read without calling the module."""
+"""Modules of Mamba layers that are never called, because the layer reads their weights directly."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Names of a model's maximum length in configurations."""
+"""Keys of the maximum sequence length in model configurations."""
 OUTPUT = ("lm_head", "embed_out", "output_layer", "output_projection")
-"""Names of the output embeddings."""
+"""Module names of output embeddings."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Names of the number of experts in configurations."""
+"""Keys of the number of experts in model configurations."""
 ATTENTION = "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 
 
 def check(recipe: Recipe) -> None:
-    """Raise SalsaError if the base's config.json is on this machine and a later stage would fail with it."""
+    """Raise SalsaError if a stage would fail by the base's config.json, if that is on this machine."""
     base = recipe.model.base
     config = None if base is None else config_of_base(base, recipe.model.revision)
     if config is None or not isinstance(config.get("model_type"), str):
@@ -82,19 +82,19 @@ def check(recipe: Recipe) -> None:
 
 
 def needs_logprobs(recipe: Recipe) -> bool:
-    """Whether log-probs are computed from the output embeddings, as in PPO and in soups with a measure."""
+    """Whether the recipe computes log-probs from output embeddings: it has PPO or a soup with a measure."""
     return recipe.soup.uses_measure or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration of the language model in a multimodal one, else the configuration itself."""
+    """The language model's part of a multimodal model's configuration; otherwise the whole configuration."""
     found = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
     return {"model_type": config.get("model_type"), **found}
 
 
 @functools.cache
 def architectures() -> dict[str, frozenset[str]]:
-    """The model types in each of TABLES of the installed Transformers; empty if it has no such table."""
+    """Key of TABLES → the model types in that table of the installed Transformers, if it has the table."""
     found = importlib.util.find_spec("transformers")
     origin = None if found is None else found.origin
     file = Path(str(origin)).parent / "models" / "auto" / "modeling_auto.py"
@@ -114,7 +114,7 @@ def _check_architecture(recipe: Recipe, config: Mapping[str, Any]) -> None:
     remedy = "Use a decoder-only language model such as Llama, Mistral, Gemma or Qwen"
     require(
         not config.get("is_encoder_decoder") and kind not in known["translating"] - known["multimodal"],
-        f"model.base: {name} is a {kind} model, which turns one sequence into another. {remedy}",
+        f"model.base: {name} is a {kind} model, which encodes one sequence and writes another. {remedy}",
     )
     require(
         kind not in known["causal"] & known["masked"],
@@ -122,72 +122,79 @@ def _check_architecture(recipe: Recipe, config: Mapping[str, Any]) -> None:
         f" {remedy}",
     )
     supported = known["causal"] | known["multimodal"]
-    theirs = ", and the code in its repository is not run" if "auto_map" in config else ""
+    theirs = " (code in the model's repository is never run)" if "auto_map" in config else ""
     require(
         not supported or kind in supported,
-        f"model.base: {name} is a {kind} model, which the installed Transformers does not have as a language"
-        f" model{theirs}. {remedy}, or upgrade Transformers if it is a new one",
+        f"model.base: {name} is a {kind} model, which the installed Transformers does not support as a language"
+        f" model{theirs}. {remedy}, or upgrade Transformers if the architecture is new",
     )
 
 
 def _check_quantisation(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Only bitsandbytes' 4 bits give PPO the same logits in training and evaluation mode; its 8 bits do not."""
+    """Raise SalsaError for a quantised base, except for adapters on bitsandbytes' 4 bits.
+
+    bitsandbytes' 8 bits give PPO different logits in training and evaluation mode.
+    """
     own = config.get("quantization_config")
     if not isinstance(own, dict):
         return
     bits = next((bits for bits in (4, 8) if own.get(f"load_in_{bits}bit") or own.get(f"_load_in_{bits}bit")), None)
     method = str(own.get("quant_method", "bitsandbytes" if bits else "an unnamed method"))
     packed = method == "bitsandbytes" and bits == 4
-    start = f"model.base: {_name(recipe)} is quantised already ({method}{'' if bits is None else f', {bits} bits'})"
+    start = f"model.base: {_name(recipe)} is already quantised ({method}{'' if bits is None else f', {bits} bits'})"
     remedy = "Use the model in float weights"
     require(
         recipe.mode != "full",
         f"{start}, and quantised weights cannot be trained. {remedy}{', or add --lora' if packed else ''}",
     )
-    require(packed, f"{start}, and adapters are trained on float weights or on bitsandbytes' 4 bits. {remedy}; --lora qlora quantises"
-            " them to 4 bits")  # fmt: skip
+    require(
+        packed,
+        f"{start}, but adapters can only be trained on float weights or bitsandbytes' 4 bits. {remedy}; --lora qlora"
+        " quantises that model to 4 bits",
+    )
     require(
         recipe.model.quantization is None,
-        f"{start}, and model.quantization {recipe.model.quantization} needs float weights. Use --lora lora, or the"
+        f"{start}, but model.quantization {recipe.model.quantization} needs float weights. Use --lora lora, or the"
         " model in float weights",
     )
     require(
         "merged" not in recipe.export,
-        f"{start}, and `export: [merged]` needs float weights to merge a policy into. {remedy}, or leave export out",
+        f"{start}, but `export: [merged]` needs float weights to merge a policy into. {remedy}, or remove `merged` from"
+        " export",
     )
     require(
         importlib.util.find_spec("bitsandbytes") is not None,
-        f"{start}, which needs the package bitsandbytes. {remedy}, or pip install 'salsa-peft[qlora]'",
+        f"{start}, and bitsandbytes is not installed. {remedy}, or pip install 'salsa-peft[qlora]'",
     )
 
 
 def _check_head(recipe: Recipe, kind: str) -> None:
     require(
         kind not in HEADS,
-        f"model.base: {_name(recipe)} is a {kind} model. Its logits are not those of its output embeddings"
-        f" ({HEADS.get(kind)}), from which PPO and soups with a measure compute log-probs. Use another base, or"
+        f"model.base: {_name(recipe)} is a {kind} model, whose logits also depend on {HEADS.get(kind)}. PPO and soups"
+        " with a measure compute log-probs from output embeddings alone. Use a base of another architecture, or only"
         " policies with algorithm dpo, kto, rloo or grpo",
     )
     adapted = _adapted(recipe.adapter.target_modules, OUTPUT) if recipe.adapter is not None else []
     require(
         not adapted,
         f"adapter.target_modules: {', '.join(adapted[:1])} is the output embeddings, which policy and references share"
-        " in PPO. Leave it out, or use policies with algorithm dpo, kto, rloo or grpo",
+        " in PPO. Remove this module, or use only policies with algorithm dpo, kto, rloo or grpo",
     )
 
 
 def _check_padding(recipe: Recipe, kind: str) -> None:
-    """Every stage that generates pads prompts on the left to batch them."""
+    """Raise SalsaError for a base that reads left padding as text; generation pads prompts on the left."""
     require(
         kind not in UNMASKED,
         f"model.base: {_name(recipe)} is a {kind} model, whose implementation in Transformers reads the padding before"
-        f" a shorter prompt as text ({UNMASKED.get(kind)}), which changes its responses and log-probs. Use another"
-        " base",
+        f" a shorter prompt as text ({UNMASKED.get(kind)}). This would change responses and log-probs. Use a base of"
+        " another architecture",
     )
 
 
 def _check_mamba(recipe: Recipe, kind: str, text: Mapping[str, Any]) -> None:
-    """LoRA on modules of Mamba layers that are never called would have no effect."""
+    """Raise SalsaError for LoRA on modules of Mamba layers that are never called, where it has no effect."""
     adapter = recipe.adapter
     layers = next((text[key] for key in ("layer_types", "layers_block_type") if isinstance(text.get(key), list)), None)
     attention_only = layers is not None and all(one in ("attention", "full_attention") for one in layers)
@@ -204,7 +211,7 @@ def _check_mamba(recipe: Recipe, kind: str, text: Mapping[str, Any]) -> None:
 
 
 def _adapted(target_modules: str | list[str], names: Iterable[str]) -> list[str]:
-    """The module names that `target_modules` matches in PEFT; all-linear matches none here."""
+    """The names among `names` that PEFT's `target_modules` matches; none for all-linear."""
     if isinstance(target_modules, list):
         return [name for name in names if name in {module.rpartition(".")[2] for module in target_modules}]
     try:
@@ -214,10 +221,10 @@ def _adapted(target_modules: str | list[str], names: Iterable[str]) -> list[str]
 
 
 def require_targets(modules: str | list[str], modules_of_base: Iterable[str]) -> None:
-    """Raise SalsaError for a target module that the base does not have; PEFT may ignore such a name.
+    """Raise SalsaError for a target module that the base does not have, since PEFT may ignore its name.
 
-    modules_of_base: the full names of the base's modules. A regular expression is not checked, since names in files can
-    lack a prefix.
+    modules_of_base: the full names of the base's modules; in some files they lack a prefix. A regular expression is
+    therefore not checked.
     """
     names = list(modules_of_base)
     wanted = [] if isinstance(modules, str) else [f".{module}" for module in modules]
@@ -227,8 +234,8 @@ def require_targets(modules: str | list[str], modules_of_base: Iterable[str]) ->
     known = {name.rpartition(".")[2] for name in names if not name.endswith((".bias", "norm")) and "." in name}
     require(
         not missing,
-        f"adapter.target_modules: the base has no module {', '.join(missing)}. It has"
-        f" {', '.join(sorted(known))[:400]}; all-linear adapts every linear layer",
+        f"adapter.target_modules: the base has no module {', '.join(missing)}. Use all-linear, or some of the base's"
+        f" modules: {', '.join(sorted(known))[:400]}",
     )
 
 
@@ -237,13 +244,14 @@ def _check_noise(recipe: Recipe, text: Mapping[str, Any]) -> None:
     noisy += ["hidden_dropout"] if text.get("model_type") == "falcon" and text.get("hidden_dropout") else []
     require(
         not noisy,
-        f"model.base: {_name(recipe)} has {noisy[0] if noisy else ''} in its config.json, which adds noise in training"
-        " mode. PPO needs the same log-probs in every forward: set it to 0 in a copy of the folder",
+        f"model.base: {_name(recipe)} sets {noisy[0] if noisy else ''} in its config.json, which adds noise in training"
+        " mode, but PPO needs the same log-probs in every forward. Copy the folder, set that key to 0 in the copy, and"
+        " use the copy as base",
     )
 
 
 def _check_length(recipe: Recipe, text: Mapping[str, Any]) -> None:
-    """model.max_length must not exceed the base's positions, which RoPE scaling multiplies by its factor."""
+    """Raise SalsaError if model.max_length exceeds the base's maximum, RoPE scaling included."""
     length = next((text[key] for key in POSITIONS if isinstance(text.get(key), int) and text[key] > 0), None)
     if length is None:
         return
@@ -252,13 +260,13 @@ def _check_length(recipe: Recipe, text: Mapping[str, Any]) -> None:
     most = int(length * max([1.0, *factors]))
     require(
         recipe.model.max_length <= most,
-        f"model.max_length: {recipe.model.max_length} is too long, {_name(recipe)} reads {most} tokens at most. Set"
-        f" model.max_length={most} or less",
+        f"model.max_length: {recipe.model.max_length} is too long, because {_name(recipe)} reads at most {most} tokens."
+        f" Set model.max_length={most} or less",
     )
 
 
 def _check_experts(recipe: Recipe, text: Mapping[str, Any]) -> None:
-    """PEFT's LoRA on experts has no dropout, and vLLM does not accept the names of merged experts."""
+    """Raise SalsaError for LoRA on experts with dropout, which PEFT lacks there, or with vLLM rollouts."""
     adapter = recipe.adapter
     if adapter is None or not any(text.get(key) for key in EXPERTS) or adapter.target_modules != "all-linear":
         return
@@ -269,6 +277,6 @@ def _check_experts(recipe: Recipe, text: Mapping[str, Any]) -> None:
     )
     require(
         recipe.ppo.rollout_backend != "vllm",
-        "ppo.rollout_backend: vllm expects other names of merged experts than Transformers. Set ppo.rollout_backend=hf,"
-        f" or {ATTENTION}",
+        "ppo.rollout_backend: vllm cannot load merged experts, because it names their weights differently than"
+        f" Transformers. Set ppo.rollout_backend=hf, or {ATTENTION}",
     )

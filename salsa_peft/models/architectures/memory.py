@@ -2,8 +2,8 @@
 
 memory = weights + optimizer + max over phases (gradients + activations + KV cache + logits + temporaries)
 
-The phases of ppo are generate, score, train and step. On CUDA the base is bf16 (`dtype: auto`), adapters and heads are
-float32. Not counted: other programs on the GPU, and what `uncounted` lists.
+The phases of the stage ppo are generate, score, train and step. The base is taken to be bf16 (`dtype: auto` on CUDA),
+adapters and heads float32. Other programs on the GPU and what `uncounted` lists are not counted.
 tests/models/architectures/test_memory_measured.py compares the estimate with PPO on a CPU. Imports no torch.
 """
 
@@ -18,33 +18,36 @@ from salsa_peft.models.architectures.sizes import Architecture, architecture_of_
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)
-"""The CUDA context, with cuBLAS's workspace."""
+"""Bytes of the CUDA context, with cuBLAS's workspace."""
 MARGIN = 1.04
-"""Factor for the allocator's fragmentation."""
+"""Factor on the sum of all tensors, for the fragmentation of CUDA's allocator."""
 CHUNK = 256
-"""Tokens whose logits exist at a time, in PPO (models/logprobs.py) and in TRL's SFT loss."""
+"""Number of tokens whose logits exist at the same time, in PPO (models/logprobs.py) and in TRL's SFT loss."""
 NF4 = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Bytes per quantised weight, with its share of the scales (QLoRA, section 3)."""
+"""Bytes per quantised weight, including its share of the quantisation scales (QLoRA, section 3)."""
 TRAINED = {"master": (4, 4, 8), "stochastic": (2, 2, 2 + 8 / 256)}
-"""Bytes per trained weight, of its gradient and of its AdamW states (torchao: 8 bits, a scale per block of 256)."""
+"""Bytes of a trained weight, of its gradient and of its AdamW states (torchao: 8 bits, a scale per block of 256)."""
 STATES = {"paged_adamw_8bit": 2 + 8 / 256}
-"""Bytes per weight of optimizer states that are not two float32 numbers (bitsandbytes: a scale per block of 256)."""
+"""Bytes per weight of optimizer states that are not two float32 numbers (here 8 bits, and a scale per block of 256)."""
 FOREACH = 4
-"""Bytes per weight of the square roots that adamw_torch (not the fused one) computes for all weights at once on CUDA."""
+"""Bytes per weight of the square roots that adamw_torch, unless fused, computes for all weights at once on CUDA."""
 SAMPLED = 8
-"""Memory for drawing a token, in float32 logits: scores, log-probs, probabilities, these and their sums in float64."""
+"""Memory for drawing a token, in tensors of float32 logits: 1 each for the model's logits, generate's copy of them,
+log-probs and probabilities; 2 each for the probabilities and their cumulative sums in float64."""
 SCORED = 4.25
-"""Memory for log-probs and entropies of a chunk, in float32 logits: both, a mask, the masked copy, their product."""
+"""Memory for log-probs and entropies of a chunk, in tensors of float32 logits: 1 each for log-probs, probabilities,
+masked log-probs and the product of the last two; 0.25 for the mask."""
 LEARNED = 3.25
-"""Memory for log-probs with their gradient, in float32 logits: logits, log-probs, a mask, those of the chunk before."""
+"""Memory for log-probs with their gradient, in tensors of float32 logits: 1 each for logits, log-probs and log-probs of
+the chunk before; 0.25 for a mask."""
 ANEW = 1.25
-"""Memory for the backward of a checkpointed layer, in activations of one layer."""
+"""Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
 STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
 Precision = Literal["master", "stochastic"]
 
 
 class Estimate(NamedTuple):
-    """Bytes on one GPU in a phase of a stage."""
+    """Estimated bytes on one GPU in a phase of a stage."""
 
     stage: str
     phase: str
@@ -55,17 +58,17 @@ class Estimate(NamedTuple):
     kv_cache: float
     logits: float
     parameters: int
-    """Parameters of the base."""
+    """Number of parameters of the base."""
 
     @property
     def total(self) -> float:
-        """The sum, with the CUDA context and fragmentation."""
+        """The sum of the parts, with the CUDA context and fragmentation, in bytes."""
         parts = (self.weights, self.gradients, self.optimizer, self.activations, self.kv_cache, self.logits)
         return CONTEXT + MARGIN * sum(parts)
 
 
 def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None = None) -> Estimate:
-    """The phase of a stage with the highest memory; `card`: the GPU's bytes, for `precision: auto`."""
+    """Estimate the phase of a stage that needs most memory. card: the GPU's bytes, for `precision: auto`."""
     precision = choose_precision(recipe, stage, card, size)
     phases = _Stage(recipe, stage, size, precision).phases()
     return max(phases, key=lambda found: found.total)
@@ -79,9 +82,9 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Architecture | None = None) -> Precision:
-    """The precision of full weights: for `auto`, master if that fits on the card (bytes), else stochastic.
+    """The precision of full weights. `auto` becomes master if that fits in `card` bytes, else stochastic.
 
-    Always master for `auto` without a card, and for weights sharded over several.
+    `auto` always becomes master without a GPU, for weights sharded over several GPUs, and if sizes are unknown.
     """
     if recipe.precision != "auto":
         return recipe.precision
@@ -93,12 +96,12 @@ def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Archi
 
 
 def _sharded(recipe: Recipe) -> int:
-    """The number of shards of trained weights, gradients and optimizer states."""
+    """Number of GPUs over which trained weights, gradients and optimizer states are sharded, or 1."""
     return recipe.num_processes if recipe.sharded else 1
 
 
 def uncounted(recipe: Recipe) -> list[str]:
-    """Descriptions of what a recipe holds on the GPU and `estimate` does not count."""
+    """Descriptions of the models that a recipe holds on the GPU and that `estimate` does not count."""
     found = [
         f"{part.value}, whose config.json is not on this machine"
         for part in recipe.reward.parts
@@ -106,27 +109,27 @@ def uncounted(recipe: Recipe) -> list[str]:
     ]
     moving = any(one.sync_every for policy in recipe.policies.values() for one in policy.references("reference"))
     if moving and recipe.mode == "full":
-        found.append("the float32 copy of a moving reference")
+        found.append("the float32 copy of a reference that is synced with the policy")
     others = sorted({policy.algorithm for policy in recipe.policies.values()} - {"ppo"})
     if others:
-        found.append(f"{', '.join(others)}: policies that TRL trains")
+        found.append(f"the policies that TRL trains ({', '.join(others)})")
     options = recipe.ppo.rollout_options
     colocated = recipe.ppo.rollout_backend == "vllm" and options.get("mode", "colocate") == "colocate"
     if "ppo" in stages_of(recipe) and colocated:
         share = options.get("gpu_memory_utilization", 0.3)
-        found.append(f"vLLM beside ppo, which takes {share:.0%} of the GPU (rollout_options: gpu_memory_utilization)")
+        found.append(f"vLLM during ppo, which takes {share:.0%} of the GPU (rollout_options: gpu_memory_utilization)")
     judge = recipe.evaluate.judge
     if judge is not None and judge.kind == "local":
         size = architecture_of_base(str(judge.model))
         weights = "" if size is None else f", {2 * size.parameters / GIB:.1f} GiB of weights in bf16 and its KV cache"
         found.append(
-            f"the judge {judge.model}, alone in its stage{weights} (evaluate.judge.concurrency requests per batch)"
+            f"the judge {judge.model}, in a stage of its own{weights} (evaluate.judge.concurrency requests per batch)"
         )
     return found
 
 
 class _Stage:
-    """The memory of a stage, in bytes."""
+    """Computes the memory of a stage, in bytes."""
 
     def __init__(self, recipe: Recipe, stage: str, size: Architecture, precision: Precision) -> None:
         self.recipe, self.stage, self.size, self.precision = recipe, stage, size, precision
@@ -139,21 +142,21 @@ class _Stage:
     # weights, gradients, optimizer states
 
     def base(self) -> float:
-        """A frozen base, with linear layers in nf4 if it is quantised."""
+        """Bytes of the frozen base, with linear layers in nf4 if the recipe quantises them."""
         rest = self.size.parameters - self.size.in_linears
         quantised = NF4.get(self.recipe.model.quantization or "", self.width)
         return quantised * self.size.in_linears + self.width * rest
 
     def adapter(self, rank: int | None = None) -> int:
-        """Parameters of an adapter on the recipe's target modules."""
+        """Number of parameters of an adapter on the recipe's target modules, by default of the recipe's rank."""
         lora = self.recipe.adapter
         assert lora is not None
         return self.size.adapter(rank or lora.r, lora.target_modules)
 
     def references(self) -> list[int]:
-        """The number of members of each reference, for the policy whose references need the most memory."""
+        """Number of members of each reference of the policy whose references need the most memory."""
         soup = len(self.recipe.soup.members)
-        counted = [  # a moving reference has the policy's rank in addition
+        counted = [  # one more for a synced reference, which gets the policy's rank in addition
             [
                 (soup if one.soup else len(one.members)) + (one.sync_every is not None)
                 for one in policy.references("reference")
@@ -161,10 +164,10 @@ class _Stage:
             for policy in self.recipe.policies.values()
             if policy.algorithm == "ppo"
         ]
-        return max(counted, key=len if self.full else sum, default=[])  # whole models, or ranks of adapters
+        return max(counted, key=len if self.full else sum, default=[])  # full: whole models; else ranks of adapters
 
     def roles(self) -> tuple[list[float], float]:
-        """The frozen weights of each further model or adapter, and those of the shared base."""
+        """Bytes of each further frozen model or adapter (references, rewards, …), and of the shared base."""
         ppo, kinds = self.stage == "ppo", [] if self.stage in ("sft", "reward") else self.recipe.reward.parts
         rewards = sum(part.kind == "adapter" for part in kinds)
         classifiers = [self.classifier(part.value) for part in kinds if part.kind == "classifier"]
@@ -179,18 +182,18 @@ class _Stage:
         return [4.0 * self.adapter(one) for one in ranks] + classifiers, self.base()
 
     def classifier(self, path: str) -> float:
-        """A sequence classifier in the recipe's dtype; 0 if `uncounted` lists it."""
+        """Bytes of a sequence classifier in the recipe's dtype; 0 if its sizes are unknown (see `uncounted`)."""
         found = architecture_of_base(path)
         return 0.0 if found is None else float(self.width * (found.parameters - found.head))
 
     def trained(self) -> int:
-        """The number of trained parameters."""
+        """Number of trained parameters."""
         if not self.trains:
             return 0
         return self.size.parameters if self.full else self.adapter() * (1 + self.own_values)
 
     def held(self, phase: str) -> tuple[float, float, float]:
-        """Weights, gradients and optimizer states in a phase."""
+        """Bytes of weights, gradients and optimizer states in a phase."""
         roles, shared = self.roles()
         if self.full and self.recipe.offload == "frozen" and self.stage == "ppo":
             roles = [max(roles)] if phase == "score" and roles else []
@@ -214,9 +217,9 @@ class _Stage:
     # activations, KV cache, logits
 
     def layer(self) -> float:
-        """Numbers per token that one layer saves for its backward.
+        """How many numbers one layer saves for its backward, per token.
 
-        With adapters also a copy of every adapted module's input, in the adapter's precision.
+        With adapters, each adapted module also saves a copy of its input in the adapter's precision.
         """
         size = self.size
         heads, narrow = size.heads * size.head_dim, size.kv_heads * size.head_dim
@@ -224,26 +227,26 @@ class _Stage:
         return numbers if self.full else numbers + 5 * size.hidden + heads + size.inner
 
     def activations(self, tokens: int, checkpointing: bool) -> float:
-        """Memory that a forward saves for its backward; with checkpointing only each layer's input."""
+        """Bytes that a forward saves for its backward; with checkpointing, these are only the layers' inputs."""
         size, width, forwards = self.size, self.width, 1 + self.own_values
-        end = 6 * size.hidden  # bytes per token of the last norm, which is in float32
+        end = 6 * size.hidden  # bytes per token that the last norm saves, in float32
         if not checkpointing:
             return tokens * forwards * (size.layers * self.layer() * width + end)
         residual = 4 if self.full and self.precision == "master" else width
         return tokens * forwards * (size.layers * size.hidden * residual + end)
 
     def forward(self, tokens: int) -> float:
-        """Memory of a forward without backward: activations and dequantised weights of one layer."""
+        """Bytes of a forward without backward: activations and dequantised weights of one layer."""
         size, largest = self.size, max(one.inputs * one.outputs for one in self.size.linears)
         per_token = self.width * (4 * size.hidden + 3 * size.inner) + 4 * size.inner * (not self.full)
         return tokens * per_token + (2 * largest if self.recipe.model.quantization else 0)
 
     def logits(self, tokens: int, copies: float = 3) -> float:
-        """Memory of `copies` tensors like the float32 logits of `tokens` tokens."""
+        """Bytes of `copies` tensors of the size of the float32 logits of `tokens` tokens."""
         return 4.0 * copies * tokens * self.size.vocabulary
 
     def phases(self) -> list[Estimate]:
-        """The memory of each phase."""
+        """Estimates of all phases of the stage."""
         recipe, sampling = self.recipe, self.recipe.generation
         if self.stage in ("sft", "reward"):
             rows = micro_batch(recipe, self.stage) * (2 if self.stage == "reward" else 1)
@@ -253,9 +256,9 @@ class _Stage:
             length = recipe.ppo.max_prompt_length + sampling.max_new_tokens
         rows = generation_batch(recipe, self.stage)
         per_token = self.width * self.size.kv_per_token * rows
-        cache, later = per_token * length, per_token * sampling.max_new_tokens  # later: not there in the first forward
+        cache, later = per_token * length, per_token * sampling.max_new_tokens  # later: not in the first forward
         first = self.forward(rows * (length - sampling.max_new_tokens)) - later
-        prefill = max(first, cache / self.size.layers)  # a layer's cache is copied when it grows
+        prefill = max(first, cache / self.size.layers)  # growing the cache of a layer copies it
         scored = self.logits(CHUNK, SCORED if self.stage == "ppo" else 0)
         found = [
             self._phase("generate", prefill, cache, self.logits(rows, SAMPLED)),
@@ -279,14 +282,14 @@ class _Stage:
 
 
 def micro_batch(recipe: Recipe, stage: str) -> int:
-    """The rows of one training forward in one process."""
+    """Number of rows in one training forward of one process."""
     section: Training = getattr(recipe, stage)
     parts = recipe.num_processes * (recipe.ppo.num_mini_batches if stage == "ppo" else 1)
     return section.micro_batch_size or max(1, section.batch_size // parts)
 
 
 def generation_batch(recipe: Recipe, stage: str) -> int:
-    """The responses generated or scored in one call in one process."""
+    """Number of responses that one process generates or scores in one call."""
     if stage != "ppo":
         return recipe.generation.batch_size
     return recipe.ppo.rollout_batch_size or math.ceil(recipe.ppo.batch_size / recipe.num_processes)

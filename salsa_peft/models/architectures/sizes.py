@@ -1,7 +1,8 @@
 """Parameters, linear layers and KV cache of a decoder, from its config.json. Imports no torch.
 
-Exact for Llama, Mistral, Gemma, Qwen2, Qwen3 and similar architectures, as tests against Transformers show. Others are
-read as if their fields meant the same. Not covered: mixtures of experts, state-space models, encoders.
+The sizes are exact for Llama, Mistral, Gemma, Qwen2, Qwen3 and similar architectures, as tests against Transformers
+show. Any other architecture is assumed to give the keys of its config.json the same meaning, which is wrong for
+mixtures of experts, state-space models and encoders.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""The published config.json of the paper's bases, which are gated on the Hub, so that --dry-run needs no access."""
+"""Published config.json of the paper's bases. They are gated on the Hub, and --dry-run must work without access."""
 TIED = ("gemma", "gemma2", "gemma3_text")
 """Architectures whose input and output embeddings are tied by default."""
 
 
 class Linear(NamedTuple):
-    """A linear layer that every decoder layer has."""
+    """Name and size of a linear layer that every decoder layer has."""
 
     name: str
     inputs: int
@@ -58,11 +59,11 @@ class Architecture:
     tied: bool
     qkv_bias: bool
     norms: int
-    """Parameters of the norms of one layer."""
+    """Number of parameters in the norms of one layer."""
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Architecture:
-        """Read a config.json's content. Raises KeyError for a model that is not such a decoder."""
+        """Read the sizes from the content of a config.json. Raises KeyError if a key is missing."""
         config = config.get("text_config", config)
         kind, hidden = str(config.get("model_type", "")), int(config["hidden_size"])
         heads = int(config["num_attention_heads"])
@@ -84,7 +85,7 @@ class Architecture:
 
     @property
     def linears(self) -> list[Linear]:
-        """The linear layers of one decoder layer, which nf4 quantises and all-linear adapts."""
+        """The linear layers of one decoder layer. nf4 quantises them, and all-linear adapts them."""
         h, wide, narrow = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         return [
             Linear("q_proj", h, wide, self.qkv_bias), Linear("k_proj", h, narrow, self.qkv_bias),
@@ -95,39 +96,39 @@ class Architecture:
 
     @property
     def in_linears(self) -> int:
-        """Weights of the linear layers of all decoder layers, without biases."""
+        """Number of weights in the linear layers of all decoder layers, without biases."""
         return self.layers * sum(linear.inputs * linear.outputs for linear in self.linears)
 
     @property
     def parameters(self) -> int:
-        """All parameters, tied embeddings once."""
+        """Number of parameters, where tied embeddings count once."""
         biases = self.layers * sum(linear.outputs for linear in self.linears if linear.bias)
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.in_linears + biases + self.layers * self.norms + self.hidden + embeddings
 
     @property
     def head(self) -> int:
-        """Parameters of the output embeddings, which a sequence classifier does not have; 0 if they are tied."""
+        """Number of parameters that only output embeddings have, and a classifier lacks; 0 if they are tied."""
         return 0 if self.tied else self.vocabulary * self.hidden
 
     @property
     def largest(self) -> int:
-        """Parameters of the largest single weight."""
+        """Number of parameters in the largest weight."""
         return max(self.vocabulary * self.hidden, *(linear.inputs * linear.outputs for linear in self.linears))
 
     @property
     def kv_per_token(self) -> int:
-        """Numbers in the keys and values of one token over all layers."""
+        """How many numbers the KV cache holds for one token, in all layers together."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     def adapter(self, rank: int, modules: str | list[str]) -> int:
-        """Parameters of a LoRA adapter of this rank on these target modules."""
+        """Number of parameters of a LoRA adapter of this rank on these target modules."""
         chosen = [one for one in self.linears if modules == "all-linear" or one.name in modules]
         return self.layers * sum(rank * (one.inputs + one.outputs) for one in chosen)
 
 
 def architecture_of_recipe(recipe: Recipe) -> Architecture | None:
-    """The architecture of a recipe's base; None if its config.json is not local or not of such a decoder."""
+    """Sizes of a recipe's base; None if its config.json is not on this machine, or lacks a size."""
     if recipe.model.base is None:
         toy = recipe.toy
         assert toy is not None
@@ -138,7 +139,7 @@ def architecture_of_recipe(recipe: Recipe) -> Architecture | None:
 
 
 def architecture_of_base(base: str, revision: str | None = None) -> Architecture | None:
-    """The architecture of a folder or Hub id; None as for `architecture_of_recipe`."""
+    """Sizes of the model in a folder or of a Hub id; None as in architecture_of_recipe."""
     found = config_of_base(base, revision)
     try:
         return None if found is None else Architecture.of(found)
@@ -147,7 +148,7 @@ def architecture_of_base(base: str, revision: str | None = None) -> Architecture
 
 
 def config_of_base(base: str, revision: str | None) -> dict[str, Any] | None:
-    """config.json of a folder, or of a Hub id in the cache or in KNOWN; None without one."""
+    """Content of the config.json of a folder, or of a Hub id in the cache or in KNOWN; else None."""
     folder = Path(base) if Path(base).is_absolute() else cached_folder(base, revision)
     if folder is None:
         return KNOWN.get(base)

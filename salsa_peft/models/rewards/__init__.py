@@ -1,1 +1,1 @@
-"""Rewards: adapters, classifiers, functions, and weighted sums of them."""
+"""Rewards: reward adapters, sequence classifiers, Python functions, and weighted sums of rewards."""

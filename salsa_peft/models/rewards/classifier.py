@@ -1,7 +1,7 @@
 """A sequence classifier of any architecture as reward, with its own tokenizer and chat template.
 
-Responses are decoded and tokenized again, unless the classifier has the policy's tokenizer and chat template: then it
-scores the policy's token ids.
+A classifier with the policy's tokenizer and chat template scores the policy's token ids. For any other classifier,
+responses are decoded and tokenized again.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ if TYPE_CHECKING:
 
 
 class ClassifierReward(Reward):
-    """The classifier's one logit for prompt and response.
+    """A classifier's single logit for prompt and response as the score.
 
-    Messages: prompt and response, as an assistant's turn, go through the classifier's chat template, which closes the
-    turn even if the response was cut by the length limit. Text: prompt and response go through the classifier's
-    tokenizer, which adds its special tokens. If policy and classifier share tokenizer and template, the sampled ids are
-    scored, with what the template writes after a token that ends a turn. A sequence longer than the classifier can read
-    loses tokens after its first one, and is counted in `rewards/<name>/truncated`. Raises SalsaError for more than one
-    label, and for messages without a chat template.
+    - Messages: the classifier's chat template renders the prompt with the response as assistant turn. The template
+      closes this turn even if the length limit cut the response.
+    - Text: the classifier's tokenizer encodes prompt and response, and adds its special tokens.
+    - If policy and classifier have the same tokenizer and chat template, the sampled token ids are scored, and after
+      an end token also the tokens that the template writes there.
+
+    A sequence longer than the classifier's maximum keeps its first token and its end; `rewards/<name>/truncated` is the
+    share of such sequences. Raises SalsaError for more than one label, and for messages without a chat template.
     """
 
     def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase,
@@ -52,13 +54,13 @@ class ClassifierReward(Reward):
         labels, rows = classifier.config.num_labels, len(embeddings)
         require(
             labels == 1,
-            f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1)."
+            f"reward {name}: the classifier has {labels} labels, but a reward needs a single number (num_labels 1)."
             f" {WRITE_A_FUNCTION}",
         )
         require(
             len(tokenizer) <= rows,
-            f"reward {name}: the tokenizer has {len(tokenizer)} tokens, and the classifier {rows} embeddings; use its"
-            " own tokenizer",
+            f"reward {name}: the tokenizer has {len(tokenizer)} tokens, but the classifier has only {rows} embeddings;"
+            " use the classifier's own tokenizer",
         )
         self.classifier, self.tokenizer, self.policy_tokenizer = classifier.eval(), tokenizer, policy_tokenizer
         self.classifier.requires_grad_(False)
@@ -78,15 +80,15 @@ class ClassifierReward(Reward):
         return scores.to(responses.response_ids.device)
 
     def weights(self) -> Iterable[Tensor]:
-        """The classifier's parameters."""
+        """The parameters of the classifier."""
         return self.classifier.parameters()
 
     def frozen_model(self) -> PreTrainedModel:
-        """The classifier."""
+        """The frozen classifier."""
         return self.classifier
 
     def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Score sequences in micro-batches of similar length."""
+        """Score token ids in micro-batches of similar length."""
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         scores = torch.empty(len(sequences), device=self.classifier.device)
         for start in range(0, len(order), self.micro_batch.rows):
@@ -95,7 +97,7 @@ class ClassifierReward(Reward):
         return scores
 
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:
-        """The token ids that the classifier reads for each response, before truncation."""
+        """Token ids of each prompt with its response for the classifier, before truncation."""
         if self.shares_tokenizer:
             responses = append_turn_end(responses, rows, assistant_turn(self.tokenizer))
             masks, ids = responses.attention_mask, responses.input_ids
@@ -108,11 +110,11 @@ class ClassifierReward(Reward):
         for row, prompt, both, answer in zip(rows, prompts, whole, answers, strict=True):
             require(
                 "prompt" in row,
-                f"reward {self.name}: the data has input_ids without `prompt`, which this reward needs because its"
-                " tokenizer is not the policy's; add `prompt`",
+                f"reward {self.name}: the data has the column input_ids but not `prompt`, which this reward needs"
+                " because its tokenizer is not the policy's; add a column `prompt`",
             )
             if isinstance(row["prompt"], str):
-                # not `answer`: some tokenizers drop the first space of a text they decode
+                # not prompt + answer, because some tokenizers drop the first space of a decoded text
                 text = row["prompt"] + (both[len(prompt) :] if both.startswith(prompt) else answer)
                 sequences.append(text_ids(text, self.tokenizer))
             else:
@@ -124,14 +126,14 @@ class ClassifierReward(Reward):
         where = f"reward {self.name}"
         require(
             self.tokenizer.chat_template is not None,
-            f"{where}: its tokenizer has no chat template, and the prompts are messages; use text prompts, or a"
-            " classifier with a template",
+            f"{where}: the prompts are messages, but the classifier's tokenizer has no chat template; use text prompts,"
+            " or a classifier whose tokenizer has a chat template",
         )
         chat = messages_for_template(parse_messages(messages, where), self.tokenizer)
         try:
             encoded: Any = self.tokenizer.apply_chat_template(chat, return_dict=True, **options)
         except TemplateError as error:
-            raise SalsaError(f"{where}: its chat template rejects a conversation: {error}") from error
+            raise SalsaError(f"{where}: the classifier's chat template rejects a conversation: {error}") from error
         return list(encoded["input_ids"])
 
     def _truncate(self, sequences: list[list[int]]) -> list[list[int]]:
@@ -140,14 +142,14 @@ class ClassifierReward(Reward):
         if over and not self.truncation_reported:
             self.truncation_reported = True
             say(
-                f"reward {self.name}: {over} of {len(sequences)} responses are, with their prompts, longer than the"
-                f" {self.longest} tokens that it reads; the beginnings of these prompts are cut off"
+                f"reward {self.name}: {over} of {len(sequences)} prompts with their responses are longer than"
+                f" {self.longest} tokens, the classifier's maximum; they lose tokens at their beginning"
             )
         return [ids if len(ids) <= self.longest else [*ids[:1], *ids[1 - self.longest :]] for ids in sequences]
 
     def _forward(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Score token ids in one forward → (b,), float32."""
-        # Transformers scores the last token that is not the padding token, so the padding token must not end any sequence
+        """Score token ids in one forward; returns one float32 number for each sequence."""
+        # Transformers scores the last token that is not the padding token; no sequence may end with the padding token
         ends = {None, self.tokenizer.eos_token_id, *(ids[-1] for ids in sequences)}
         pad = next(token for token in (self.tokenizer.pad_token_id, *range(len(ends))) if token not in ends)
         self.classifier.config.get_text_config().pad_token_id = pad
@@ -157,9 +159,9 @@ class ClassifierReward(Reward):
 
 def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, *, name: str | None = None,
                            dtype: str = "auto") -> ClassifierReward:  # fmt: skip
-    """Load the sequence classifier of a folder or Hub id. Raises SalsaError without a trained head."""
+    """Load a sequence classifier from a folder or Hub id. Raises SalsaError if it has no trained head."""
     folder = local_folder(path)
-    require((folder / "config.json").is_file(), f"{path}: no config.json in this folder; use a sequence classifier")
+    require((folder / "config.json").is_file(), f"{path}: it has no config.json; use a sequence classifier")
     with readable_hub_errors(str(folder)):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         loaded, report = classifier_class(config).from_pretrained(
@@ -171,7 +173,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     missing = sorted(report["missing_keys"])
-    require(not missing, f"{path}: it has no weights for {', '.join(missing[:2])}; use a trained sequence classifier")
+    require(not missing, f"{path}: the weights {', '.join(missing[:2])} are missing; use a trained sequence classifier")
     loaded.config.get_text_config().use_cache = False
     name = name or path.rstrip("/").rsplit("/", 1)[-1]
     return ClassifierReward(loaded.to(device()), tokenizer, policy_tokenizer, micro_batch_size, name)

@@ -1,7 +1,7 @@
-"""A Python function as reward, with the signature of TRL's reward functions; decoding of responses.
+"""A Python function as reward, with the signature of TRL's reward functions.
 
-Of the arguments in TRL 1.16, `trainer_state`, `log_extra` (rewards are used without a trainer too) and `environments`
-are not passed.
+Three arguments of TRL 1.16 are not passed: `trainer_state` and `log_extra`, because rewards are also used without a
+trainer, and `environments`.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ RESERVED = re.compile(
     r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|epoch|step|loss|grad_norm|learning_rate"
     r"|score|response_length|empty_share"
 )
-"""Names of metrics that training logs itself, so that log_metric must not use them."""
+"""Names of metrics that training logs itself; log_metric rejects them."""
 
 
 class FunctionReward(Reward):
-    """A `function(prompts, completions, completion_ids, **columns) -> list[float | None]`, as in TRL.
+    """A `function(prompts, completions, completion_ids, **columns) -> list[float | None]`, as in TRL 1.16.
 
-    It is called by keyword, with those of these arguments that it takes (as in TRL 1.16):
+    The function may be async. It gets by keyword those of the following arguments that its signature has:
 
-    - prompts: as in the data, text or messages; completions: text, or [{role: assistant, content}] for messages.
-      Special tokens are left out unless `special_tokens` keeps them.
-    - completion_ids: lists of token ids, with EOS. Every other column of the data: a list of its values.
-    - log_metric(name, value): logs a metric, averaged. finished (not in TRL): whether each response ended before the
-      length limit.
+    - prompts: as in the data, text or messages.
+    - completions: text, or [{role: assistant, content}] if the prompt is messages. Special tokens are kept only with
+      `special_tokens`.
+    - completion_ids: lists of token ids, including the end token.
+    - every other column of the data, by its name: a list of values.
+    - log_metric(name, value): a function that logs a metric, averaged over its calls.
+    - finished (not in TRL): whether each response ended before the length limit.
 
-    An async function is awaited. None instead of a score means that the reward does not apply to a response; only parts
-    of a weighted sum may return it.
+    A score of None means that the reward does not apply to a response; only a part of a weighted sum may return None.
     """
 
     def __init__(
@@ -61,36 +62,36 @@ class FunctionReward(Reward):
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         require(
             not positional,
-            f"{self._where}: it takes {', '.join(positional)} by position only, and rewards are called by keyword;"
-            " remove the / from its signature",
+            f"{self._where}: {', '.join(positional)} can be passed by position only, but reward functions are called by"
+            " keyword; remove the / from the function's signature",
         )
         self.keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
         self.needs = {p.name for p in parameters if p.name in self.takes and p.default is p.empty}
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
-        """Score each response → (B,), float32. Raises SalsaError if the function returns None for one."""
+        """Return a score for each response, (B,) float32. Raises SalsaError if the function returned a None."""
         scores, applies = self.scores_and_mask(responses, rows)
         require(
             bool(applies.all()),
-            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses. Only a part of a"
-            " weighted sum may do that; return a number for each",
+            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses, which only a part"
+            " of a weighted sum may do; return a number for each response",
         )
         return scores
 
     def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Scores (B,), float32, and a mask (B,), False with score 0 where the function returned None."""
+        """Return scores (B,), float32, and a mask (B,): 0 and False where the function returned None."""
         arguments = self._arguments(responses, rows)
         absent = sorted(self.needs - arguments.keys())
         columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
         require(
             not absent,
-            f"{self._where}: it takes {', '.join(absent)}, which is no column of the data (columns: {columns}); rename"
-            " it, or give it a default",
+            f"{self._where}: the data has no column for its argument {', '.join(absent)} (columns: {columns}); rename"
+            " the argument, or give it a default",
         )
         taken = {name: value for name, value in arguments.items() if self.keywords or name in self.takes}
         scores = self.function(**taken)
-        if inspect.iscoroutine(scores):  # in a thread, because a notebook has an event loop running in this one
+        if inspect.iscoroutine(scores):  # in a new thread, because in a notebook this thread has an event loop
             with ThreadPoolExecutor(1) as pool:
                 scores = pool.submit(asyncio.run, scores).result()
         is_list = isinstance(scores, Sized) and not isinstance(scores, str | bytes | Mapping | Set)
@@ -109,7 +110,7 @@ class FunctionReward(Reward):
         return torch.tensor(numbers, dtype=torch.float32, device=device), applies
 
     def _arguments(self, responses: Responses, rows: Rows) -> dict[str, Any]:
-        """All arguments that a function can take."""
+        """All arguments that a reward function can have in its signature."""
         kept = responses.response_mask if self.special_tokens else responses.content_mask
         texts = decode(self.tokenizer, responses.response_ids, kept, special_tokens=self.special_tokens)
         decoded = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask)
@@ -117,12 +118,12 @@ class FunctionReward(Reward):
         columns = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS_NOT_PASSED)
         require(
             "finished" not in columns or not (self.keywords or "finished" in self.takes),
-            f"{self._where}: the data has a column `finished`, and rewards are passed an argument of that name"
-            " (whether each response ended before the length limit); rename the column",
+            f"{self._where}: the data's column `finished` has the name of an argument of reward functions (whether each"
+            " response ended before the length limit); rename the column",
         )
         data = {**{key: [row.get(key) for row in rows] for key in columns}, "prompts": prompts}
         return {
-            **copy.deepcopy(data),  # a function may change its arguments, and the data must not change with them
+            **copy.deepcopy(data),  # so that a function that changes its arguments does not change the data
             "finished": responses.finished.tolist(),
             "completions": [
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -135,10 +136,10 @@ class FunctionReward(Reward):
         }
 
     def _log_metric(self, name: str, value: float) -> None:
-        """The argument `log_metric`. Raises SalsaError for a reserved name or a value that is not a number."""
+        """Log a metric. Raises SalsaError for a reserved name, and for a value that is not a number."""
         where = f"{self._where}: log_metric"
-        require(isinstance(name, str), f"{where}: the name {name!r:.60} is not text")
-        require(not RESERVED.fullmatch(name), f"{where}: {name!r} is the name of a metric of training; use another")
+        require(isinstance(name, str), f"{where}: the name {name!r:.60} is not a string")
+        require(not RESERVED.fullmatch(name), f"{where}: training logs a metric {name!r}; use another name")
         try:
             self.add_metric(name, float(value), 1)
         except (TypeError, ValueError) as error:
@@ -152,23 +153,23 @@ def _number(score: Any) -> float:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False) -> list[str]:
-    """Decode token ids (B, L) where the mask is True, without special tokens unless `special_tokens`."""
+    """Decode the token ids (B, L) where the mask is True. special_tokens: whether to keep special tokens."""
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
 
 
 def load_function(value: str) -> Callable[..., Any]:
-    """Import the function [FOLDER/]module:name; without FOLDER from the current folder or Python's path.
+    """Import the function `[FOLDER/]module:name`.
 
-    Raises SalsaError if there is no such function, if the module cannot be imported, and if another module has its
-    name.
+    Without FOLDER the module is looked up in the current folder and then on Python's path. Raises SalsaError if there
+    is no such function, if the module cannot be imported, or if another module of this name is already imported.
     """
     folder, module, name = split_function(value)
     if folder is None and find_module(os.getcwd(), module) is not None:
         folder = os.getcwd()
     file = find_module(folder, module)
     if file is None:
-        raise SalsaError(f"{value}: there is no module {module} in {folder or 'Python’s path'}; check the name")
+        raise SalsaError(f"{value}: there is no module {module} in {folder or 'Python’s path'}; check its name")
     if folder is not None and folder not in sys.path:
         sys.path.insert(0, folder)
     try:
@@ -178,7 +179,7 @@ def load_function(value: str) -> Callable[..., Any]:
     other = str(loaded.__file__)
     require(
         os.path.realpath(other) == os.path.realpath(file),
-        f"{value}: another module {module} is already imported from {other}; give {file} another name",
+        f"{value}: another module {module} is already imported, from {other}; rename {file}",
     )
     found: Any = loaded
     for part in name.split("."):

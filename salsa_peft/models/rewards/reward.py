@@ -1,4 +1,4 @@
-"""Reward adapters, weighted sums of rewards, and rewards from what a library user or a recipe names."""
+"""Reward adapters, weighted sums of rewards, and making the rewards of a recipe or of a library user."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REWARD_ADAPTER = "reward"
-EXPECTED = "pass the folder or Hub id of a reward adapter or a sequence classifier, such a model, a function or module:name, or a list of these"
+EXPECTED = "pass a folder or Hub id, a sequence classifier, a function, module:name, or a list of rewards"
 
 
 class AdapterReward(Reward):
-    """A reward adapter on the shared base, with its linear head on the last token of the conversation.
+    """A reward adapter on the shared base, whose linear head scores the last token of the conversation.
 
-    tokenizer: the one whose chat template the adapter was trained with. What the template writes after the token that
-    ends a turn is scored too, as in TRL's RewardTrainer; None: no such text is added.
+    tokenizer: the tokenizer whose chat template the adapter was trained with. If given, the tokens that the template
+    writes after a turn's end token are appended before scoring, as in TRL's RewardTrainer.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class AdapterReward(Reward):
         return self.micro_batch.run(lambda: self._scores(responses), len(rows))
 
     def weights(self) -> Iterable[Tensor]:
-        """The weights of the adapter and of its head."""
+        """The weights of the adapter and of its score head."""
         return [*lora.parameters(self.model, self.adapter), self.head.weight]
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class AdapterReward(Reward):
 
 
 class Part(NamedTuple):
-    """One of the rewards in a weighted sum."""
+    """A reward in a weighted sum, with its weight and its name in logs."""
 
     reward: Reward
     weight: float
@@ -89,17 +89,17 @@ class Part(NamedTuple):
 
 
 class WeightedReward(Reward):
-    """Σ weight · score over the parts that apply to a response, as in TRL.
+    """The weighted sum, as in TRL, of the rewards that apply to a response.
 
-    The weights are not renormalised. A part of weight 0 is only logged. Raises SalsaError if no part applies to a
-    response.
+    Weights are not rescaled where a reward does not apply. A reward of weight 0 is only logged. Raises SalsaError if no
+    reward of another weight applies to a response.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
         self.parts = [Part(*part) for part in parts]
-        require(bool(self.parts), "reward: the weighted sum has no parts; give at least one")
+        require(bool(self.parts), "reward: the weighted sum has no rewards; give at least one reward")
         name, times = Counter(part.name for part in self.parts).most_common(1)[0]
-        require(times == 1, f"reward: {times} parts have the name {name}; give each a name of its own")
+        require(times == 1, f"reward: {times} rewards have the name {name}; give each reward a name of its own")
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         total = torch.zeros(len(rows), device=responses.response_ids.device)
@@ -108,22 +108,22 @@ class WeightedReward(Reward):
             scores, applies = reward.scores_and_mask(responses, rows)
             self.add_metric(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
             if weight:
-                total = total + weight * scores  # 0 where it does not apply
+                total = total + weight * scores  # a score is 0 where the reward does not apply
                 any_applies |= applies
         names = ", ".join(part.name for part in self.parts if part.weight)
         require(
             bool(any_applies.all()),
-            f"reward: none of {names} applies to {int((~any_applies).sum())} of {len(rows)} responses; each response"
-            " needs a score",
+            f"reward: {int((~any_applies).sum())} of {len(rows)} responses get no score, because none of the rewards"
+            f" {names} applies to them; return a score for each response from at least one reward",
         )
         return total
 
     def components(self) -> list[Reward]:
-        """The rewards in the sum; those of a sum within it are listed one by one."""
+        """The rewards in the sum; a sum within the sum is replaced by its own rewards."""
         return [one for part in self.parts for one in part.reward.components()]
 
     def take_metrics(self) -> dict[str, tuple[float, int]]:
-        """`rewards/<name>/mean` of each part where it applied, and the parts' own metrics."""
+        """Return each reward's `rewards/<name>/mean`, over responses with a score, and its own metrics."""
         metrics = super().take_metrics()
         for part in self.parts:
             metrics |= part.reward.take_metrics()
@@ -131,19 +131,19 @@ class WeightedReward(Reward):
 
 
 def adapter_in(reward: Reward) -> AdapterReward | None:
-    """The reward adapter that a reward is, or the first one in a weighted sum; None if there is none."""
+    """Return `reward` if it is an AdapterReward, else the first AdapterReward in a weighted sum, or None."""
     return next((one for one in reward.components() if isinstance(one, AdapterReward)), None)
 
 
 def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int = 64) -> Reward:
-    """Make a Reward of what a library user passes:
+    """Make a Reward of any of the following:
 
     - a folder or Hub id of a reward adapter (with an adapter_config.json; `model` must be a PeftModel) or of a sequence
       classifier;
-    - a sequence classifier in memory, whose name_or_path leads to its tokenizer;
+    - a loaded sequence classifier, whose tokenizer is loaded from its name_or_path;
     - a function with the signature of TRL's reward functions, or its name as [FOLDER/]module:name;
     - a Reward, or any callable `(responses, rows) → (B,)`;
-    - a list of these for their sum, each alone or as (reward, weight) or (reward, weight, name).
+    - a list of these for their weighted sum; each entry is a reward, (reward, weight) or (reward, weight, name).
 
     Raises SalsaError for anything else.
     """
@@ -156,7 +156,7 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
         name = str(causal_lm(reward).name_or_path or "")
         require(
             bool(name),
-            f"reward: the {type(reward).__name__} has no name_or_path, so its tokenizer cannot be found; pass"
+            f"reward: the {type(reward).__name__} has no name_or_path from which its tokenizer could be loaded; pass"
             " ClassifierReward(classifier, its_tokenizer, policy_tokenizer)",
         )
         with readable_hub_errors(name):
@@ -186,7 +186,7 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
 def _load(
     path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, **options: Any
 ) -> Reward:
-    """The reward of a module:name, folder or Hub id; `options` are those of load_classifier_reward."""
+    """Load the reward of a module:name, folder or Hub id. options: those of load_classifier_reward."""
     if not os.path.isdir(path) and FUNCTION.match(path):
         return FunctionReward(load_function(path), tokenizer)
     folder = lora.adapter_folder(path)
@@ -194,8 +194,8 @@ def _load(
         return load_classifier_reward(path, tokenizer, micro_batch_size, **options)
     if not isinstance(model, PeftModel):
         raise SalsaError(
-            f"{path}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a"
-            " sequence classifier"
+            f"{path}: a reward adapter needs a policy that is an adapter on the same base, but the policy is a"
+            f" {type(model).__name__} with full weights; use a sequence classifier as reward"
         )
     base = str(causal_lm(model).name_or_path)
     bases.require_same_base(folder, bases.fingerprints_of(base), base)
@@ -205,7 +205,7 @@ def _load(
 
 def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
               micro_batch_size: int) -> Reward:  # fmt: skip
-    """The reward of a recipe; `inputs["reward"]` is the reward stage's folder, if it trains one."""
+    """Make a recipe's reward. inputs["reward"]: folder of the reward stage, if the recipe has this stage."""
     parts = []
     for part in recipe.reward.parts:
         path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
@@ -215,13 +215,13 @@ def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], 
 
 
 class RunningScale:
-    """Divides scores by the standard deviation of all scores so far (TRL 0.8's RunningMoments)."""
+    """Divides scores by the standard deviation of all scores so far, as RunningMoments in TRL 0.8."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Count the scores (B,) and return them scaled, (B,)."""
+        """Include the scores (B,) in the standard deviation, and return the scaled scores (B,)."""
         for score in scores.double().tolist():
             self.count += 1
             change = score - self.mean

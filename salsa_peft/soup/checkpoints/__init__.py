@@ -1,1 +1,1 @@
-"""Averages of full checkpoints, streamed."""
+"""Weighted averages of full checkpoints, computed piece by piece."""

@@ -1,9 +1,10 @@
-"""Finds where several checkpoints have the same tensors, and the layout in which their sum is written.
+"""Finds the same tensors in several checkpoints, and the layout in which their weighted sum is saved.
 
-Checkpoints whose files agree in names are compared as they are, without torch. If names differ (the Hub's GPT-2 and what Transformers
-saves, experts apart or in one tensor, prefixes of wrappers, tied output embeddings saved or not), each name is resolved to that in the
-model that Transformers makes (utils/tensor_names.py). A tensor that is no parameter of the model (rotary frequencies, causal masks) is
-averaged if every checkpoint has it, else copied from the checkpoint whose layout is written.
+If the tensor names in the files agree, the files are compared without torch. If names differ (the Hub's GPT-2 and what
+Transformers saves, separate or fused experts, prefixes of wrappers, tied output embeddings that are saved or not), each
+name is resolved to a name in the model that Transformers makes of the checkpoint (utils/tensor_names.py). A tensor that
+is no parameter of the model (rotary frequencies, causal masks) is averaged too; for a checkpoint that lacks the tensor,
+that of the checkpoint whose layout is written is used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile, make_header
 
 logger = logging.getLogger(__name__)
 HEADS = (HEAD, "embed_out.weight")
-"""The ends of the names of output embeddings."""
+"""Endings of the names of output embeddings."""
 
 
 class OutputFile(NamedTuple):
@@ -33,27 +34,29 @@ class OutputFile(NamedTuple):
 
     header: bytes
     pieces: list[str]
-    """Keys of Alignment.rows, in the order of their bytes."""
+    """Keys of the dicts in Alignment.rows, in the order in which the pieces lie in the file."""
 
 
 class Alignment(NamedTuple):
-    """Where each checkpoint has the pieces of the soup, which has the layout of one of them."""
+    """Where each checkpoint has the pieces of the soup. The soup has the layout of one checkpoint."""
 
     checkpoint: Checkpoint
     """The checkpoint whose files, names and dtypes the soup has."""
     files: dict[str, OutputFile]
     rows: list[dict[str, Place]]
-    """For each checkpoint: piece (a tensor or a part of one) → where it is."""
+    """For each checkpoint a dict: piece (a tensor or a part of a tensor) → its place in the files."""
     layout: dict[str, Place]
-    """The row of the checkpoint whose layout is written."""
+    """The dict in `rows` of the checkpoint whose layout the soup has."""
     untied: bool
-    """Whether the soup has output embeddings of its own, though config.json says that they are tied."""
+    """Whether the soup has separate output embeddings, though the checkpoint's config.json ties them."""
 
 
 def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
     """Find the tensors of the soup in every checkpoint.
 
-    The layout is that of the first checkpoint, or of the first whose output embeddings differ from its input embeddings. Raises SalsaError naming file and field or tensor for another architecture, vocabulary, tensor, shape or kind of dtype.
+    The soup has the layout of the first checkpoint. But if some checkpoints tie the embeddings and others have separate
+    output embeddings, it has the layout of the first of those others. Raises SalsaError naming the file and the field
+    or tensor if architectures, vocabularies, tensors, shapes, or dtypes other than floats differ.
     """
     head = checkpoints[0]
     for other in checkpoints[1:]:
@@ -67,7 +70,7 @@ def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
 
 
 def _same_names(head: Checkpoint, other: Checkpoint) -> bool:
-    """Whether the names in the files are enough to tell that two checkpoints have the same tensors."""
+    """Whether the files alone, without the model, show that two checkpoints have the same tensors."""
     return (
         head.tensors.keys() == other.tensors.keys()
         and head.tied == other.tied
@@ -80,7 +83,7 @@ def _same_names(head: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _same_kind(one: Entry, other: Entry) -> bool:
-    """Whether two dtypes are equal, or both floats."""
+    """Whether the dtypes of two tensors are equal, or both floats."""
     return one.dtype == other.dtype or {one.dtype, other.dtype} <= set(FLOATS)
 
 
@@ -93,7 +96,7 @@ def _lacks_head(checkpoint: Checkpoint) -> bool:
 
 
 def _differing_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The names of output and input embeddings of the same shape but with different values."""
+    """Names of output and input embeddings that have the same shape but different values; None if equal."""
     inputs = {name: place for name, place in checkpoint.tensors.items() if name.endswith(EMBEDDINGS)}
     for name, head in checkpoint.tensors.items():
         if name == HEAD or name.endswith(f".{HEAD}"):
@@ -104,21 +107,21 @@ def _differing_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 
 def check_tied(checkpoint: Checkpoint) -> None:
-    """Raise SalsaError if the files have other values for output embeddings that config.json ties."""
+    """Raise SalsaError if config.json ties the embeddings, but the files have different values for them."""
     if checkpoint.tied and (differing := _differing_head(checkpoint)) is not None:
         head, embeddings = differing
         raise SalsaError(
-            f"{checkpoint.tensors[head].file.path}: {head} differs from {embeddings}, though config.json says that they are tied; save the"
-            " model again"
+            f"{checkpoint.tensors[head].file.path}: {head} differs from {embeddings}, though config.json says that they"
+            " are tied; save the model again"
         )
 
 
 def _align_by_model(views: Sequence[ModelTensors]) -> Alignment:
-    """Align by the names of the models. Warns about names that are changed and embeddings that are untied."""
+    """Align by the models' parameter names. Warns about removed prefixes and about untied embeddings."""
     for view in views:
         wrapped = next((name for name in view.checkpoint.tensors if tensor_names.without_wrappers(name) != name), None)
         if wrapped is not None:
-            logger.warning("%s: prefixes of wrappers are removed, as in %s", view.checkpoint.folder, wrapped)
+            logger.warning("%s: prefixes of wrappers are removed, as from %s", view.checkpoint.folder, wrapped)
     tied = {target for view in views for target in view.names.tied}
     own = next((v for v in views if any(t in v.untied or (t in v.parts and t not in v.names.tied) for t in tied)), None)
     chosen = own or views[0]
@@ -129,8 +132,8 @@ def _align_by_model(views: Sequence[ModelTensors]) -> Alignment:
     for name in chosen.names.parameters - chosen.parts.keys():
         require(
             not name.endswith(HEADS),
-            f"{chosen.checkpoint.folder}: no member has {name}, so {chosen.names} would initialise it at random; save the models again with"
-            " it, or set tie_word_embeddings in config.json if it is the input embeddings",
+            f"{chosen.checkpoint.folder}: no member has {name}, so {chosen.names} would initialise it at random; save"
+            f" the models again with {name}, or set tie_word_embeddings in config.json if it is the input embeddings",
         )
     rows: list[dict[str, Place]] = [{} for _ in views]
     files = {}
@@ -150,20 +153,21 @@ def _check_same_tensors(chosen: ModelTensors, view: ModelTensors) -> None:
     for name in sorted(chosen.parts.keys() ^ view.parts.keys()):
         lacks, has = (view, chosen) if name in chosen.parts else (chosen, view)
         raise SalsaError(
-            f"{lacks.checkpoint.folder}: the model ({lacks.names}) has no {name}, but {has.parts[name][0].place.file.path} has it"
-            f" ({has.names}); members of a soup must have the same tensors: leave one out, or save it again with this tensor"
+            f"{lacks.checkpoint.folder}: its model ({lacks.names}) has no {name}, which is in"
+            f" {has.parts[name][0].place.file.path} ({has.names}); members of a soup must have the same tensors: leave"
+            f" out one of these two members, or save the first again with {name}"
         )
     for name in chosen.parts:
         shape, other = chosen.names.shapes[name], view.names.shapes[name]
         require(
             other == shape,
-            f"{view.checkpoint.folder}: {name} has shape {list(other)}, but {list(shape)} in {chosen.checkpoint.folder}; members of a soup"
-            " must have the same shapes: leave one out",
+            f"{view.checkpoint.folder}: {name} has shape {list(other)}, but {list(shape)} in"
+            f" {chosen.checkpoint.folder}; members of a soup must have the same shapes: leave out one of these two",
         )
 
 
 def _pieces(chosen: ModelTensors, name: str, views: Sequence[ModelTensors]) -> Iterator[tuple[str, list[Place]]]:
-    """The pieces of a tensor of the chosen layout, and where each checkpoint has them."""
+    """Yield the pieces of a tensor of the chosen layout, each with its places in all checkpoints."""
     place = chosen.checkpoint.tensors[name]
     spans, total = sorted(chosen.spans[name]), math.prod(place.entry.shape)
     if not spans:
@@ -171,7 +175,8 @@ def _pieces(chosen: ModelTensors, name: str, views: Sequence[ModelTensors]) -> I
         return
     require(
         sum(span.stop - span.start for span in spans) == total,
-        f"{place.file.path}: Transformers reads only a part of {name}; load the model with Transformers and save it again",
+        f"{place.file.path}: Transformers reads only a part of {name}; load the model with Transformers and"
+        " save it again",
     )
     for span in spans:
         cuts = {part.start for view in views for part in view.parts[span.name]}
@@ -181,21 +186,21 @@ def _pieces(chosen: ModelTensors, name: str, views: Sequence[ModelTensors]) -> I
             for found in places:
                 require(
                     _same_kind(found.entry, place.entry),
-                    f"{found.file.path}: the values of {name} are {found.entry.dtype}, but {place.entry.dtype} in {place.file.path}; save"
-                    " one of the models again in the dtype of the other",
+                    f"{found.file.path}: {name} has dtype {found.entry.dtype}, but {place.entry.dtype} in"
+                    f" {place.file.path}; save one of these two models again in the dtype of the other",
                 )
             first = span.first + start - span.start
             yield name if stop - start == total else f"{name}[{first}:{first + stop - start}]", places
 
 
 def _no_parameter(view: ModelTensors, name: str, place: Place) -> Place:
-    """Where to read a tensor that is no parameter: the checkpoint's own floats, else `place`."""
+    """Where to read a tensor that is no parameter: in this checkpoint if it has floats, else at `place`."""
     found = view.checkpoint.tensors[name] if view.spans.get(name) == [] else place
     return found if found.entry.shape == place.entry.shape and found.entry.dtype in FLOATS else place
 
 
 def _header(file: SafetensorsFile) -> bytes:
-    """A file's header with the names that Transformers knows, without prefixes of wrappers."""
+    """A file's header, with tensor names that Transformers knows (without prefixes of wrappers)."""
     names = {name: tensor_names.without_wrappers(name) for name in file.entries}
     if all(name == plain for name, plain in names.items()):
         return file.header

@@ -1,13 +1,13 @@
-"""The weighted sum of a block of the members' values, and the products of their differences.
+"""The weighted sum of a block of the members' values, and the inner products of their differences.
 
-NumPy and not torch, whose import takes longer than averaging 2 GB. NumPy has no bfloat16, and converting with astype would take most
-of the time, so bfloat16 values are widened in pairs: of a little-endian 32-bit word u, u << 16 is the float32 of the even element and
-u & 0xFFFF0000 that of the odd one. Even and odd elements stay apart, since the order matters neither to a sum nor to a product, and are
-joined when they are rounded, to nearest, ties to even.
+This module uses NumPy and not torch, because importing torch takes longer than averaging 2 GB. NumPy has no bfloat16,
+and converting with astype would take most of the time, so bfloat16 values are widened in pairs: in a little-endian
+32-bit word u, u << 16 is the float32 of the even element, and u & 0xFFFF0000 is the float32 of the odd element. Even
+and odd elements are kept apart, since order does not matter to sums and products, and are joined when rounded.
 
-The sum Σ w_i x_i is computed in float64, in the order of the members, and rounded once to the dtype that is written. A sum in float64 is
-computed as the pivot minus weighted differences, so that equal members give their own values to the bit. The differences, of which the
-distances are made, are float32 if all values have 16 bits, else float64.
+The sum Σ w_i x_i is computed in float64, in the order of the members, and rounded once to the dtype that is written. If
+that dtype is float64, the sum is the pivot minus weighted differences, so that equal members give their own values, bit
+for bit. The differences, which also give the distances, are float32 if all values have 16 bits, else float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from salsa_peft.soup.arrays import DTYPES, Array, narrow, widen
 from salsa_peft.utils.safetensors_io import BITS, Buffer
 
 ROW = 2**13
-"""Elements of one dot product. OpenBLAS splits one of more than 10,000 among threads, and then its last digits depend on their timing."""
+"""Number of elements of one dot product. Above 10,000, OpenBLAS uses threads, and last digits vary."""
 UPPER = np.uint32(0xFFFF0000)
 DROPPED = np.uint64(2**29 - 1)
 """The bits of a float64's mantissa that a float32 does not have."""
@@ -38,17 +38,17 @@ class BlockDtypes(NamedTuple):
 
     @property
     def narrow(self) -> bool:
-        """Whether all have 16 bits: then differences are float32, else float64."""
+        """Whether all dtypes have 16 bits. The differences are then float32, else float64."""
         return all(BITS[dtype] == 16 for dtype in (*self.members, self.out))
 
     @property
     def bfloat16(self) -> bool:
-        """Whether all are bfloat16."""
+        """Whether all dtypes are bfloat16."""
         return {*self.members, self.out} == {"BF16"}
 
 
 class NotFinite(Exception):
-    """A value that is not finite: its member (None: it is in the sum) and its element in the block."""
+    """Raised for a value that is not finite. member: None for the sum. element: the index in the block."""
 
     def __init__(self, member: int | None, element: int) -> None:
         super().__init__(member, element)
@@ -56,7 +56,7 @@ class NotFinite(Exception):
 
 
 class SumPlan:
-    """What is computed of every block. Without `weights` (one for each member) only the products are."""
+    """The computation of a block: the sum with `weights`, one per member (None: no sum), and products."""
 
     def __init__(self, members: int, weights: Sequence[float] | None, pivot: int) -> None:
         self.members, self.weights, self.pivot = members, weights, pivot
@@ -64,10 +64,10 @@ class SumPlan:
         self.pairs = [(i, j) for at, i in enumerate(self.others) for j in self.others[: at + 1]]
         self.sum = 1.0 if weights is None else math.fsum(weights)
         self.mean = weights is not None and min(weights) >= 0 and self.sum <= 1 + 1e-6
-        """Whether the sum is no larger than the members, so that it is finite in their dtype."""
+        """Whether weights are at least 0 and sum to at most 1: the sum is then finite in the members' dtype."""
 
     def table(self, products: Sequence[float]) -> list[list[float]]:
-        """The products in the order of the pairs → (members, members), with zeros for the pivot."""
+        """Arrange products in the order of `pairs` as (members, members), with zeros for the pivot."""
         found = [[0.0] * self.members for _ in range(self.members)]
         for (i, j), product in zip(self.pairs, products, strict=True):
             found[i][j] = found[j][i] = product
@@ -75,14 +75,14 @@ class SumPlan:
 
 
 class BlockSums:
-    """Computes the sums of blocks of at most `block` elements. One thread uses it at a time."""
+    """Computes the sums of blocks of at most `block` elements. Only one thread at a time may use it."""
 
     def __init__(self, plan: SumPlan, block: int) -> None:
         size = -(-block // ROW) * ROW
         self.plan = plan
-        self._raw = np.empty((plan.members, size * 8), np.uint8)  # memory that is not touched costs nothing
+        self._raw = np.empty((plan.members, size * 8), np.uint8)  # untouched memory costs nothing
         self.raw = [row.data for row in self._raw]
-        """For each member the buffer into which its values are read, in its own dtype."""
+        """For each member, the buffer into which its values are read in the member's dtype."""
         self._wide = {dtype: np.empty((plan.members, size), dtype) for dtype in (np.float32, np.float64)}
         self._direct = np.empty((2, size), np.float64)
         self._spare, self._out = np.empty(size, np.uint32), np.empty(size, np.uint16)
@@ -90,7 +90,7 @@ class BlockSums:
     def add(self, dtypes: BlockDtypes, count: int, write: bool) -> tuple[list[float], Buffer]:
         """The products of the differences, in the order of SumPlan.pairs, and the bytes of the sum if `write`.
 
-        Raises NotFinite.
+        Raises NotFinite if a value of a member or of the sum is not finite.
         """
         with np.errstate(all="ignore"):
             found = self._add(dtypes, count, write, dtypes.bfloat16, np.float32 if dtypes.narrow else np.float64)
@@ -104,7 +104,7 @@ class BlockSums:
     def _add(
         self, dtypes: BlockDtypes, count: int, write: bool, halves: bool, wide: type[np.floating], careful: bool = False
     ) -> tuple[list[float], Buffer] | None:
-        """As `add`; None if a product is not finite and not `careful`. `halves`: bfloat16 is widened in pairs."""
+        """Compute `add`; None if a product is not finite, unless `careful`. halves: widen bfloat16 in pairs."""
         plan, padded = self.plan, -(-count // ROW) * ROW  # zeros after the last value change no sum
         values = self._wide[wide][:, :padded]
         if halves:
@@ -128,7 +128,7 @@ class BlockSums:
         else:
             total = self._keep_zeros(direct, values)
         safe = plan.mean and all(map(math.isfinite, held)) and set(dtypes.members) == {dtypes.out}
-        if not safe:  # the sum of squares shows it for all values at once; else each is checked
+        if not safe:  # a small sum of squares proves that all values are finite; otherwise each is checked
             square = dot(total, total)
             safe = math.isfinite(square) and square <= LARGEST[dtypes.out] * LARGEST[dtypes.out]
         out = self._join(total, values[plan.pivot])[:count] if halves else narrow(total[:count], dtypes.out)
@@ -150,18 +150,18 @@ class BlockSums:
             yield widen(row[: count * BITS[dtype] // 8].view(DTYPES[dtype]), dtype)
 
     def _sum(self, values: Array) -> None:
-        """Sum into the pivot's row. Differences are subtracted rather than added, since −0.0 − 0.0 is −0.0."""
+        """Compute the sum in the pivot's row. Differences are subtracted, not added: −0.0 − 0.0 is −0.0."""
         plan, total = self.plan, values[self.plan.pivot]
         assert plan.weights is not None
         if abs(plan.sum - 1) > 1e-6:
             np.multiply(total, values.dtype.type(plan.sum), out=total)
         for i in plan.others:
-            if plan.weights[i] != 0 and values[i].any():  # equal members are left alone, so that zeros keep their sign
+            if plan.weights[i] != 0 and values[i].any():  # skips equal members, so that zeros keep their sign
                 np.multiply(values[i], values.dtype.type(plan.weights[i]), out=values[i])
                 np.subtract(total, values[i], out=total)
 
     def _direct_sum(self, values: Array) -> Array:
-        """Σ w_i x_i in float64, in the order of the members, in a row of its own."""
+        """Σ w_i x_i in float64, in the order of the members, in memory apart from `values`."""
         assert self.plan.weights is not None
         total, term = self._direct[:, : values.shape[1]]
         np.multiply(values[0], self.plan.weights[0], out=total, dtype=np.float64)
@@ -170,7 +170,7 @@ class BlockSums:
         return total
 
     def _keep_zeros(self, total: Array, values: Array) -> Array:
-        """Where all members are zero, use the pivot's zero, which has a sign. `values`: pivot and differences."""
+        """Where all members are zero, take the pivot's zero with its sign. values: pivot and differences."""
         if not self.plan.mean:
             zeros = np.flatnonzero(total == 0)
             same = zeros[(values[:, zeros] == 0).all(0)]
@@ -180,12 +180,12 @@ class BlockSums:
     def _join(self, total: Array, wide: Array) -> Array:
         """Round even and odd elements to bfloat16 and join them.
 
-        Overwrites `total`, and `wide`, a row of float32. Rounds first to float32, towards zero, with the last bit set if that is not exact (round to odd); then to 16 bits, to nearest, ties to
-        even: bits + 0x7FFF + (the last bit that stays), cut off.
+        Overwrites `total` and `wide`, a row of float32. Rounds to float32, towards zero, with the last bit set if that
+        is not exact (round to odd); then to 16 bits, to nearest, ties to even: bits + 0x7FFF + (the last kept bit).
         """
         long, rest = total.view(np.uint64), self._direct[1, : len(total)].view(np.uint64)
         np.bitwise_and(long, DROPPED, out=rest)
-        np.add(rest, DROPPED, out=rest)  # carries into the last bit that stays
+        np.add(rest, DROPPED, out=rest)  # carries into the last bit that is kept
         np.bitwise_or(long, rest, out=long)
         np.bitwise_and(long, ~DROPPED, out=long)
         wide[:] = total
@@ -210,5 +210,5 @@ def check_finite(values: Array, member: int | None) -> None:
 
 
 def dot(one: Array, other: Array) -> float:
-    """⟨one, other⟩: the product of each row of ROW elements in their dtype, added up in float64."""
+    """⟨one, other⟩: rows of ROW elements are multiplied in the arrays' dtype, and added up in float64."""
     return float(np.vecdot(one.reshape(-1, ROW), other.reshape(-1, ROW)).sum(dtype=np.float64))

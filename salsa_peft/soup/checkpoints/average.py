@@ -1,8 +1,8 @@
-"""The weighted sum of full checkpoints, streamed in pieces of a few MB that bound the memory.
+"""The weighted sum of full checkpoints, computed in pieces of a few MB to bound the memory.
 
-The soup has the shards, headers, dtypes and configuration of the first member, or of the member that is chosen in
-alignment.py. Members may differ in shards, in float dtypes and in the names of the same tensors. Left out: quantised
-weights. Torch is imported only if names or configurations differ.
+The soup has the shards, headers, dtypes and configuration of the first member, unless alignment.py chooses another.
+Members may differ in shards, in float dtypes and in the names of the same tensors. Quantised weights are rejected.
+Torch is imported only if names or configurations differ.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def average(
 ) -> dict[str, Any]:
     """Write Σ w_i θ_i into the folder `out` and return the summary, which is also in out/soup.json.
 
-    Weights may have any sum. A member of weight 0 is checked by its headers, but its values are not read. With `base` the summary has the norms and cosines of
-    what each member adds to it, without it only distances. `more` is added to the summary. Raises SalsaError naming file and tensor;
-    then nothing is written.
+    Weights may have any sum. Of a member of weight 0, the headers are checked, but the values are not used. With
+    `base`, the summary has the norms and cosines of the members' changes from the base; without `base`, only distances.
+    `more` is added to the summary. Raises SalsaError naming file and tensor; then nothing is written.
     """
     begun = time.perf_counter()
     numbers = check_weights(weights, len(members))
-    require(any(numbers), "weights: all of them are 0; give at least one member another weight")
+    require(any(numbers), "weights: all of them are 0; give at least one member a weight other than 0")
     folders = [Path(member) for member in members]
     called = default_names(folders, names)
     read = [read_checkpoint(folder, name) for folder, name in zip(folders, called, strict=True)]
@@ -100,9 +100,9 @@ def gram(members: Sequence[Path | str], base: Path | str) -> torch.Tensor:
 def _write_shards(
     output: Output, aligned: Alignment, numbers: Sequence[float], progress: Progress | None
 ) -> list[list[float]]:
-    """Write all shards → the products of the differences from the member of the largest weight.
+    """Write all shards. Returns the products of the differences from the member of the largest weight.
 
-    Their rows are the members whose weight is not 0, then the base, whose weight in the sum is 0.
+    The rows of the result are the members whose weight is not 0, then the base, whose weight in the sum is 0.
     """
     used = [i for i in range(len(aligned.rows)) if i >= len(numbers) or numbers[i] != 0]
     rows, weights = [aligned.rows[i] for i in used], [weight for weight in numbers if weight != 0]
@@ -120,7 +120,7 @@ def _write_shards(
 
 
 def _write_index(output: Output, aligned: Alignment) -> None:
-    """Write the index: unchanged if it is right, else a new one; none for a single file that had none."""
+    """Copy the index if it is right, else write a new one. A single file without an index gets none."""
     path = aligned.checkpoint.folder / INDEX
     known = read_mapping(path) if path.is_file() else {}
     if not known and list(aligned.files) == [SINGLE]:
@@ -137,7 +137,7 @@ def _write_index(output: Output, aligned: Alignment) -> None:
 
 
 def _config(aligned: Alignment) -> bytes | str:
-    """The content of config.json: unchanged, unless it ties output embeddings that have their own values."""
+    """The soup's config.json: that of its layout's checkpoint, with tie_word_embeddings false if untied."""
     if not aligned.untied:
         return (aligned.checkpoint.folder / CONFIG).read_bytes()
     config = dict(aligned.checkpoint.config) | {"tie_word_embeddings": False}
@@ -154,9 +154,9 @@ def _size_of(aligned: Alignment) -> int:
 def _figures(
     read: Sequence[Checkpoint], weights: Sequence[float], products: list[list[float]], with_base: bool
 ) -> dict[str, Any]:
-    """The summary's members, pairs and norms; the base, if there is one, is the last row of `products`.
+    """The summary's members, pairs and norms. The base, if there is one, is the last row of `products`.
 
-    The products ⟨a, b⟩ are of differences from one of the members. Of differences from the base o they are
+    `products` has ⟨a, b⟩ for differences from one of the members. For differences from the base o, the product is
     ⟨a, b⟩ − ⟨a, o⟩ − ⟨b, o⟩ + ⟨o, o⟩.
     """
     used = [i for i, weight in enumerate(weights) if weight != 0]
@@ -175,11 +175,11 @@ def _figures(
         distance = _root(products[a][a] + products[b][b] - 2 * products[a][b])
         pairs.append({"a": read[used[a]].name, "b": read[used[b]].name, "distance": distance, "cosine": cosine})
     total = None
-    if deltas is not None:  # the norm of Σ w_i δ_i; if Σ w_i is not 1, the soup is not the base plus that
+    if deltas is not None:  # the norm of Σ w_i δ_i; the soup is the base plus this sum only if Σ w_i is 1
         total = _root(sum(weights[used[a]] * weights[used[b]] * deltas[a][b] for a in range(o) for b in range(o)))
     return {"weights": list(weights), "sum": math.fsum(weights), "members": members, "pairs": pairs, "norm": total}
 
 
 def _root(square: float) -> float | None:
-    """The square root of a sum of squares: 0 if rounding left it below zero, None if it overflowed."""
+    """The square root of a sum of squares: 0 if rounding made the sum negative, None if it overflowed."""
     return math.sqrt(max(square, 0.0)) if math.isfinite(square) else None

@@ -1,8 +1,9 @@
 """The files that go with a soup's weights: tokenizer, chat template and settings. Imports no torch.
 
-Members may have no tokenizer, a tokenizer with fewer added tokens, or no chat template. The soup gets the tokenizer with the most
-tokens (the first of equal ones), that tokenizer's chat template or else the first there is, and the settings of generation and of a
-processor from the first member that has them. Tokenizers whose ids disagree have been refused before (vocabularies.py).
+Members may have no tokenizer, a tokenizer with fewer added tokens, or no chat template. The soup gets the tokenizer
+with the most tokens (the first if several have as many), the chat template of that tokenizer's member or else of the
+first member with a template, and the generation and processor settings of the first member that has them. Tokenizers
+whose ids disagree were rejected before (vocabularies.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PATTERNS = (
     "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*.jinja2", "chat_template.json", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""What is copied besides weights and config.json: no model card, no optimizer or training state, no code."""
+"""Files that are copied besides weights and config.json: no model card, training state or code."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -35,14 +36,15 @@ def companion_files(folder: Path) -> dict[str, Path]:
 
 
 def has_vocabulary(names: Iterable[str]) -> bool:
-    """Whether files of these names hold a tokenizer's vocabulary, rather than only its settings."""
+    """Whether files of these names include a tokenizer's vocabulary, and not only its settings."""
     return any(name in VOCABULARIES or name.endswith((".model", ".tiktoken")) for name in names)
 
 
 def copy_companions(output: Output, members: Sequence[Checkpoint], base: Checkpoint | None) -> dict[str, str | None]:
     """Copy the files that go with the weights, and warn where the members differ in them.
 
-    The base's count too if no member has a tokenizer. Returns the names of the members whose tokenizer and chat template were taken.
+    If no member has a tokenizer, the base is one more source. Returns the names of the sources of tokenizer and chat
+    template.
     """
     found = {member: companion_files(member.folder) for member in members}
     if base is not None and not any(map(has_vocabulary, found.values())):
@@ -65,12 +67,12 @@ def copy_companions(output: Output, members: Sequence[Checkpoint], base: Checkpo
             output.write(name, text)
     if owner is not None:
         other = [source.name for source in sources if tokens[source] != tokens[owner]]
-        _warn("tokenizer: taken from %s, since %s has none or fewer tokens", owner, other)
+        _warn("tokenizer: taken from %s; missing or with fewer tokens in %s", owner, other)
         warn_about_special_tokens(owner.name, {source.name: source.folder for source in sources})
     if speaker is not None:
         texts = sorted(templates[speaker].values())
         other = [source.name for source in sources if sorted(templates[source].values()) != texts]
-        _warn("chat template: taken from %s, since %s has none or another", speaker, other)
+        _warn("chat template: taken from %s; missing or different in %s", speaker, other)
     return {"tokenizer": owner.name if owner else None, "chat_template": speaker.name if speaker else None}
 
 
@@ -80,7 +82,7 @@ def _warn(line: str, taken: Checkpoint, others: Sequence[str]) -> None:
 
 
 def _part(name: str) -> str:
-    """Which part of the settings a file belongs to."""
+    """The kind of a file: "generation", "processor", "template" or "tokenizer"."""
     if name == "generation_config.json":
         return "generation"
     if name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
@@ -89,12 +91,12 @@ def _part(name: str) -> str:
 
 
 def _has_template_file(given: Mapping[str, Path]) -> bool:
-    """Whether a folder has a file of a chat template; if not, it may be inside tokenizer_config.json."""
+    """Whether a chat template is among the files; if not, one may be inside tokenizer_config.json."""
     return any(_part(name) == "template" for name in given)
 
 
 def _templates(given: Mapping[str, Path]) -> dict[str, bytes]:
-    """File name → content of the chat templates; one in tokenizer_config.json becomes a file of its own."""
+    """File name → content of the chat templates. A template in tokenizer_config.json gets its own file."""
     if _has_template_file(given) or SETTINGS not in given:
         return {name: path.read_bytes() for name, path in given.items() if _part(name) == "template"}
     inside: Any = read_mapping(given[SETTINGS]).get("chat_template")
@@ -105,5 +107,5 @@ def _templates(given: Mapping[str, Path]) -> dict[str, bytes]:
     return {
         DEFAULT if name == "default" else f"additional_chat_templates/{name}.jinja": text.encode()
         for name, text in named.items()
-        if name == Path(name).name  # it becomes a file's name, so it must not be a path
+        if name == Path(name).name  # the name becomes a file name, so it must not be a path
     }

@@ -1,9 +1,9 @@
-"""Checks that two model configurations compute the same function of the same tensors.
+"""Checks that models with two configurations compute the same function of the same tensors.
 
-Transformers may save a configuration in another form than it read: Gemma's `hidden_act: gelu` as `gelu_pytorch_tanh`, an unused
-`sliding_window` as null, `rope_theta` inside `rope_parameters`, defaults filled in. So the two files are compared as they are first; if
-they differ, Transformers reads both, and they are compared field by field. Whether output embeddings are tied is decided by the tensors
-(alignment.py), whose shapes are compared there too.
+Transformers may save a configuration in another form than the one that it read: Gemma's `hidden_act: gelu` as
+`gelu_pytorch_tanh`, an unused `sliding_window` as null, `rope_theta` inside `rope_parameters`, defaults filled in. So
+if the two files differ, Transformers reads both, and the results are compared field by field. Shapes of tensors and
+tied output embeddings are compared by the tensors themselves (alignment.py).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ WITHOUT_EFFECT = frozenset(
      "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout", "dropout", "activation_dropout", "classifier_dropout", "layerdrop",
      "summary_first_dropout", "max_position_embeddings", "max_window_layers", "use_sliding_window", "sliding_window_pattern")
 )  # fmt: skip
-"""Fields that do not change what a model in evaluation mode computes, or that are compared otherwise: positions by the rotary embeddings
-or the shape of learned ones, the layers' windows by `layer_types`, tied embeddings by the tensors."""
+"""Fields that do not change the results of a model in evaluation mode, or that are compared elsewhere:
+positions by the rotary embeddings or the shape of learned ones, windows by `layer_types`, tying by the tensors."""
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 DERIVED = ("head_dim", "layer_types", "num_key_value_heads")
-"""Fields that Transformers derives from others if the file has none."""
+"""Fields that Transformers derives from other fields if the file lacks them."""
 LENGTHS = ("dynamic", "longrope")
-"""Types of rotary embeddings that depend on the number of positions."""
+"""Types of rotary embeddings that depend on max_position_embeddings."""
 
 
 def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Path, other_path: Path) -> None:
-    """Raise SalsaError naming the first field in which two config.json differ in what the model computes."""
+    """Raise SalsaError naming the first field by which two config.json make models compute differently."""
     if _plain(head) == _plain(other):
         return
     kinds = [config.get("model_type") for config in (head, other)]
     require(kinds[0] == kinds[1], _line("model_type", kinds[1], kinds[0], other_path, head_path))
     from salsa_peft.utils import tensor_names
 
-    if not tensor_names.is_known(head):  # Transformers cannot read them, so the fields are compared as they are
+    if not tensor_names.is_known(head):  # Transformers cannot read these configs, so compare their fields
         for field in sorted(_plain(head).keys() & _plain(other).keys()):
             require(head[field] == other[field], _line(field, other[field], head[field], other_path, head_path))
         return
@@ -56,17 +56,20 @@ def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Pa
 
 
 def _line(field: str, second: Any, first: Any, other_path: Path, head_path: Path) -> str:
-    why = "the same weights would compute something else; average models of one architecture, or correct the file that is wrong"
+    why = (
+        "with the same weights, the two models would compute different results; average models of one architecture, or"
+        " correct the file that is wrong"
+    )
     if field.endswith("vocab_size"):
         why = (
-            "their embeddings have different numbers of rows; resize one model to the other's with model.resize_token_embeddings(…) and"
-            " save it again"
+            "the models' embeddings have different numbers of rows; resize those of one model with"
+            " model.resize_token_embeddings(…) and save it again"
         )
     return f"{other_path}: {field} is {second!r:.80}, but {first!r:.80} in {head_path}: {why}"
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration, including the parts of a multimodal one, without the fields that have no effect."""
+    """A configuration, with the parts of a multimodal model, without the fields that have no effect."""
     return {
         key: _plain(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()
@@ -77,7 +80,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 def difference(head: PreTrainedConfig, other: PreTrainedConfig, prefix: str = "") -> tuple[str, Any, Any] | None:
     """The first field in which two configurations of one class differ in effect, and both values; or None.
 
-    Only the fields that the class declares are compared, since no model reads the others.
+    Only the fields that the class declares are compared, since models read no other fields.
     """
     first, second = head.to_dict(), other.to_dict()
     parts = [name for name in type(head).sub_configs if name in first]
@@ -118,7 +121,7 @@ def _same(field: str, first: Any, second: Any) -> bool:
 
 
 def _same_activation(first: str, second: str) -> bool:
-    """Whether two activations agree to float32's precision, as gelu_new and gelu_pytorch_tanh do."""
+    """Whether two activations agree to the precision of float32, as gelu_new and gelu_pytorch_tanh do."""
     import torch
     from transformers.activations import ACT2FN
 
@@ -131,7 +134,7 @@ def _same_activation(first: str, second: str) -> bool:
 
 
 def _same_rope(head: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    """Whether rotary embeddings have the same parameters, or else the same computed frequencies."""
+    """Whether the rotary embeddings of two models have the same parameters or the same frequencies."""
     first, second = (_rope(config) for config in (head, other))
     if "longest" in first or "longest" in second or first == second:
         return first == second
@@ -145,7 +148,7 @@ def _same_rope(head: PreTrainedConfig, other: PreTrainedConfig) -> bool:
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """rope_parameters without synonyms and nulls, with the number of positions if that matters."""
+    """rope_parameters without synonyms and nulls, with max_position_embeddings if they depend on it."""
     content = config.to_dict()
     given = content.get("rope_parameters") or {}
     flat = {
@@ -159,7 +162,7 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _frequencies(config: PreTrainedConfig) -> dict[str, Any]:
-    """Module and buffer → the frequencies of the model's rotary embeddings, and their attention scaling."""
+    """Frequencies and attention scaling of a model's rotary embeddings, by the names of their modules."""
     import torch
 
     from salsa_peft.utils import tensor_names
@@ -170,7 +173,7 @@ def _frequencies(config: PreTrainedConfig) -> dict[str, Any]:
             buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)
         ):
             rotary_class: Any = type(module)
-            rotary = rotary_class(config=vars(module)["config"])  # the model's own is on the meta device
+            rotary = rotary_class(config=vars(module)["config"])  # the model's own module is on the meta device
             found |= {f"{name}.{buffer}": values for buffer, values in rotary.named_buffers()}
             scales = {key: value for key, value in vars(rotary).items() if key.endswith("attention_scaling")}
             found |= {f"{name}.{key}": torch.tensor(float(value)) for key, value in scales.items()}

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by the names of the model that Transformers makes of it."""
+"""Maps the tensors of a checkpoint's files to those of the model that Transformers makes of it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """Consecutive elements of a tensor of the model, from `start` on, and where they are in the files."""
+    """Consecutive elements of a model's tensor, beginning at `start`, and where they lie in the files."""
 
     start: int
     place: Place
 
 
 class Span(NamedTuple):
-    """Elements `start` to `stop` of the model's tensor `name`; in the file's tensor they begin at `first`."""
+    """Elements `start` to `stop` of the model's tensor `name`, which begin at `first` in a file's tensor."""
 
     first: int
     name: str
@@ -36,29 +36,30 @@ class Span(NamedTuple):
 
 @dataclass(eq=False)
 class ModelTensors:
-    """Where a checkpoint has the tensors of the model."""
+    """Where the tensors of a model lie in a checkpoint's files."""
 
     checkpoint: Checkpoint
     names: tensor_names.ModelNames
     parts: dict[str, list[Part]]
-    """Name in the model → its elements in order. Tied output embeddings have the parts of the input embeddings."""
+    """Name in the model → the tensor's parts in order. Tied embeddings have the same parts."""
     spans: dict[str, list[Span]]
-    """Name in the files → the elements of the model's tensors that it holds; none for a tensor that is no parameter."""
+    """Name in the files → ranges of the model's tensors that it holds; empty if it is in no model tensor."""
     untied: set[str]
-    """Output embeddings that have values of their own, though the configuration ties them."""
+    """Names of output embeddings that the configuration ties, though the files have other values for them."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, names: tensor_names.ModelNames | None = None) -> ModelTensors:
-        """Resolve the tensors by the names of config.json's model, or by `names`.
+        """Find the tensors of the model `names`, by default of the model that config.json describes.
 
-        Raises SalsaError for a tensor that the model does not have."""
+        Raises SalsaError for a tensor of the files that the model does not have.
+        """
         where = str(checkpoint.folder)
         names = names or tensor_names.of_config(checkpoint.config, str(checkpoint.folder / CONFIG))
         found = names.resolve({name: place.entry.shape for name, place in checkpoint.tensors.items()}, where)
         for name in found.unknown:
             raise SalsaError(
-                f"{checkpoint.tensors[name].file.path}: {name} has no place in {names}, the model that config.json describes; remove the"
-                " tensor, or load the model with Transformers and save it again"
+                f"{checkpoint.tensors[name].file.path}: {name} has no place in {names}, the model that config.json"
+                " describes; remove the tensor, or load the model with Transformers and save the model again"
             )
         parts: dict[str, list[Part]] = {}
         spans: dict[str, list[Span]] = {name: [] for name in checkpoint.tensors}
@@ -81,13 +82,13 @@ class ModelTensors:
         return cls(checkpoint, names, parts, spans, untied)
 
     def at(self, name: str, start: int, stop: int) -> Place:
-        """Where elements of a tensor of the model are, which must lie within one part of it."""
+        """Where elements of a tensor of the model lie in the files. They must be within one part of it."""
         parts = self.parts[name]
         part = parts[bisect.bisect_right([part.start for part in parts], start) - 1]
         return _slice(part.place, start - part.start, stop - part.start)
 
     def read(self, name: str) -> torch.Tensor:
-        """A copy of a tensor of the model, on the CPU."""
+        """Read a tensor of the model into a new tensor on the CPU."""
         import torch
 
         pieces = [part.place.file.read_entry(part.place.entry).flatten() for part in self.parts[name]]
@@ -96,7 +97,7 @@ class ModelTensors:
 
 
 def _slice(place: Place, start: int, stop: int) -> Place:
-    """The elements `start` to `stop` of a tensor, in one dimension; the tensor itself if these are all."""
+    """The place of elements `start` to `stop` of a flattened tensor; for all elements, `place` itself."""
     entry, width = place.entry, BITS[place.entry.dtype] // 8
     if (start, stop) == (0, math.prod(entry.shape)):
         return place

@@ -1,7 +1,7 @@
-"""Reads full checkpoints by their headers, and refuses those that cannot be averaged.
+"""Reads configurations and headers of full checkpoints, and rejects those that cannot be averaged.
 
-It reads config.json, the index, the headers of the safetensors files and, if this project wrote one, the manifest. It never reads
-pickles and never runs code. Left out: formats other than safetensors.
+It reads config.json, the index, the headers of the safetensors files and a manifest that this package wrote. It never
+reads pickles and never runs code. Formats other than safetensors are not supported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Place(NamedTuple):
-    """The file and the bytes in which a tensor lies."""
+    """The file that holds a tensor, and the tensor's entry in that file's header."""
 
     file: SafetensorsFile
     entry: Entry
@@ -38,34 +38,34 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model folder that Transformers opens, read by its headers."""
+    """A full checkpoint in the format of Transformers: its configuration and the places of its tensors."""
 
     name: str
     folder: Path
     config: dict[str, Any]
     files: dict[str, SafetensorsFile]
-    """The weight files by name, in the index's order."""
+    """Name → weight file, in the order of the names."""
     tensors: dict[str, Place]
 
     def read(self, name: str) -> torch.Tensor:
-        """A copy of a tensor, on the CPU."""
+        """Read a tensor into a new tensor on the CPU."""
         return self.tensors[name].file.read(name)
 
     @property
     def tied(self) -> bool | None:
-        """Whether the output embeddings are the input's; None: config.json does not say."""
+        """Whether config.json ties output and input embeddings; None if it does not say."""
         found = self.config.get("tie_word_embeddings", text_part(self.config).get("tie_word_embeddings"))
         return found if isinstance(found, bool) else None
 
     @property
     def quantised(self) -> str | None:
-        """The method that quantised the weights, or None."""
+        """The quantisation method of the weights; None if they are not quantised."""
         given = self.config.get("quantization_config", self.config.get("compression_config"))
         return None if given is None else str(given.get("quant_method", "?") if isinstance(given, dict) else given)
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a multimodal configuration; empty if there is none."""
+    """The configuration of the language model in a multimodal configuration; empty if there is none."""
     found = config.get("text_config")
     return found if isinstance(found, dict) else {}
 
@@ -73,11 +73,12 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
 def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     """Read a checkpoint's configuration and headers.
 
-    Raises SalsaError for files that are missing, cut, pickled or do not belong together."""
+    Raises SalsaError for files that are missing, truncated or pickled, or that do not belong together.
+    """
     require(folder.is_dir(), f"{folder}: no such folder; give the folder of a checkpoint")
     if not (folder / CONFIG).is_file() and (folder / "adapter_config.json").is_file():
         raise SalsaError(
-            f"{folder}: this is a PEFT adapter, not a full checkpoint; members of a soup are all of one kind"
+            f"{folder}: this is a PEFT adapter, not a full checkpoint; merge the adapter into its base first (--merge)"
         )
     config = read_mapping(folder / CONFIG)
     listed = _weight_map(folder)
@@ -88,7 +89,7 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         for tensor, entry in file.entries.items():
             require(
                 tensor not in places,
-                f"{file.path}: {tensor} is also in another shard; save the model again",
+                f"{file.path}: {tensor} is also in another shard of this checkpoint; save the model again",
             )
             places[tensor] = Place(file, entry)
     for tensor in sorted(places.keys() ^ listed.keys() if listed is not None else ()):
@@ -96,24 +97,26 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         if tensor in places:
             wrong = f"is in {places[tensor].file.path.name}, but not in the index"
         raise SalsaError(f"{folder / INDEX}: {tensor} {wrong}; save the model again")
-    require(bool(places), f"{folder}: its weight files hold no tensors; save the model again")
+    require(bool(places), f"{folder}: the weight files hold no tensors; save the model again")
     return Checkpoint(name or folder.resolve().name, folder, config, files, places)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises SalsaError for a file that is missing or holds anything else."""
+    """Read a JSON file that holds a mapping. Raises SalsaError if it is missing or holds anything else."""
     content = read_json(path)
     require(
-        isinstance(content, dict), f"{path}: this is a {type(content).__name__}, not a mapping; copy or save it again"
+        isinstance(content, dict),
+        f"{path}: the JSON is a {type(content).__name__}, but must be a mapping; copy or save the file again",
     )
     return dict(content)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor → shard as the index has it; None if there is no index."""
+    """Tensor → shard, as listed in the index; None if there is no index."""
     index, single = (folder / INDEX).is_file(), (folder / SINGLE).is_file()
     require(
-        not (index and single), f"{folder}: this folder holds both {SINGLE} and {INDEX}; remove the one that is old"
+        not (index and single),
+        f"{folder}: this folder holds both {SINGLE} and {INDEX}; remove the one that is out of date",
     )
     if not index:
         return None
@@ -123,14 +126,14 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     )
     require(
         plain and bool(listed),
-        f"{folder / INDEX}: there is no weight_map of plain file names; save the model again",
+        f"{folder / INDEX}: weight_map is missing, empty or has values other than file names; save the model again",
     )
     assert isinstance(listed, dict)
     return listed
 
 
 def _unlisted(folder: Path) -> list[str]:
-    """The weight files of a folder without an index: a single one, or a complete set of numbered ones."""
+    """The weight files of a folder without an index: a single file, or a complete set of numbered files."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
     present = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -139,24 +142,25 @@ def _unlisted(folder: Path) -> list[str]:
         total = numbered[0][2]
         wanted = [f"model-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
         missing = next((name for name in wanted if name not in present), None)
-        require(missing is None, f"{folder}: {missing} of {int(total)} weight files is missing; copy it again")
+        require(missing is None, f"{folder}: {missing}, one of {int(total)} weight files, is missing; copy it again")
         return wanted
     pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
     held = ""
     if present:
         held = f"; it holds {', '.join(present)[:200]}, which Transformers does not read"
     elif pickled is not None:
-        held = f"; it holds {pickled}, which is a pickle and never read"
+        held = f"; it holds {pickled}, which is a pickle, and pickles are never read"
     raise SalsaError(
-        f"{folder}: this folder has neither {SINGLE} nor {INDEX}{held}; load the model with the tool that made it and save it with Transformers"
+        f"{folder}: this folder has neither {SINGLE} nor {INDEX}{held}; load the model with the tool that made it and"
+        " save it with Transformers"
     )
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
     """Raise SalsaError for quantised or packed weights, which cannot be averaged."""
     remedy = (
-        "quantised weights cannot be averaged; take the model before it was quantised, or load it with Transformers, call"
-        " model.dequantize() and save it again"
+        "quantised weights cannot be averaged; take the model before it was quantised, or load it with Transformers,"
+        " call model.dequantize() and save it again"
     )
     require(
         checkpoint.quantised is None,
@@ -165,40 +169,40 @@ def check_plain(checkpoint: Checkpoint) -> None:
     for name, (file, entry) in checkpoint.tensors.items():
         packed = entry.dtype in ("U8", "I8") and len(entry.shape) > 1 and not name.endswith(".bias")  # GPT-2's masks
         packed = packed or entry.dtype.startswith("F8") or name.endswith((".SCB", ".weight_format"))
-        require(not packed, f"{file.path}: {name} is {entry.dtype}, of a quantised model: {remedy}")
+        require(not packed, f"{file.path}: {name} is {entry.dtype}, as in quantised models: {remedy}")
 
 
 def check_manifest(checkpoint: Checkpoint) -> None:
     """Compare weights and configuration with the manifest of a run, if there is one.
 
-    This reads every byte. Raises SalsaError naming the file that changed. A manifest.json of another tool is ignored.
+    This reads every byte of the weights. Raises SalsaError naming a file that changed. Ignores other tools' manifests.
     """
     folder = checkpoint.folder
     manifest = read_manifest(folder)
     if manifest is None:
         if (folder / MANIFEST).is_file():
-            read_mapping(folder / MANIFEST)  # refuses a damaged one
+            read_mapping(folder / MANIFEST)  # raises SalsaError if the file is damaged
         return
     names = [name for name in (CONFIG, INDEX, *checkpoint.files) if (folder / name).is_file()]
     with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
         for name, digest in zip(names, pool.map(sha256, [folder / name for name in names]), strict=True):
             entry, size = manifest["files"].get(name), (folder / name).stat().st_size
             require(
-                entry is not None, f"{folder / name}: the file is not listed in {MANIFEST}; make the checkpoint again"
+                entry is not None, f"{folder / name}: {MANIFEST} does not list this file; make the checkpoint again"
             )
             require(
                 entry == {"size": size, "sha256": digest},
-                f"{folder / name}: the file changed: it has {size} bytes and SHA-256 {digest[:12]}…, but in {MANIFEST} it has"
-                f" {entry['size']} and {entry['sha256'][:12]}…; copy or make it again",
+                f"{folder / name}: the file changed: it has {size} bytes and SHA-256 {digest[:12]}…, but {MANIFEST}"
+                f" lists {entry['size']} bytes and {entry['sha256'][:12]}…; copy or make the checkpoint again",
             )
 
 
 def default_names(folders: Sequence[Path], names: Sequence[str] | None) -> list[str]:
-    """The members' names: as given, else the folders' names, or their paths if those are not distinct."""
+    """The members' names: `names`, or by default the folders' names, or paths if these are not distinct."""
     if names is None:
         short = [folder.resolve().name for folder in folders]
         return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-    require(len(names) == len(folders), f"names: {len(names)} for {len(folders)} members; give one for each member")
+    require(len(names) == len(folders), f"names: {len(names)} names for {len(folders)} members; give one per member")
     return list(names)
 
 
@@ -207,8 +211,8 @@ def check_weights(weights: Sequence[float], members: int) -> list[float]:
     shown = ", ".join(map(str, weights))
     require(
         len(weights) == members,
-        f"weights: {len(weights)} ({shown}) for {members} members; give one for each member",
+        f"weights: {len(weights)} weights ({shown}) for {members} members; give one for each member",
     )
     finite = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
-    require(finite, f"weights: {shown} are not all finite numbers")
+    require(finite, f"weights: {shown} are not all finite numbers; give one finite number for each member")
     return [float(weight) for weight in weights]

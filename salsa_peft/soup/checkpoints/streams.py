@@ -1,7 +1,8 @@
-"""Checkpoints read side by side in pieces: their weighted sum, and the products of their differences.
+"""Computes the weighted sum of checkpoints, and the products of their differences, piece by piece.
 
-Two threads each read, compute and write pieces at their places in the file. A piece does not depend on the others, and the products
-are added up in the order of the pieces, so the same members give the same bytes and figures. Memory is bounded by the pieces.
+Two threads each read, compute and write pieces at their places in the file. A piece does not depend on other pieces,
+and products are added in the order of the pieces, so the same members give the same bytes and statistics. The size of
+the pieces bounds the memory.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.safetensors_io import BITS, NAMES, Writer, read_exactly
 
 PIECE = 2**21
-"""The size of a piece that a thread takes, in bytes of the widest member."""
+"""The size of a piece that one thread computes, in bytes of the member with the widest dtype."""
 BLOCK = 2**18
-"""The number of elements that are added at once: so many that two threads seldom wait for the GIL, few enough for the CPU's cache."""
+"""Number of elements added at once: enough that threads seldom wait for the GIL, but within the cache."""
 THREADS = 2
 
 
 @dataclass
 class Run:
-    """Tensors that follow each other without a gap in every member's file."""
+    """Tensors that lie one after another without a gap in every member's file."""
 
     dtype: str
-    """The dtype in which they are written."""
+    """The dtype in which their sums are written."""
     tensors: list[tuple[str, int]]
-    """Their names and numbers of elements."""
+    """The tensors' names and numbers of elements."""
     places: list[Place]
-    """Where the first tensor is in each member."""
+    """The place of the first tensor in each member."""
     end: list[int]
-    """The byte after the last tensor in each member."""
+    """The offset of the end of the last tensor in each member's file."""
 
     def follows(self, dtype: str, places: Sequence[Place]) -> bool:
-        """Whether a tensor at `places` continues this run, in the same files and dtypes."""
+        """Whether a tensor at `places` continues this run: in the same files and dtypes, without a gap."""
         return dtype == self.dtype and all(
             place.file is mine.file and place.entry.dtype == mine.entry.dtype and place.entry.begin == end
             for place, mine, end in zip(places, self.places, self.end, strict=True)
@@ -56,7 +57,7 @@ class Run:
 
 
 def runs_of(names: Sequence[str], members: Sequence[Mapping[str, Place]], layout: Mapping[str, Place]) -> list[Run]:
-    """Join tensors, in the order in which they are written, to the longest runs; `layout` has the dtypes."""
+    """Join tensors, in the order in which they are written, into runs. `layout` has the written dtypes."""
     runs: list[Run] = []
     for name in names:
         places, dtype = [member[name] for member in members], layout[name].entry.dtype
@@ -70,7 +71,7 @@ def runs_of(names: Sequence[str], members: Sequence[Mapping[str, Place]], layout
 
 
 class Piece(NamedTuple):
-    """Elements of a run that one thread takes, and the byte at which their sum is written."""
+    """Elements of a run that one thread computes, and the offset at which their sum is written."""
 
     run: Run
     start: int
@@ -79,12 +80,12 @@ class Piece(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of bytes of the sum."""
+        """Size of the written sum in bytes."""
         return self.elements * BITS[self.run.dtype] // 8
 
 
 def pieces(runs: Sequence[Run], size: int) -> Iterator[Piece]:
-    """Cut runs into pieces of at most `size` bytes of the widest member."""
+    """Cut runs into pieces of at most `size` bytes in the member with the widest dtype."""
     place = 0
     for run in runs:
         total = sum(count for _, count in run.tensors)
@@ -105,10 +106,12 @@ def stream(
     write: Writer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
-    """Write Σ w_i x_i → the products of the differences from member `pivot`: (members, members).
+    """Write Σ w_i x_i. Returns the products of the differences from member `pivot`, (members, members).
 
-    The tensors `names` are written in this order and in the dtypes of `layout`. Integer and bool tensors must have the same bits in all members whose weight is not 0; they add nothing to the products. `progress`
-    is called with the bytes of each piece. Raises SalsaError naming file and tensor; of several errors, the first in order.
+    Without `write`, only the products are computed. The tensors `names` are written in this order and in the dtypes of
+    `layout`. Integer and bool tensors must be equal in all members whose weight is not 0; they add nothing to the
+    products. `progress` is called with the size of each piece in bytes. Raises SalsaError naming file and tensor, for
+    the first error in the order of the pieces.
     """
     plan = SumPlan(len(members), weights, pivot)
     runs = runs_of(names, members, members[pivot] if layout is None else layout)
@@ -137,7 +140,7 @@ def stream(
 def _in_order(
     pool: ThreadPoolExecutor, work: Callable[[Piece], list[float]], tasks: Iterator[Piece]
 ) -> Iterator[tuple[Piece, list[float]]]:
-    """Yield results in the order of the tasks, a few of which run ahead. After an error none is started."""
+    """Yield pieces and results in order, while later pieces are computed; an error cancels these."""
     ahead: collections.deque[tuple[Piece, Future[list[float]]]] = collections.deque()
     try:
         for piece in tasks:
@@ -154,7 +157,7 @@ def _in_order(
 
 
 def _add_piece(piece: Piece, sums: BlockSums, files: Mapping[Path, int], write: Writer | None) -> list[float]:
-    """Read, add and write a piece in blocks → its products."""
+    """Read, add and write a piece in blocks. Returns the products of its differences."""
     run, plan = piece.run, sums.plan
     total = [0.0] * len(plan.pairs)
     dtypes = BlockDtypes(tuple(place.entry.dtype for place in run.places), run.dtype)
@@ -182,17 +185,17 @@ def _refuse(run: Run, element: int, member: int | None, weights: Sequence[float]
     name = run.name_of(element)
     if member is not None:
         raise SalsaError(
-            f"{run.places[member].file.path}: {name} has a value that is not finite; train or save that model again"
+            f"{run.places[member].file.path}: {name} has a value that is not finite; train or save this model again"
         )
     shown = ", ".join(map(str, weights or ()))
     raise SalsaError(
-        f"{run.places[0].file.path}: {name}: the weighted sum (weights {shown}) has values that {NAMES[run.dtype]} cannot hold; use"
-        " weights of at least 0 that sum to 1, or put a member of a wider dtype first"
+        f"{run.places[0].file.path}: {name}: the weighted sum (weights {shown}) has values that {NAMES[run.dtype]}"
+        " cannot hold; use weights of at least 0 that sum to 1, or put a member of a wider dtype first"
     )
 
 
 def _require_equal(run: Run, start: int, count: int, sums: BlockSums) -> None:
-    """Raise SalsaError if members whose weight is not 0 differ in integers."""
+    """Raise SalsaError if members whose weight is not 0 have different integers in a block."""
     width = BITS[run.dtype] // 8
     weights = sums.plan.weights or ()
     found = {i: bytes(sums.raw[i][: count * width]) for i, weight in enumerate(weights) if weight != 0}
@@ -201,6 +204,6 @@ def _require_equal(run: Run, start: int, count: int, sums: BlockSums) -> None:
         if values != head:
             byte = next(at for at, (a, b) in enumerate(zip(values, head, strict=True)) if a != b)
             raise SalsaError(
-                f"{run.places[i].file.path}: {run.name_of(start + byte // width)} has other integers than in"
-                f" {run.places[first].file.path}; only floats are averaged, so members of a soup must have the same integers"
+                f"{run.places[i].file.path}: the integers in {run.name_of(start + byte // width)} differ from those in"
+                f" {run.places[first].file.path}; integers cannot be averaged, so they must be the same in all members"
             )

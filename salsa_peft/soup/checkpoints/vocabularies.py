@@ -13,7 +13,7 @@ from salsa_peft.utils.errors import SalsaError, require
 logger = logging.getLogger(__name__)
 
 TOKENS, PIECES = ("tokenizer.json", "vocab.json"), ("tokenizer.model",)
-"""The files that list the tokens of a vocabulary: Transformers' in JSON, and SentencePiece's in protobuf."""
+"""The files that list the tokens of a vocabulary: JSON of Transformers, and protobuf of SentencePiece."""
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
@@ -31,20 +31,21 @@ def warn_about_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
     for name, folder in folders.items():
         for token, text in special_tokens(folder).items():
             if text != own.get(token):
-                logger.warning("tokenizer: %s is %r as in %s, but %r in %s", token, own.get(token), taken, text, name)
+                line = "the soup's tokenizer comes from %s, where %s is %r; in %s it is %r"
+                logger.warning(line, taken, token, own.get(token, "not set"), name, text)
 
 
 def check_vocabulary(head: Path, other: Path) -> None:
     """Raise SalsaError if two tokenizers have different ids for a token, or different tokens for an id.
 
-    Rows of embeddings are averaged by id.
+    Such tokenizers cannot share a soup, because rows of embeddings are averaged by id.
     """
     pairs = [(_vocabulary_file(head, names), _vocabulary_file(other, names)) for names in (TOKENS, PIECES)]
     head_file, other_file = next((pair for pair in pairs if all(pair)), (None, None))
     if head_file is None or other_file is None:
         if all(any(found) for found in zip(*pairs, strict=True)):
             logger.warning(
-                "the tokenizers of %s and %s were not compared: one has no tokenizer.json, the other no tokenizer.model",
+                "the tokenizers of %s and %s were not compared: one has tokenizer.model, the other only JSON",
                 head, other,
             )  # fmt: skip
         return
@@ -52,7 +53,8 @@ def check_vocabulary(head: Path, other: Path) -> None:
         return
     known, found = vocabulary(head_file), vocabulary(other_file)
     remedy = (
-        "rows of embeddings are averaged by id, so members of a soup must share a vocabulary; leave one of them out"
+        "rows of embeddings are averaged by id, so members of a soup must share a vocabulary; leave out one of these"
+        " two members"
     )
     for token, number in found.items():
         require(
@@ -76,7 +78,7 @@ def _vocabulary_file(folder: Path, names: Sequence[str] = TOKENS) -> Path | None
 
 
 def vocabulary_of(folder: Path) -> dict[str, int] | None:
-    """Token → id of a folder's tokenizer.json or vocab.json; None if it has neither."""
+    """Token → id of a folder's tokenizer.json or vocab.json; None if the folder has neither file."""
     path = _vocabulary_file(folder)
     return None if path is None else vocabulary(path)
 
@@ -103,11 +105,11 @@ def vocabulary(path: Path) -> dict[str, int]:
 def _pieces(path: Path) -> dict[str, int]:
     """Token → id of a tokenizer.model.
 
-    The file is SentencePiece's ModelProto: its first field has the pieces in the order of ids, and a piece's first field has its text.
+    The file is a ModelProto of SentencePiece: field 1 has the pieces in the order of ids; field 1 of a piece, its text.
     """
     refusal = (
-        f"{path}: cannot be read as a SentencePiece model, so it cannot be compared with the other members' tokenizers; save each tokenizer"
-        " with Transformers (save_pretrained writes tokenizer.json), or put the same file into every folder"
+        f"{path}: cannot be read as a SentencePiece model and compared with the other members' tokenizers; save each"
+        " tokenizer with Transformers (save_pretrained writes tokenizer.json), or put the same file into every folder"
     )
     try:
         pieces = [piece for number, piece in _fields(path.read_bytes()) if number == 1]
@@ -119,7 +121,7 @@ def _pieces(path: Path) -> dict[str, int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, content) of the fields of a protobuf message that have a length; the others are skipped."""
+    """Yield (number, content) of the length-delimited fields of a protobuf message."""
     place = 0
 
     def varint() -> int:

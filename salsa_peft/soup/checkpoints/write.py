@@ -1,8 +1,9 @@
-"""The folder of a soup of full weights: written aside, then moved into place. Imports no torch.
+"""Writes the folder of a soup of full weights, so that it is never seen incomplete. Imports no torch.
 
-All files are written to a hidden folder inside the output folder. When the soup is whole, an earlier soup is removed and the new
-files are moved up, config.json last. Nothing opens a folder without config.json, so a soup that was killed is never taken for a
-whole one; the next run removes what is left of it. While an earlier soup is there, the disk holds both.
+All files are written to a hidden folder inside the output folder. When the soup is complete, an earlier soup is removed
+and the new files are moved to the output folder, config.json last. No tool opens a folder without config.json, so an
+interrupted soup is never taken for a complete one; the next run removes its remains. Until the earlier soup is removed,
+the disk holds both soups.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from salsa_peft.utils.safetensors_io import Writer, safetensors_writer
 SUMMARY, LOCK, PARTIAL = "soup.json", ".lock", ".soup-partial"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Progress = Callable[[int, int], None]
-"""Called with the number of bytes written and the number of bytes in all."""
+"""A function that is called with the number of bytes written and the total number of bytes."""
 
 
 class Output:
@@ -35,12 +36,12 @@ class Output:
         """The files written so far, in order."""
 
     def shard(self, name: str, header: bytes) -> contextlib.AbstractContextManager[Writer]:
-        """A context that gives the Writer of a weight file."""
+        """Context that gives the Writer of a weight file."""
         self.names[name] = None
         return safetensors_writer(self.folder / name, header)
 
     def write(self, name: str, content: bytes | str) -> None:
-        """Write a file that goes with the weights."""
+        """Write a file other than weights, such as a tokenizer's."""
         self.names[name] = None
         write_atomic(self.folder / name, content)
 
@@ -51,7 +52,7 @@ class Output:
         self.write(SUMMARY, json.dumps(listed, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         self.write(CONFIG, config)
         _remove_soup(self.target)
-        for name in (SUMMARY, *others):  # the summary first: it tells the next run which files are ours
+        for name in (SUMMARY, *others):  # the summary first: it tells the next run which files belong to the soup
             (self.target / name).parent.mkdir(exist_ok=True)
             os.replace(self.folder / name, self.target / name)
         sync_folder(self.target)
@@ -61,10 +62,10 @@ class Output:
 
 @contextlib.contextmanager
 def open_output(folder: Path, sources: Sequence[Path], size: int) -> Iterator[Output]:
-    """The output folder of a soup of the checkpoints or adapters in `sources`, which takes `size` bytes.
+    """Context in which a soup of `size` bytes is written. sources: folders of the members and the base.
 
-    Raises SalsaError if the folder is a source, holds anything but a soup, is in use or has no room. After an error nothing of
-    the new soup is left, and an earlier one is as it was.
+    Raises SalsaError if `folder` is a source, holds something other than a soup, is in use, or if the disk is too full.
+    After an error, nothing of the new soup is left, and an earlier soup is unchanged.
     """
     check_free(folder, sources)
     with locked_output(folder):
@@ -74,7 +75,7 @@ def open_output(folder: Path, sources: Sequence[Path], size: int) -> Iterator[Ou
             whole = (folder / CONFIG).is_file()
             if not whole:
                 _remove_soup(folder)
-            require_disk_space(folder, size, f"{folder}: the soup" + (" beside the earlier one" if whole else ""))
+            require_disk_space(folder, size, f"{folder}: the soup" + (" beside the earlier soup" if whole else ""))
             output.folder.mkdir()
             yield output
         finally:
@@ -83,7 +84,7 @@ def open_output(folder: Path, sources: Sequence[Path], size: int) -> Iterator[Ou
 
 @contextlib.contextmanager
 def locked_output(folder: Path) -> Iterator[None]:
-    """Lock an output folder. At the end the lock's file is removed, and the folder if it is new and empty."""
+    """Context that locks an output folder, then removes the lock file, and the folder if new and empty."""
     new = not folder.exists()
     with locked(folder):
         try:
@@ -95,7 +96,7 @@ def locked_output(folder: Path) -> Iterator[None]:
 
 
 def byte_counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A function that takes the bytes of each piece and calls `progress` with the sum so far and `total`."""
+    """A function that takes the size of each piece and calls `progress` with the sum so far and `total`."""
     done = 0
 
     def count(size: int) -> None:
@@ -108,33 +109,36 @@ def byte_counter(progress: Progress | None, total: int) -> Callable[[int], None]
 
 
 def check_free(folder: Path, sources: Sequence[Path], adapter: bool = False) -> None:
-    """Raise SalsaError for a folder that is a source, or holds anything but a soup of adapters or full weights.
+    """Raise SalsaError if `folder` is a source, or holds something that the new soup may not replace.
 
-    adapter: whether the new soup is one of adapters.
+    adapter: whether the new soup is an adapter.
     """
     require(
         all(folder.resolve() != source.resolve() for source in sources),
-        f"{folder}: this folder is a member of the soup; choose another one for the result",
+        f"{folder}: this folder is a member or the base of the soup; choose another folder for the soup",
     )
     require(not folder.exists() or folder.is_dir(), f"{folder}: this is a file; choose a folder for the soup")
     require(
         not adapter or not (folder / CONFIG).exists(),
-        f"{folder} holds a model; name another folder for the soup's adapter",
+        f"{folder}: this folder holds a full model, but the soup is an adapter; choose another folder for the soup",
     )
     require(
         adapter or not (folder / ADAPTER_CONFIG).exists(),
-        f"{folder}: this folder holds an adapter, which Transformers would add to the soup; choose another one",
+        f"{folder}: this folder holds an adapter, which Transformers would add to the soup; choose another folder for"
+        " the soup",
     )
     whole = (folder / SUMMARY).is_file()
     require(
         whole or not (folder / ADAPTER_CONFIG).exists(),
-        f"{folder} holds an adapter that is not a soup; name another folder (OUT comes first, then the members)",
+        f"{folder} holds an adapter that is not a soup; choose another folder for the soup (OUT comes first, then the"
+        " members)",
     )
     left = (ADAPTER_WEIGHTS,) if adapter else ()  # weights alone are left by a write of adapters that was killed
     held = other_files(folder, *left) if folder.exists() and not whole else ""
     require(
         not held,
-        f"{folder}: this folder holds {held} but no {SUMMARY}, so it is not overwritten; choose an empty one or an earlier soup",
+        f"{folder}: this folder holds {held} but no {SUMMARY}, so it is not overwritten; choose an empty folder or one"
+        " of an earlier soup",
     )
 
 
@@ -146,7 +150,7 @@ def _remove_soup(folder: Path) -> None:
     for name in names:
         require(
             folder.resolve() in (folder / name).resolve().parents,
-            f"{folder / SUMMARY}: the file {name!r:.80} in its list lies elsewhere; remove the soup by hand",
+            f"{folder / SUMMARY}: it lists {name!r:.80}, which is outside of this folder; remove the soup by hand",
         )
     for name in sorted(names, key=lambda name: name != CONFIG):
         if name != SUMMARY:

@@ -1,1 +1,1 @@
-"""Averages of LoRA adapters, exact in their deltas."""
+"""Weighted means of LoRA adapters, computed from their deltas B·A and not from their factors."""

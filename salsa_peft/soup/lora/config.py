@@ -1,4 +1,4 @@
-"""The adapter_config.json of a soup: targets, ranks and options under which PEFT loads its tensors."""
+"""The adapter_config.json of a soup: targets, ranks and options with which PEFT loads the tensors."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from salsa_peft.soup.lora.targets import EMBEDDINGS, Shape, is_saved, parameters
 from salsa_peft.soup.lora.tensors import Member
 
 UNCLEAR = "[^.]*"
-"""Regular expression for any one parameter of a module."""
+"""Regular expression that matches the name of any parameter within a module."""
 
 
 def config_fields(members: Sequence[Member], stacks: Stacks, ranks: dict[str, int]) -> dict[str, Any]:
     """The fields of the soup's LoraConfig for inference. ranks: module or parameter → rank in the soup."""
     configs = [member.config for member in members]
-    head = configs[0]
+    first = configs[0]
     targeted = {targeted_name(stacks.shapes[name], name): r for name, r in ranks.items()}
     r = Counter(targeted.values()).most_common(1)[0][0]
     pattern = rank_pattern(targeted, r)
-    tied = agree(configs, "ensure_weight_tying") and head["ensure_weight_tying"]
+    tied = agree(configs, "ensure_weight_tying") and first["ensure_weight_tying"]
     fields: dict[str, Any] = DEFAULTS | {"ensure_weight_tying": tied} | listed_targets(stacks, targeted)
     everywhere = all(member.factors.keys() == ranks.keys() for member in members)
     if everywhere and agree(configs, *TARGETS, "ensure_weight_tying") and targets_match(members[0], stacks):
-        fields |= {name: as_sorted(head[name]) for name in TARGETS}
-    fields |= {name: head[name] for name in ("fan_in_fan_out", "auto_mapping") if agree(configs, name)}
+        fields |= {name: as_sorted(first[name]) for name in TARGETS}
+    fields |= {name: first[name] for name in ("fan_in_fan_out", "auto_mapping") if agree(configs, name)}
     return fields | {
         "peft_type": "LORA",
         "task_type": next((config["task_type"] for config in configs if config["task_type"] is not None), None),
-        "base_model_name_or_path": head["base_model_name_or_path"],
-        "revision": head["revision"],
+        "base_model_name_or_path": first["base_model_name_or_path"],
+        "revision": first["revision"],
         "inference_mode": True,
         "r": r,
         "lora_alpha": r,
@@ -44,32 +44,35 @@ def config_fields(members: Sequence[Member], stacks: Stacks, ranks: dict[str, in
         "modules_to_save": saved_modules(members, tied),
         "bias": bias_of(members),
         "lora_bias": any(config["lora_bias"] for config in configs),
-        "trainable_token_indices": head["trainable_token_indices"],
-        "alora_invocation_tokens": head["alora_invocation_tokens"],
+        "trainable_token_indices": first["trainable_token_indices"],
+        "alora_invocation_tokens": first["alora_invocation_tokens"],
     }
 
 
 def targeted_name(shape: Shape, name: str) -> str:
-    """The name by which PEFT looks up a rank: that of the parameter, or of the targeted module."""
+    """The name for which PEFT looks up a rank: that of the targeted parameter or module."""
     if shape.parameter == "":
-        return f"{shape.holder}.{UNCLEAR}"
-    return shape.owner if shape.parameter is None else name
+        return f"{shape.module}.{UNCLEAR}"
+    return shape.target if shape.parameter is None else name
 
 
 def targets_match(member: Member, stacks: Stacks) -> bool:
-    """Whether the member's own targets cover all modules of the soup."""
+    """Whether the targets in a member's configuration cover all modules and parameters of the soup."""
     targeted = target_rule(member.folder, member.config)
     tied = EMBEDDINGS if member.config["ensure_weight_tying"] else ()
     return all(
-        bool(parameters_of(shape.holder, member.config))
+        bool(parameters_of(shape.module, member.config))
         if shape.parameter is not None
-        else targeted(shape.owner) or name.rpartition(".")[2] in tied
+        else targeted(shape.target) or name.rpartition(".")[2] in tied
         for name, shape in stacks.shapes.items()
     )
 
 
 def listed_targets(stacks: Stacks, targeted: dict[str, int]) -> dict[str, Any]:
-    """Targets that list all modules and parameters by full name, or the members' if a name is unknown."""
+    """Targets that list all modules and parameters by full name.
+
+    If tensor names do not tell the parameters, target_parameters are the members' own.
+    """
     parameters = [name for name, shape in stacks.shapes.items() if shape.parameter is not None]
     modules = [name for name in targeted if name not in parameters and not name.endswith(UNCLEAR)]
     unclear = next((m for m in stacks.members for f in m.factors.values() if f.shape.parameter == ""), None)
@@ -78,7 +81,7 @@ def listed_targets(stacks: Stacks, targeted: dict[str, int]) -> dict[str, Any]:
 
 
 def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
-    """modules_to_save of the soup: the members' if they agree, else all of theirs and tied modules."""
+    """modules_to_save of the soup: the members' if they agree, else all of theirs and of tied modules."""
     configs = [member.config for member in members]
     if agree(configs, "modules_to_save", "ensure_weight_tying"):
         return configs[0]["modules_to_save"] or None
@@ -86,13 +89,13 @@ def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
     if not tied and found:
         for member in members:
             if member.config["ensure_weight_tying"]:
-                names = (name for name in member.direct if name.endswith(".weight") and name not in member.frozen)
+                names = (name for name in member.non_lora if name.endswith(".weight") and name not in member.frozen)
                 found |= {name.rpartition(".")[0] for name in names}
     return sorted(found) or None
 
 
 def bias_of(members: Sequence[Member]) -> str:
-    """The `bias` option of the soup: that of the members if they agree, else `all` if it holds any bias."""
+    """The soup's `bias` option: the members' if they agree, else `all` if it has biases, else `none`."""
     configs = [member.config for member in members]
     if agree(configs, "bias"):
         return str(configs[0]["bias"])
@@ -106,12 +109,15 @@ def agree(configs: Sequence[dict[str, Any]], *names: str) -> bool:
 
 
 def as_sorted(value: Any) -> Any:
-    """A list in sorted order, because order means nothing in LoraConfig; other values unchanged."""
+    """A list in sorted order, because its order has no meaning in LoraConfig; other values unchanged."""
     return sorted(value) if isinstance(value, list) else value
 
 
 def rank_pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
-    """The rank_pattern of modules without the usual rank, by last name if unambiguous, else by full name."""
+    """rank_pattern for the modules whose rank is not `usual`.
+
+    The key is the last part of a module's name if all modules with that last part have one rank, else the full name.
+    """
     by_leaf: dict[str, set[int]] = {}
     for module, r in ranks.items():
         by_leaf.setdefault(module.rpartition(".")[2], set()).add(r)
@@ -120,6 +126,6 @@ def rank_pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
         leaf = module.rpartition(".")[2]
         if r != usual and module.endswith(UNCLEAR):
             pattern[f"^{re.escape(module.removesuffix(UNCLEAR))}{UNCLEAR}"] = r
-        elif r != usual:  # PEFT takes the first KEY for which (.*\.)?(KEY)$ matches; these keys exclude one another
+        elif r != usual:  # PEFT takes the first KEY for which (.*\.)?(KEY)$ matches; no name matches two of these
             pattern[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(module)}"] = r
     return pattern

@@ -2,8 +2,8 @@
 
     delta = Σ_i w_i · scaling_i · B_i · A_i = (B · diag(w · scaling)) · A        A = [A_0; A_1; …], B = [B_0, B_1, …]
 
-A convolution is viewed as a matrix with in · kernel columns. A member without LoRA on a module has no rows there: its
-delta is zero.
+The weight of a convolution is treated as a matrix with in · kernel columns. A member without LoRA on a module adds no
+rows to A and no columns to B, so the member's delta of the module is zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from salsa_peft.utils.errors import require
 
 
 class Stack(NamedTuple):
-    """The stacked factors of one module, with R = Σ r_i: A (R, in), B (out, R), bias (n, out).
+    """The stacked factors of one module, with R = Σ r_i: A (R, in), B (out, R), bias (members, out).
 
     With several blocks (experts, groups): A (blocks, R, in) and B (blocks, out, R), where R and out are those of one
     block.
@@ -35,14 +35,14 @@ class Stack(NamedTuple):
     A: Array
     B: Array
     scaling: Array
-    """float64; of each column of B."""
+    """Scaling of each column of B, in float64."""
     member: Array
-    """The member that each column of B belongs to."""
+    """Index of the member that each column of B belongs to."""
     bias: Array | None
-    """With lora_bias, scaling_i · b_i of each member in float64; zeros for a member without a bias."""
+    """scaling_i · b_i of each member in float64, zeros if a member has no bias; None without lora_bias."""
 
     def coefficients(self, weights: Sequence[float]) -> Array:
-        """w_i · scaling_i of each column of B: (R,), float64."""
+        """w_i · scaling_i for each column of B: (R,), float64."""
         return self.scaling * np.array(weights)[self.member]
 
     def weighted_B(self, weights: Sequence[float]) -> Array:
@@ -54,17 +54,17 @@ class Stack(NamedTuple):
         return None if self.bias is None else np.array(weights) @ self.bias
 
     def each_block(self) -> Iterator[tuple[Array, Array]]:
-        """A (R, in) and B (out, R) of each expert or group; a single pair for other modules."""
+        """Yield A (R, in) and B (out, R) of each expert or group, or once for a module without blocks."""
         yield from zip(self.A, self.B, strict=True) if self.A.ndim == 3 else [(self.A, self.B)]
 
     def gram(self, blocks: Sequence[Moments], n: int) -> Array:
         """⟨delta_i, delta_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), summed over the module's blocks: (n, n), float64."""
-        owner = np.eye(n)[self.member] * self.scaling[:, None]
-        return np.asarray(owner.T @ sum(block.AA * block.BB for block in blocks) @ owner)
+        of_member = np.eye(n)[self.member] * self.scaling[:, None]
+        return np.asarray(of_member.T @ sum(block.AA * block.BB for block in blocks) @ of_member)
 
 
 class Stacks(Mapping[str, Stack]):
-    """Mapping of module to Stack. Raises SalsaError if members' layers differ or a value is not finite."""
+    """Module or parameter → Stack, read on access. Raises SalsaError if the members' layers differ."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
@@ -77,7 +77,7 @@ class Stacks(Mapping[str, Stack]):
         )
         """Safetensors' name of the dtype that represents every member's factors exactly."""
         self.with_bias = any(member.config["lora_bias"] for member in members)
-        self.wrappers = Counter(shape.holder for shape in self.shapes.values())
+        self.wrappers = Counter(shape.module for shape in self.shapes.values())
         """Module with LoRA → number of PEFT wrappers around it (one per targeted parameter of the module)."""
         self.held: dict[str, Stack] = {}
 
@@ -85,18 +85,18 @@ class Stacks(Mapping[str, Stack]):
         if module in self.held:
             return self.held[module]
         shape = self.shapes[module]
-        owners = [(i, m, m.factors[module]) for i, m in enumerate(self.members) if module in m.factors]
+        having = [(i, m, m.factors[module]) for i, m in enumerate(self.members) if module in m.factors]
         wide = np.float64 if self.dtype == "F64" else np.float32
         bias = np.zeros((len(self.members), shape.out)) if self.with_bias else None
-        for i, member, factors in owners:
+        for i, member, factors in having:
             if bias is not None and factors.bias is not None:
                 bias[i] = factors.scaling * member.read(factors.bias).astype(np.float64)
-        ranks = [factors.shape.rank // shape.groups for _, _, factors in owners]
+        ranks = [factors.shape.rank // shape.groups for _, _, factors in having]
         return Stack(
-            np.concatenate([shape.blocks_A(m.read(f.A)) for _, m, f in owners], axis=-2, dtype=wide),
-            np.concatenate([shape.blocks_B(m.read(f.B)) for _, m, f in owners], axis=-1, dtype=wide),
-            np.repeat([factors.scaling for _, _, factors in owners], ranks).astype(np.float64),
-            np.repeat([i for i, _, _ in owners], ranks),
+            np.concatenate([shape.blocks_A(m.read(f.A)) for _, m, f in having], axis=-2, dtype=wide),
+            np.concatenate([shape.blocks_B(m.read(f.B)) for _, m, f in having], axis=-1, dtype=wide),
+            np.repeat([factors.scaling for _, _, factors in having], ranks).astype(np.float64),
+            np.repeat([i for i, _, _ in having], ranks),
             bias,
         )
 
@@ -107,11 +107,11 @@ class Stacks(Mapping[str, Stack]):
         return len(self.shapes)
 
     def load_in_memory(self) -> None:
-        """Read every factor now and keep it, for a live model whose weights change."""
+        """Read all factors now and keep them, for an attached soup whose weights change."""
         self.held = dict(self.items())
 
     def check_saveable(self) -> None:
-        """Raise SalsaError for a combination that PEFT has no adapter for; it can still be merged."""
+        """Raise SalsaError for lora_bias beside LoRA on an embedding or parameter: PEFT has no such adapter."""
         odd = [module for module, shape in self.shapes.items() if shape.embedding or shape.parameter is not None]
         require(
             not self.with_bias or not odd,
@@ -130,21 +130,21 @@ class Stacks(Mapping[str, Stack]):
         )
 
     def wrapper_path(self, module: str) -> str:
-        """The path of the PEFT wrapper that holds a module's factors."""
-        return wrapped(self.shapes[module].holder, self.wrappers) + WRAPPED * self.depth(module)
+        """The name in a PEFT model of the wrapper that holds a module's factors."""
+        return wrapped(self.shapes[module].module, self.wrappers) + WRAPPED * self.depth(module)
 
     def depth(self, module: str) -> int:
-        """The number of wrappers around this one for other parameters of its module; the first lies innermost."""
+        """Number of wrappers around a targeted parameter's own, for other parameters of the same module."""
         shape = self.shapes[module]
         if shape.parameter is None:
             return 0
         if not shape.parameter:
             return strip_wrappers(module)[1]
-        others = [s.parameter for s in self.shapes.values() if s.holder == shape.holder and s.parameter is not None]
+        others = [s.parameter for s in self.shapes.values() if s.module == shape.module and s.parameter is not None]
         return len(others) - 1 - sorted(others, key=registration_order).index(shape.parameter)
 
     def tensor_names(self, module: str) -> tuple[str, str]:
-        """PEFT's names of A and B."""
+        """PEFT's tensor names of a module's A and B."""
         parts = ("embedding_A", "embedding_B") if self.shapes[module].embedding else ("A.weight", "B.weight")
         path = f"{PREFIX}{self.wrapper_path(module)}"
         return f"{path}.lora_{parts[0]}", f"{path}.lora_{parts[1]}"
@@ -152,39 +152,42 @@ class Stacks(Mapping[str, Stack]):
 
 def stacked_shape(module: str, members: Sequence[Member]) -> Shape:
     """The shape of a module's stacked factors. Raises SalsaError if the members' layers differ."""
-    owners = [(member, member.factors[module].shape) for member in members if module in member.factors]
-    head, first = owners[0]
-    for member, shape in owners[1:]:
+    layers = [(member, member.factors[module].shape) for member in members if module in member.factors]
+    first_member, first = layers[0]
+    for member, shape in layers[1:]:
         found, expected = describe_layer(shape), describe_layer(first)
         require(
             found == expected and shape.embedding == first.embedding,
-            f"{member.file.path}: {module} {found}, but in {head.file.path} it {expected}; a soup needs members of one"
-            " base",
+            f"{member.file.path}: {module} {found}, but in {first_member.file.path} it {expected}; a soup needs"
+            " members of one base",
         )
-    return first._replace(rank=sum(shape.rank for _, shape in owners))
+    return first._replace(rank=sum(shape.rank for _, shape in layers))
 
 
 def describe_layer(shape: Shape) -> str:
-    """For messages: `maps 64 to 32 features in 4 experts`."""
+    """Describe a layer for a message, such as `maps 64 to 32 features in 4 experts`."""
     blocks = [(shape.experts, "experts"), (shape.groups, "groups")]
     parts = "".join(f" in {number} {name}" for number, name in blocks if number > 1)
     return f"maps {' × '.join(map(str, shape.inner))} to {shape.out} features{parts}"
 
 
 def check_invocation_tokens(members: Sequence[Member]) -> None:
-    """Raise SalsaError for aLoRA members that are active after different tokens."""
-    head = members[0]
+    """Raise SalsaError if the members' alora_invocation_tokens differ."""
+    first = members[0]
     for member in members[1:]:
-        tokens = [m.config["alora_invocation_tokens"] for m in (member, head)]
+        tokens = [m.config["alora_invocation_tokens"] for m in (member, first)]
         require(
             tokens[0] == tokens[1],
-            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, but {tokens[1]} in {head.folder}. aLoRA is"
-            " active only after its tokens, so no adapter is the mean of these; train the members with the same tokens",
+            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, but {tokens[1]} in {first.folder}. aLoRA is"
+            " active only after these tokens, so no adapter is the mean; train the members with the same tokens",
         )
 
 
 def check_parameters(members: Sequence[Member]) -> None:
-    """Raise SalsaError if members differ in target_parameters that tensor names do not tell apart."""
+    """Raise SalsaError if a module's tensor names do not tell their parameter and members may differ.
+
+    Members agree if all have the same target_parameters and those with such names no rank_pattern or alpha_pattern.
+    """
     unclear = [(module, m) for m in members for module, f in m.factors.items() if f.shape.parameter == ""]
     for module, member in unclear:
         for other in members:
@@ -192,6 +195,6 @@ def check_parameters(members: Sequence[Member]) -> None:
             require(
                 same and not (member.config["rank_pattern"] or member.config["alpha_pattern"]),
                 f"{member.file.path}: the name {module} does not tell which of target_parameters it belongs to, and"
-                f" {other.folder} has other target_parameters, or there are rank or alpha patterns; train the members"
-                " with the same target_parameters and one rank",
+                f" {other.folder} has different target_parameters, or the adapter has a rank_pattern or alpha_pattern;"
+                " train the members with the same target_parameters and one rank",
             )

@@ -1,11 +1,11 @@
-"""Convert an adapter's module names to those of the current Transformers, with PEFT's own conversion.
+"""Convert an adapter's module names to those of Transformers 5, with PEFT's own conversion.
 
     language_model.model.layers.0.…            →  model.language_model.layers.0.…    multimodal models before 4.52
     block_sparse_moe.experts.3.w1, .w3.lora_A  →  mlp.experts.base_layer.lora_A      experts before 5.0, now stacked
 
-If the base is on this machine and its files name every module of the adapter, nothing is converted. Otherwise the model
-is built without weights, and modules that it does not have after the conversion are rejected; PEFT would ignore them
-with a warning.
+If the base's files name every module of the adapter, nothing is converted. Otherwise the base's model is built without
+weights, and an adapter with a module that the model lacks after the conversion is rejected; PEFT would ignore this
+module with a warning. If the base is not on this machine, only adapters of Mixtral are converted.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-EXPERT = re.compile(r"(?P<holder>.*\.experts)\.\d+\.")
+EXPERT = re.compile(r".*\.experts\.\d+\.")
 Names = dict[str, str]
 """PEFT's name of a tensor → its name in the file."""
 
 
 class ConvertedFile(SafetensorsFile):
-    """An adapter's file with its tensors in memory, because PEFT joined some of them."""
+    """An adapter's file with all tensors in memory, after PEFT joined those of single experts."""
 
     def __init__(self, path: Path, arrays: Mapping[str, float_arrays.Array]) -> None:
         super().__init__(path)
@@ -51,7 +51,7 @@ class ConvertedFile(SafetensorsFile):
 def to_current_layout(
     names: Names, config: dict[str, Any], file: SafetensorsFile, folder: Path
 ) -> tuple[Names, dict[str, Any], SafetensorsFile]:
-    """Names, configuration and tensors as PEFT converts them on loading. Most adapters stay unchanged."""
+    """Convert names, configuration and tensors as PEFT does on loading. Most adapters stay unchanged."""
     modules = sorted(set(lora_modules(names)))
     old_experts = any(EXPERT.match(module) for module in modules)
     base = base_folder(config, folder)
@@ -73,29 +73,29 @@ def to_current_layout(
         first = first or (odd, type(model).__name__)
     if first is not None and base is not None:
         raise SalsaError(
-            f"{folder / WEIGHTS}: {first[1]}, the model of {base}, has no module {first[0]}, so PEFT would ignore its"
-            " tensors; correct base_model_name_or_path, or save the adapter again from the model that it was trained on"
+            f"{folder / WEIGHTS}: {first[1]}, the model of {base}, has no module {first[0]}, so PEFT would ignore this"
+            " module; correct base_model_name_or_path, or save the adapter again from the model that it was trained on"
         )
     return names, config, file
 
 
 def lora_modules(names: Iterable[str]) -> Iterator[str]:
-    """The modules that have LoRA, by their names without wrappers."""
+    """Yield the module of each LoRA tensor, by its name without PEFT's wrappers. Modules are repeated."""
     for name in names:
         module, lora, _ = name.removeprefix(PREFIX).rpartition(".lora_")
         if lora:
             yield strip_wrappers(module)[0].replace(f"{WRAPPED}.", ".")
 
 
-def in_base(module: str, places: frozenset[str], first: frozenset[str]) -> bool:
-    """Whether a base's files name a module, also without its first part, as in files of a headless model."""
-    head, _, rest = module.partition(".")
-    return module in places or module == "lm_head" or (head not in first and rest in places)
+def in_base(module: str, places: frozenset[str], starts: frozenset[str]) -> bool:
+    """Whether a base's files name a module, with or without the first part, such as `model.`, of its name."""
+    start, _, rest = module.partition(".")
+    return module in places or module == "lm_head" or (start not in starts and rest in places)
 
 
 @functools.lru_cache(maxsize=8)
 def base_modules(base: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The modules that a base's safetensors files name, and the first parts of these names."""
+    """Modules in a base's safetensors files, and the first parts of their names; empty if unreadable."""
     index = Path(base) / "model.safetensors.index.json"
     try:
         if index.is_file():
@@ -124,7 +124,7 @@ ANY_HEAD = [
 
 
 def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
-    """The base's model and its language model, built with each auto class that the adapter may need."""
+    """Yield the base, then its language model alone, as built by each auto class that may fit `task`."""
     for text in (False, True):
         for head in (*HEADS.get(task or "", ANY_HEAD), ""):
             model = without_weights(base, f"AutoModel{head}", text)
@@ -134,7 +134,7 @@ def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
 
 @functools.lru_cache(maxsize=4)
 def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
-    """The base's model or its language model, on the meta device; None if it has no such auto class."""
+    """Build the base, or only its language model (text), on the meta device; None if class `name` cannot."""
     import torch
     import transformers
 
@@ -148,7 +148,7 @@ def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
 
 
 def mixtral(modules: Iterable[str]) -> nn.Module:
-    """The modules of a Mixtral, for adapters with block_sparse_moe names whose base is not available."""
+    """A tiny Mixtral with the layers that `modules` name, for adapters whose base is not available."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -164,7 +164,7 @@ def mixtral(modules: Iterable[str]) -> nn.Module:
 def convert(
     model: nn.Module, names: Names, config: dict[str, Any], file: SafetensorsFile
 ) -> tuple[Names, dict[str, Any], SafetensorsFile]:
-    """PEFT's conversion of names, configuration and tensors. Values are read only if it joins tensors."""
+    """Apply PEFT's conversion to an adapter. Values are read only if it joins tensors of single experts."""
     import torch
     from peft import LoraConfig
     from peft.utils import transformers_weight_conversion as peft_conversion
@@ -181,7 +181,8 @@ def convert(
         found = peft_conversion.convert_peft_adapter_state_dict_for_transformers(model, given, tensors)
     except ValueError as error:
         raise SalsaError(
-            f"{file.path}: PEFT cannot convert this adapter to the current layout of {type(model).__name__}: {error}"
+            f"{file.path}: PEFT cannot convert this adapter to the current layout of {type(model).__name__} ({error});"
+            " save the adapter again from the model that it was trained on"
         ) from None
     if not joined:
         return {name: names[keys[int(value)]] for name, value in found.items()}, config, file

@@ -1,4 +1,4 @@
-"""Checks that members share a base, vocabulary and layout, and the choice of the soup's tokenizer."""
+"""Check that members share a base and a vocabulary, unify module names, choose the soup's tokenizer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, sha256
 logger = logging.getLogger(__name__)
 CACHED = re.compile(r".*/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?")
 QUANTISED = re.compile(r"(-unsloth)?-bnb-[48]bit$")
-"""Suffix of unsloth's repositories that hold a base in quantized form."""
+"""Suffix of the names of unsloth's repositories with quantized bases."""
 
 
 def check_one_base(members: Sequence[Member], same_base: bool = False, merging: bool = False) -> None:
     """Raise SalsaError if two members have different bases.
 
-    The fingerprints decide if every member has one; otherwise the bases that the configurations name are compared too.
-    same_base: the caller asserts that the bases are the same. merging: no warning for members without a fingerprint,
-    because the merge gives its own.
+    If every member has a fingerprint, only the fingerprints are compared, else also the bases that the configurations
+    name. Members with different task_types must have LoRA on the same modules. same_base: the caller asserts that the
+    bases are the same. merging: do not warn about missing fingerprints; the merge into the base warns itself.
     """
     unknown = [member for member in members if member.fingerprint is None]
     known = [member for member in members if member.fingerprint is not None]
@@ -37,34 +37,34 @@ def check_one_base(members: Sequence[Member], same_base: bool = False, merging: 
         require(
             same_base or member.fingerprint == known[0].fingerprint,
             f"{member.folder} was trained on base {str(member.fingerprint)[:12]}…, {known[0].folder} on"
-            f" {str(known[0].fingerprint)[:12]}… (see their {FINGERPRINT}); a soup needs members of one base. If the"
-            " difference does not matter, pass same_base=True (--same-base)",
+            f" base {str(known[0].fingerprint)[:12]}… (see their {FINGERPRINT}); a soup needs members of one base. If"
+            " the difference does not matter, pass same_base=True (--same-base)",
         )
     if not same_base and not merging and len(members) > 1:
         for member in unknown:
             logger.warning(
-                "warning: %s has no %s, so its base cannot be compared with that of the others",
+                "warning: %s has no %s, so its base cannot be compared with those of the other members",
                 member.folder,
                 FINGERPRINT,
             )
-    head = members[0]
+    first = members[0]
     for member in members:
         require(
-            same_base or not unknown or same_names(member, head),
-            f"{member.folder} names the base {base_label(member)}, {head.folder} names {base_label(head)}, and without"
-            f" a {FINGERPRINT} in every member they cannot be compared; if they are the same base, pass same_base=True"
-            " (--same-base)",
+            same_base or not unknown or same_names(member, first),
+            f"{member.folder} names the base {base_label(member)}, but {first.folder} names {base_label(first)}."
+            f" Without a {FINGERPRINT} in every member only the names can be compared; if they are the same base, pass"
+            " same_base=True (--same-base)",
         )
-        tasks = [m.config["task_type"] for m in (member, head)]
+        tasks = [m.config["task_type"] for m in (member, first)]
         require(
-            tasks[0] == tasks[1] or member.factors.keys() == head.factors.keys(),
-            f"{member.folder} has task_type {tasks[0]!r}, {head.folder} has {tasks[1]!r}, and their modules differ; a"
-            " soup needs members of one task, so train them with the same task_type",
+            tasks[0] == tasks[1] or member.factors.keys() == first.factors.keys(),
+            f"{member.folder} has task_type {tasks[0]!r}, {first.folder} has {tasks[1]!r}, and they have LoRA on"
+            " different modules; train the members with the same task_type",
         )
 
 
 def base_label(member: Member) -> str:
-    """The base that a member names, for messages."""
+    """Name and revision of the base in a member's configuration, as shown in messages."""
     name, revision = member.config["base_model_name_or_path"], member.config["revision"]
     return repr(f"{name or '(no name)'}@{revision or 'main'}")
 
@@ -72,8 +72,8 @@ def base_label(member: Member) -> str:
 def same_names(member: Member, other: Member) -> bool:
     """Whether two members name the same base: one Hub id or folder, or two folders with the same weights.
 
-    Upper and lower case of Hub ids, trailing slashes, the spelling of paths, and the Hub's cache as a path make no
-    difference. Neither does unsloth's suffix of quantized bases, which gives a warning.
+    The case of Hub ids, trailing slashes and the spelling of paths are ignored, and a path into the Hub's cache counts
+    as its Hub id. Names that differ only in unsloth's suffix of quantized bases count as the same, with a warning.
     """
     names = [canonical_base(m) for m in (member, other)]
     if names[0] == names[1]:
@@ -91,7 +91,7 @@ def same_names(member: Member, other: Member) -> bool:
 
 
 def canonical_base(member: Member) -> tuple[str, str]:
-    """(name or resolved path, revision) of the base that a member names."""
+    """The base that a member names: Hub id or resolved path, and revision, in a form that can be compared."""
     name, revision = str(member.config["base_model_name_or_path"] or ""), member.config["revision"] or "main"
     if (cached := CACHED.fullmatch(name)) is not None:
         name = f"{cached['owner']}/{cached['name']}"
@@ -113,24 +113,24 @@ VOCABULARY, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "cha
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """The members whose tokenizer and chat template the soup gets."""
+    """The member (folder, name) that the soup's tokenizer comes from, and the chat template."""
 
     folder: Path
     name: str
     template: str | None
-    """Name of the member whose chat template it is; None if no member has one."""
+    """Name of the member that the chat template comes from; None if no member has one."""
     written: str | None = None
-    """The template's text if it comes from another member than the tokenizer."""
+    """Text of the chat template if it comes from another member than the tokenizer; else None."""
 
     def summary(self) -> dict[str, Any]:
-        """The entry in soup.json."""
+        """The entry `tokenizer` of soup.json."""
         return {"from": self.name, "chat_template": self.template}
 
 
 def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
-    """The tokenizer with all tokens of the members; None if no member has a tokenizer.
+    """Choose the member whose tokenizer has the tokens of all members; None if no member has a tokenizer.
 
-    Raises SalsaError if a token has two ids or an id two tokens, or if no tokenizer has all tokens.
+    Raises SalsaError if a token has two ids or an id two tokens, or if no member's tokenizer has all tokens.
     """
     have = [member for member in members if any((member.folder / name).is_file() for name in TOKENIZER)]
     if not have:
@@ -150,9 +150,8 @@ def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
         odd = min(tokens - vocabularies[first.name].keys())
         other = next(member for member in known if odd in vocabularies[member.name])
         raise SalsaError(
-            f"{other.folder / VOCABULARY}: token {odd!r:.40} is missing in {first.folder}, which has tokens that are"
-            " missing here, so no member's tokenizer has all tokens; put one tokenizer with all of them into every"
-            " member's folder",
+            f"{other.folder / VOCABULARY}: token {odd!r:.40} is missing in {first.folder}, and no member's tokenizer"
+            " has the tokens of all members; put one tokenizer with all tokens into every member's folder",
         )
     templates = {member.name: found for member in have if (found := template_of(member.folder)) is not None}
     source = chosen.name if chosen.name in templates else next(iter(templates), None)
@@ -162,7 +161,7 @@ def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
 
 
 def vocabularies_of(members: Sequence[Member]) -> dict[str, dict[str, int]]:
-    """Member's name → token → id, for members with a tokenizer.json. If all files are equal, none is read."""
+    """Member's name → token → id, for members with a tokenizer.json; all empty if these files are equal."""
     paths = {m.name: m.folder / VOCABULARY for m in members if (m.folder / VOCABULARY).is_file()}
     digests = {name: sha256(path) for name, path in paths.items()}
     files = {digests[name]: path for name, path in paths.items()}
@@ -171,7 +170,7 @@ def vocabularies_of(members: Sequence[Member]) -> dict[str, dict[str, int]]:
 
 
 def warn_about_choice(members: Sequence[Member], chosen: Member, source: str | None, templates: dict[str, str]) -> None:
-    """Log whose tokenizer and chat template the soup gets if the members differ."""
+    """Warn if chat templates or special tokens differ, or if the tokenizer is not the first member's."""
     others = [name for name, text in templates.items() if source is not None and text != templates[source]]
     if others:
         logger.warning("warning: the soup gets the chat template of %s; that of %s differs", source, ", ".join(others))
@@ -190,32 +189,31 @@ def check_ids(mine: Member, known: dict[str, int], other: Member, given: dict[st
         own = known.get(token, number)
         require(
             own == number,
-            f"{other.folder / VOCABULARY}: token {token!r:.40} has id {number}, but {own} in {mine.folder}; the members"
-            " of a soup share a vocabulary, and an adapter that was trained with another tokenizer cannot be averaged",
+            f"{other.folder / VOCABULARY}: token {token!r:.40} has id {number}, but id {own} in {mine.folder}; the"
+            " members of a soup must share a vocabulary, so train them with one tokenizer",
         )
         require(
             token in known or number not in tokens,
             f"{other.folder / VOCABULARY}: id {number} is token {token!r:.40}, but {tokens.get(number, '')!r:.40} in"
-            f" {mine.folder}; the members of a soup share a vocabulary. Give the added tokens different ids and train"
-            " again",
+            f" {mine.folder}; the members of a soup must share a vocabulary. Give added tokens distinct ids",
         )
 
 
 def template_of(folder: Path) -> str | None:
-    """A folder's chat template: a file of its own, or a field of the tokenizer's settings."""
+    """Chat template in a folder's chat_template.jinja or tokenizer_config.json; None if neither has one."""
     path = folder / TEMPLATE
     if path.is_file():
         return path.read_text(encoding="utf-8")
     settings = read_mapping(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     given = settings.get("chat_template")
-    if isinstance(given, list):  # several templates by name
+    if isinstance(given, list):  # several named templates
         rows = (row for row in given if isinstance(row, dict) and row.get("name") == "default")
         given = next((row.get("template") for row in rows), None)
     return given if isinstance(given, str) else None
 
 
 def write_tokenizer(tokenizer: TokenizerSource, folder: Path) -> None:
-    """Copy the tokenizer's files into the soup's folder."""
+    """Copy the files of the chosen tokenizer, with the chosen chat template, into the soup's folder."""
     for pattern in (*TOKENIZER, f"{MORE_TEMPLATES}/*.jinja"):
         for path in tokenizer.folder.glob(pattern):
             write_atomic(folder / path.relative_to(tokenizer.folder), path.read_bytes())
@@ -228,12 +226,12 @@ TOWER = ("model", "language_model")
 
 
 def unify_layouts(members: Sequence[Member]) -> list[Member]:
-    """Rename modules that members name by different layouts of a multimodal model to the newest layout."""
+    """Rename modules of multimodal models to the newest layout where members use different layouts."""
     variants: dict[tuple[str, ...], set[str]] = {}
-    apart: set[tuple[str, ...]] = set()  # one member has two of these names, so they are two modules
+    apart: set[tuple[str, ...]] = set()  # keys of two modules: one member has two names with this key
     for member in members:
         mine: set[tuple[str, ...]] = set()
-        for name in (*member.factors, *member.direct):
+        for name in (*member.factors, *member.non_lora):
             key = tuple(part for part in name.split(".") if part not in TOWER)
             variants.setdefault(key, set()).add(name)
             apart |= {key} & mine
@@ -244,7 +242,7 @@ def unify_layouts(members: Sequence[Member]) -> list[Member]:
 
 
 def newest_name(names: set[str]) -> str:
-    """The name in the newest layout, out of one module's names in several layouts."""
+    """A module's name in the newest layout. names: the module's names in several layouts."""
     layers = {name for name in names if name.startswith("model.")}
     if not layers:
         return min(names, key=len)
@@ -255,13 +253,15 @@ def newest_name(names: set[str]) -> str:
 
 
 def rename_modules(member: Member, renamed: dict[str, str]) -> Member:
-    """The member with new names of its modules."""
+    """A copy of the member with renamed modules and parameters. renamed: old name → new name."""
     factors = {}
     for name, given in member.factors.items():
         new, shape = renamed.get(name, name), given.shape
-        holder = new.removesuffix(f".{shape.parameter}") if shape.parameter else new
-        owner = holder if shape.owner == shape.holder else holder.rpartition(".")[0]
-        factors[new] = given._replace(shape=shape._replace(holder=holder, owner=owner))
-    direct = {renamed.get(name, name): key for name, key in member.direct.items()}
+        module = new.removesuffix(f".{shape.parameter}") if shape.parameter else new
+        target = module if shape.target == shape.module else module.rpartition(".")[0]
+        factors[new] = given._replace(shape=shape._replace(module=module, target=target))
+    non_lora = {renamed.get(name, name): key for name, key in member.non_lora.items()}
     frozen = frozenset(renamed.get(name, name) for name in member.frozen)
-    return replace(member, factors=dict(sorted(factors.items())), direct=dict(sorted(direct.items())), frozen=frozen)
+    return replace(
+        member, factors=dict(sorted(factors.items())), non_lora=dict(sorted(non_lora.items())), frozen=frozen
+    )

@@ -2,9 +2,8 @@
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1
 
-They are averaged directly, with one tensor per member in memory at a time. If the weights have another sum (a shrunk
-delta, a point of a landscape), this mean does not exist, because the members do not hold the base's own values; such
-weights are rejected.
+These parameters are averaged directly, one at a time. Weights that do not sum to 1 (a shrunk delta, a point of a
+landscape) are rejected, because they need the base's own values, which the members do not hold.
 """
 
 from __future__ import annotations
@@ -20,57 +19,57 @@ from salsa_peft.utils.errors import SalsaError, require
 
 
 def parameter_names(members: Sequence[Member]) -> list[str]:
-    """The base's names of all such parameters (for trained tokens, the embedding's name + TOKENS)."""
-    return sorted({name for member in members for name in member.direct})
+    """Names in the base of all parameters besides LoRA factors (trained tokens: embedding + TOKENS)."""
+    return sorted({name for member in members for name in member.non_lora})
 
 
-def holders(members: Sequence[Member], name: str) -> list[Member]:
-    """The members that hold a parameter: all of them, unless it is frozen."""
-    return [member for member in members if name in member.direct]
+def members_with(members: Sequence[Member], name: str) -> list[Member]:
+    """The members whose file has a parameter. After check_same, only a frozen one can be missing in some."""
+    return [member for member in members if name in member.non_lora]
 
 
 def check_same(members: Sequence[Member]) -> None:
-    """Raise SalsaError if only some members hold a trained parameter, or if they hold it in other shapes.
+    """Raise SalsaError if only some members hold a trained parameter, or if its shapes or tokens differ.
 
-    Untrained weights that PEFT saves with a layer that has LoRA may be missing in some files.
+    Untrained weights of layers with LoRA, which PEFT saves in some cases, may be missing in some members.
     """
     for name in parameter_names(members):
-        have = holders(members, name)
+        have = members_with(members, name)
         for member in have[1:]:
             check_tokens(have[0], member, name)
-            shapes = [list(m.file.entries[m.direct[name]].shape) for m in (member, have[0])]
+            shapes = [list(m.file.entries[m.non_lora[name]].shape) for m in (member, have[0])]
             require(
                 shapes[0] == shapes[1],
-                f"{member.file.path}: {name} has shape {shapes[0]}, but {shapes[1]} in {have[0].folder}: the bases"
-                " differ, at least in their vocabulary; a soup needs members of one base",
+                f"{member.file.path}: {name} has shape {shapes[0]}, but {shapes[1]} in {have[0].folder}: the"
+                " members differ in their base or vocabulary; a soup needs members of one base",
             )
-        lacks = next((member for member in members if name not in member.direct), None)
+        lacks = next((member for member in members if name not in member.non_lora), None)
         if lacks is not None and not frozen(members, name):
             raise SalsaError(
-                f"{lacks.file.path} has no {name}, but {have[0].folder} has it. It is averaged directly, so every"
-                " member must have it; train them with the same modules_to_save, bias and trained tokens, or use the"
-                f" base: {MERGES}"
+                f"{lacks.file.path} has no {name}, but {have[0].folder} has it. This parameter is averaged directly,"
+                " so every member must have it; train all with the same modules_to_save, bias and trained tokens, or"
+                f" {MERGES}"
             )
 
 
-def check_tokens(head: Member, member: Member, name: str) -> None:
-    """Raise SalsaError if two members trained different tokens. The order may differ."""
+def check_tokens(first: Member, member: Member, name: str) -> None:
+    """Raise SalsaError if two members trained different tokens of an embedding. The order may differ."""
     if name.endswith(TOKENS):
         require(
-            sorted(member.token_indices(name)) == sorted(head.token_indices(name)),
-            f"{member.folder / CONFIG}: trainable_token_indices of {name.removesuffix(TOKENS)} are not those of"
-            f" {head.folder}, and a soup does not read the other rows from the base; train the same tokens, or use the"
-            f" base: {MERGES}",
+            sorted(member.token_indices(name)) == sorted(first.token_indices(name)),
+            f"{member.folder / CONFIG}: trainable_token_indices of {name.removesuffix(TOKENS)} differ from those of"
+            f" {first.folder}, and a soup does not read untrained rows from the base; train the same tokens, or"
+            f" {MERGES}",
         )
 
 
 def frozen(members: Sequence[Member], name: str) -> bool:
-    """Whether all members that hold a parameter hold the base's own value, equal to the bit."""
-    have = holders(members, name)
+    """Whether all members with this parameter hold it untrained (Member.frozen), with equal values."""
+    have = members_with(members, name)
     if not all(name in member.frozen for member in have):
         return False
-    first = have[0].read(have[0].direct[name]) if have[1:] else None
-    return all(np.array_equal(first, member.read(member.direct[name])) for member in have[1:])  # type: ignore[arg-type]
+    own = have[0].read(have[0].non_lora[name]) if have[1:] else None
+    return all(np.array_equal(own, member.read(member.non_lora[name])) for member in have[1:])  # type: ignore[arg-type]
 
 
 def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
@@ -81,18 +80,19 @@ def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
         require(
             frozen(members, name),
             f"weights: {', '.join(f'{weight:g}' for weight in weights)} sum to {sum(weights):.9g}, but they must sum to"
-            f" 1: {holders(members, name)[0].folder} holds {name}, which is averaged directly, not as a delta",
+            f" 1: {members_with(members, name)[0].folder} holds {name}, which is averaged directly, not as a"
+            " delta; scale the weights",
         )
 
 
 def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Array:
-    """Σ w_i x_i in float32, as x_p + Σ w_i (x_i − x_p), so that the mean of equal values is exact."""
-    have = [i for i, member in enumerate(members) if name in member.direct]
+    """Σ w_i x_i, computed as x_p + Σ w_i (x_i − x_p), so that the mean of equal values is exact."""
+    have = [i for i, member in enumerate(members) if name in member.non_lora]
     pivot = max(have, key=lambda i: abs(weights[i]))
     start = values(members, pivot, name)
     total = start.astype(np.result_type(start, np.float32), copy=True)
     if len(have) < len(members) or abs(sum(weights) - 1) > 1e-6:
-        return total  # the base's own value, as check_same and check_sum made sure
+        return total  # a frozen value: check_same and check_sum reject others
     for i in have:
         if i != pivot and weights[i]:
             total = total + (values(members, i, name) - start) * total.dtype.type(weights[i])
@@ -100,8 +100,8 @@ def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Arra
 
 
 def values(members: Sequence[Member], i: int, name: str) -> Array:
-    """The values of member i; rows of trained tokens in the first member's order."""
-    found = members[i].read(members[i].direct[name])
+    """Member i's values of a parameter, with rows of trained tokens in the order of the first member."""
+    found = members[i].read(members[i].non_lora[name])
     if not name.endswith(TOKENS) or i == 0:
         return found
     mine = members[i].token_indices(name)
@@ -109,7 +109,7 @@ def values(members: Sequence[Member], i: int, name: str) -> Array:
 
 
 def wrapped(name: str, wrappers: Mapping[str, int]) -> str:
-    """The name of a parameter or module in a model where PEFT has wrapped some of the modules above it."""
+    """Name of a parameter or module in a PEFT model. wrappers: module → number of wrappers around it."""
     *parents, found = name.split(".")
     for depth in range(len(parents), 0, -1):
         wraps = wrappers.get(".".join(parents[:depth]), 0)

@@ -48,15 +48,15 @@ IGNORED = (
     "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config",
     "monteclora_config", "merge_weights",
 )  # fmt: skip
-"""Fields that do not change what a trained adapter computes: start, training and run-time settings.
+"""Fields that do not change what a trained adapter computes: initialization, training and run time.
 
-init_lora_weights says whether the initialization changed the base.
+Initializations that change the base's weights are recognized by init_lora_weights.
 """
-MERGES = "--merge adds such adapters to their base exactly"
+MERGES = "use --merge, which adds such adapters to their base exactly"
 WHY = {
     "use_dora": f"a DoRA delta is not linear in its factors, so no single adapter is the mean; {MERGES}",
-    "layer_replication": "it repeats layers of the base, which a soup does not read; merge each adapter with PEFT and"
-    " average the checkpoints",
+    "layer_replication": "it repeats layers of the base, and a soup does not read the base; merge each adapter with"
+    " PEFT and average the checkpoints",
     "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which current versions read differently; train it again",
     "use_qalora": "QA-LoRA pools the input of a layer, so its delta is not B·A; train the adapters without it",
     "use_bdlora": "the factors of BD-LoRA are block-diagonal and sharded; train the adapters without it",
@@ -85,13 +85,13 @@ CONVERT_PICKLE = (
 
 
 def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
-    """The fields of DEFAULTS from an adapter's configuration.
+    """Read an adapter's configuration. Returns the fields of DEFAULTS.
 
-    Raises SalsaError for other PEFT methods than LoRA, and for options with which the delta is not scaling · B · A.
+    Raises SalsaError for PEFT methods other than LoRA, and for options with which the delta is not scaling · B · A.
     merging: the adapters are merged into their base, so the options of MERGE_ONLY are allowed.
     """
     path = folder / CONFIG
-    require(path.is_file(), f"{path} is missing: a PEFT adapter folder holds {CONFIG} and {WEIGHTS}")
+    require(path.is_file(), f"{path} is missing; give a PEFT adapter folder, which holds {CONFIG} and {WEIGHTS}")
     raw = read_mapping(path)
     method = raw.get("peft_type")
     require(method == "LORA", f"{path}: peft_type is {method!r}; only LoRA adapters (peft_type 'LORA') can be averaged")
@@ -119,18 +119,18 @@ def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
 
 
 def check_unsupported(path: Path, field: str, value: Any) -> None:
-    """Raise SalsaError for an option that changes what the adapter computes; warn about an ignored one.
+    """Raise SalsaError for an option that may change what the adapter computes; warn about a harmless one.
 
-    An unknown option that is empty is off. A number or a string only configures what another option switches on, and
-    PEFT ignores unknown fields too. True, a list or a mapping may switch something on, so they are rejected.
+    An empty value means that the option is off. An unknown number or string is ignored with a warning, as in PEFT,
+    because it only configures what another option switches on. An unknown True, list or mapping is rejected.
     """
     if value in (None, False, "", [], {}):
         return
     require(field not in WHY, f"{path}: {field} is {value!r}: {WHY.get(field)}")
     require(
         isinstance(value, int | float | str) and not isinstance(value, bool),
-        f"{path}: {field} is {value!r:.80}. This version does not know the option, and it may change what the adapter"
-        f" computes; if it does not, remove it from {CONFIG}",
+        f"{path}: {field} is {value!r:.80}. This version does not know the option, which may change what the"
+        f" adapter computes; if it does not, remove the option from {CONFIG}",
     )
     logger.warning(
         "warning: %s: %s is %r; this version does not know the option and ignores it, as PEFT does", path, field, value
@@ -138,14 +138,14 @@ def check_unsupported(path: Path, field: str, value: Any) -> None:
 
 
 def open_weights(folder: Path) -> SafetensorsFile:
-    """The header of an adapter's weights. Raises SalsaError for a pickled, missing, empty or changed file."""
+    """Open an adapter's weights. Raises SalsaError for a pickled, missing, empty or changed file."""
     path = folder / WEIGHTS
     require(
         path.is_file() or not (folder / PICKLED).exists(),
         f"{folder} holds {PICKLED}, a pickle, which is never read because it can run code. If you trust it, convert it"
         " in that folder with " + CONVERT_PICKLE,
     )
-    require(path.is_file(), f"{path} is missing: a PEFT adapter folder holds {CONFIG} and {WEIGHTS}")
+    require(path.is_file(), f"{path} is missing; give a PEFT adapter folder, which holds {CONFIG} and {WEIGHTS}")
     file = SafetensorsFile(path)
     check_manifest(folder)
     require(bool(file.entries), f"{path} holds no tensors; save the adapter again")
@@ -153,7 +153,7 @@ def open_weights(folder: Path) -> SafetensorsFile:
 
 
 def check_manifest(folder: Path) -> None:
-    """Check sizes and SHA-256 of the files that a soup reads against the folder's manifest, if it has one."""
+    """Raise SalsaError if a file that a soup reads differs in size or SHA-256 from the folder's manifest."""
     manifest = read_manifest(folder)
     if manifest is None:
         if (folder / MANIFEST).exists():
@@ -164,5 +164,5 @@ def check_manifest(folder: Path) -> None:
     why = changed_file(folder, {"files": listed})
     require(
         why is None,
-        f"{folder}: differs from its {MANIFEST} in size or SHA-256 ({why}); copy the folder again, or make it again",
+        f"{folder}: differs from its {MANIFEST} in size or SHA-256 ({why}); copy or create the folder again",
     )

@@ -34,7 +34,7 @@ SCORE_HEAD = "score.weight"
 
 
 class StackedAdapter:
-    """Several LoRA adapters as one, each a block of columns of B that is rescaled by the member's weight."""
+    """Several LoRA adapters stacked into one; a member's weight scales the member's columns of B."""
 
     def __init__(self, members: Sequence[Member], stacks: Stacks) -> None:
         self.members = tuple(members)
@@ -47,8 +47,8 @@ class StackedAdapter:
     ) -> StackedAdapter:
         """Read the headers of local PEFT folders. Raises SalsaError for adapters that cannot be averaged.
 
-        names: what summaries call the members (default: the folders' names). same_base: the members share a base, even
-        if fingerprints or names differ.
+        names: the members' names in summaries (default: the folders' names). same_base: the caller asserts that the
+        members share a base, although fingerprints or names of the base may differ.
         """
         require(bool(members), "members: none given; a soup needs at least one adapter folder")
         folders = [Path(member) for member in members]
@@ -59,7 +59,7 @@ class StackedAdapter:
         return cls(read, Stacks(read))
 
     def check(self, weights: Sequence[float]) -> list[float]:
-        """The weights as floats. Raises SalsaError unless there is one per member, with an allowed sum."""
+        """The weights as floats. Raises SalsaError if their number is wrong or their sum is not allowed."""
         checked = check_weights(weights, len(self.members))
         non_lora.check_sum(self.members, checked)
         return checked
@@ -69,9 +69,9 @@ class StackedAdapter:
              more: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
         """Write the soup as a PEFT adapter folder. Returns its summary, which is also written to soup.json.
 
-        rank: reduce modules of a higher rank to this one by SVD; the summary's `error` is the loss. dtype: of the
-        factors (default: the members' dtype). progress: called with (modules done, modules in all). more: further
-        entries of the summary.
+        rank: reduce modules with a higher rank to this rank by SVD; the summary's `error` is the resulting error.
+        dtype: dtype of the factors (default: one that represents all members' factors). progress: called with the
+        number of finished modules and of all modules. more: further entries of the summary.
         """
         return save(
             self.members, self.stacks, Path(folder), self.check(weights), strategy=strategy, rank=rank,
@@ -90,11 +90,11 @@ class StackedAdapter:
         return total
 
     def attach(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
-        """Add the soup to a live model as a frozen, inactive float32 adapter. Its factors stay in memory.
+        """Add the soup to a live model as a frozen, inactive float32 adapter.
 
-        The active adapter and all requires_grad flags stay as they are. A score head is left to
-        models/adapters/lora.py. Raises SalsaError for other parameters that are averaged directly, because they cannot
-        be on a shared base.
+        The factors stay in memory. The active adapter and all requires_grad flags stay as they are. A score head is not
+        attached (see models/adapters/lora.py). Raises SalsaError if the members trained other parameters of the base,
+        because adapters of a model share its base.
         """
         import torch
         from peft import LoraConfig
@@ -109,8 +109,8 @@ class StackedAdapter:
         missing = next((module for module in self.stacks if not has_module(model, self.stacks, module)), None)
         require(
             missing is None,
-            f"{self.members[0].folder} has LoRA on {missing}, which the model does not have; the soup belongs to"
-            " another base",
+            f"{self.members[0].folder} has LoRA on {missing}, which the model does not have; load the base that the"
+            " soup was trained on",
         )
         self.stacks.load_in_memory()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -131,7 +131,7 @@ class StackedAdapter:
         self.set_weights(model, adapter_name, weights)
 
     def _check_shared(self, model: PeftModel) -> None:
-        """Raise SalsaError for trained values of the base's own parameters, except a score head."""
+        """Raise SalsaError if members trained parameters of the base itself, other than a score head."""
         import torch
 
         own = dict(model.get_base_model().named_parameters())
@@ -147,13 +147,13 @@ class StackedAdapter:
                 same = values.shape == parameter.shape and torch.equal(values.to(parameter), parameter)
             require(
                 same,
-                f"{non_lora.holders(self.members, name)[0].folder} holds trained values of {name}, a parameter of the"
-                " base. Several adapters share this base, so its own values cannot change; save the soup and open it"
-                " with PEFT on a base of its own",
+                f"{non_lora.members_with(self.members, name)[0].folder} holds trained values of {name}, a parameter of"
+                " the base. Several adapters share this base, so its own values cannot change; save the soup and open"
+                " it with PEFT on a base of its own",
             )
 
     def set_weights(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
-        """Move an attached soup to other weights by rescaling the columns of its lora_B in place."""
+        """Give an attached soup new weights, by rescaling the columns of its lora_B in place."""
         import torch
 
         weights = self.check(weights)
@@ -167,10 +167,10 @@ class StackedAdapter:
 
 
 def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: str) -> tuple[Any, Any, Any]:
-    """The live parameters A, B and, with lora_bias, B's bias (else None).
+    """The parameters A, B and, with lora_bias, the bias of B (else None) of an attached soup's module.
 
-    Raises SalsaError if the layer has no such adapter, if its shapes are not those of the soup, or if it is merged into
-    the base.
+    Raises SalsaError if the layer has no such adapter, if the adapter's shapes are not those of the soup, or if the
+    adapter is merged into the base.
     """
     layer = find_layer(model, stacks, module)
     if adapter_name not in model.peft_config or adapter_name not in layer.r:
@@ -196,11 +196,11 @@ def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: st
 
 
 def find_layer(model: PeftModel, stacks: Stacks, module: str) -> Any:
-    """PEFT's wrapper around a module, or the wrapper of one parameter among those of its module."""
+    """PEFT's LoRA layer with the factors of a module or of a targeted parameter."""
     from peft.tuners.lora.layer import ParamWrapper
 
     shape = stacks.shapes[module]
-    layer: Any = submodule(model.get_base_model(), shape.holder)
+    layer: Any = submodule(model.get_base_model(), shape.module)
     for _ in range(stacks.depth(module) if shape.parameter == "" else 0):
         layer = layer.base_layer
     while shape.parameter and isinstance(layer, ParamWrapper) and layer.parameter_name != shape.parameter:
@@ -215,7 +215,7 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         while part not in found._modules and "base_layer" in found._modules:
             found = found.base_layer
         if part not in found._modules:
-            raise SalsaError(f"the model has no module {path}; the soup belongs to another base")
+            raise SalsaError(f"the model has no module {path}; load the base that the soup was trained on")
         found = found._modules[part]
     return found  # type: ignore[no-any-return]
 
@@ -224,7 +224,7 @@ def has_module(model: PeftModel, stacks: Stacks, module: str) -> bool:
     """Whether the model has the module or parameter that the soup has factors for."""
     shape = stacks.shapes[module]
     try:
-        found: Any = submodule(model.get_base_model(), shape.holder)
+        found: Any = submodule(model.get_base_model(), shape.module)
     except SalsaError:
         return False
     while "base_layer" in found._modules:
@@ -233,9 +233,10 @@ def has_module(model: PeftModel, stacks: Stacks, module: str) -> bool:
 
 
 def shared_target_parameters(model: PeftModel, stacks: Stacks, wanted: list[str] | None) -> list[str] | None:
-    """target_parameters of a further adapter: those of the model's adapters, since PEFT allows no others.
+    """target_parameters with which the soup is attached: those of the model's adapters, else the soup's.
 
-    Raises SalsaError if those of the model lack a parameter that the soup has factors for.
+    PEFT requires all adapters of a model to have the same. wanted: the soup's target_parameters. Raises SalsaError if
+    those of the model lack a parameter that the soup has factors for.
     """
     from peft import LoraConfig
 
@@ -248,6 +249,6 @@ def shared_target_parameters(model: PeftModel, stacks: Stacks, wanted: list[str]
         require(
             not shape.parameter or known,
             f"{name} has LoRA in the soup, but the adapters of the model have target_parameters {sorted(given)}. PEFT"
-            " requires all adapters of a model to have the same; load the policy with those of the soup",
+            " requires all adapters of a model to have the same; load the policy with the soup's target_parameters",
         )
     return sorted(given)

@@ -1,12 +1,12 @@
-"""The best adapter of a smaller rank, by an SVD of the small core between two orthonormal bases.
+"""The best approximation of a LoRA delta with a smaller rank, by an SVD of a small core matrix.
 
     B·diag(c)·A = Q_b · core · Q_aᵀ,  core = R_b·diag(c)·R_aᵀ = U·S·Vᵀ      (Core Space merging)
     B̂ = Q_b·U·√S,  Â = √S·Vᵀ·Q_aᵀ                                          the first `rank` singular values
 
-By the Eckart–Young theorem no matrix of that rank is nearer in Frobenius norm. The error is the tail √Σ_{i>rank} S_i²,
-which the core gives too. The bases come from the Cholesky factors of the float64 Gram matrices, which a soup's summary
-needs anyway and which take a fifth of the time of a Householder QR (4096 × 32). Nearly rank-deficient factors take the
-QR in float64 instead.
+By the Eckart–Young theorem no matrix of that rank is nearer in Frobenius norm. The error √Σ_{i>rank} S_i² follows from
+the same singular values. The orthonormal Q_a and Q_b come from Cholesky factors of the float64 Gram matrices A·Aᵀ and
+Bᵀ·B, which a soup's summary needs anyway. This takes a fifth of the time of a Householder QR (4096 × 32). For nearly
+rank-deficient factors a Householder QR in float64 is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from salsa_peft.soup.arrays import Array
 
 WELL_CONDITIONED = 1e5
-"""Highest condition number for the Cholesky basis, whose error is condition² · 1e-16 ≤ 1e-6."""
+"""Highest condition number for Cholesky, so that the error of Q, condition² · 1e-16, is at most 1e-6."""
 
 
 class Moments(NamedTuple):
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 
 
 class Recompressed(NamedTuple):
-    """A (rank, in), B (out, rank) in float64, and the squared norms of the part cut off and of the whole."""
+    """A (rank, in), B (out, rank) in float64; squared norms of the lost part and of the whole delta."""
 
     A: Array
     B: Array
@@ -41,19 +41,19 @@ class Recompressed(NamedTuple):
 
 
 def moments(A: Array, B: Array) -> Moments:
-    """The moments of factors A (R, in) and B (out, R)."""
+    """Compute the Moments of A (R, in) and B (out, R)."""
     A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
     return Moments(A, B, A @ A.T, B.T @ B)
 
 
 def squared_norm(A: Array, B: Array) -> float:
-    """‖B·A‖² in Frobenius norm, the product never formed: Σ (BᵀB) ∘ (A·Aᵀ)."""
+    """Squared Frobenius norm of B·A, computed without this product as Σ (BᵀB) ∘ (A·Aᵀ)."""
     _, _, AA, BB = moments(A, B)
     return max(float((AA * BB).sum()), 0.0)
 
 
 def recompress(given: Moments, coefficients: Array, rank: int) -> Recompressed:
-    """B · diag(coefficients) · A at a smaller rank. Shapes: coefficients (R,); rank ≤ min(R, in, out)."""
+    """Approximate B · diag(coefficients) · A with a rank of at most min(R, in, out). coefficients: (R,)."""
     right, along_A = basis(given.A.T, given.AA)
     left, along_B = basis(given.B, given.BB)
     U, S, V = np.linalg.svd((left * coefficients) @ right.T)
@@ -75,6 +75,6 @@ def basis(X: Array, gram: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def by_householder(X: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """The same by a QR decomposition, for any X."""
+    """The results of `basis` by a Householder QR, which is accurate for every X."""
     Q, R = np.linalg.qr(X)
     return R, lambda Y: Q @ Y

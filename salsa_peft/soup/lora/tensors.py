@@ -1,14 +1,15 @@
 """The tensors of a PEFT adapter folder: LoRA factors, and parameters that are averaged directly.
 
-    lora_A, lora_B             a delta scaling · B · A of a linear layer, or of a convolution (in · kernel columns)
-    … of a stack of experts    one delta per expert: A (r · experts, in), B (out, r · experts), the expert last in B
+    lora_A, lora_B             delta = scaling · B · A of a linear layer, or of a convolution (in · kernel columns)
+    … of a stack of experts    one delta per expert: A (r · experts, in), B (out, r · experts); an expert has
+                               consecutive rows of A, and every experts-th column of B
     … of grouped convolutions  one delta per group: B (out, r / groups)
-    lora_embedding_A, _B       the transposed delta of an embedding
-    lora_B.bias                scaling · b, added to the layer's output (lora_bias)
-    anything else              parameters of the base: modules_to_save, biases, embeddings, rows of trained tokens
+    lora_embedding_A, _B       scaling · B · A is the transposed delta of an embedding
+    lora_B.bias                scaling · b is added to the layer's output (lora_bias)
+    any other tensor           parameter of the base: modules_to_save, bias, embedding, rows of trained tokens
 
-scaling = alpha / r, or alpha / √r with rsLoRA. A tensor that is unknown, has no counterpart, has the wrong rank or
-shape, or is not finite (checked when it is read) is rejected with the file and the reason.
+scaling = alpha / r, or alpha / √r with rsLoRA. SalsaError names the file and the reason if a tensor is unknown, lacks
+its counterpart (lora_A without lora_B), has a wrong rank or shape, or, once its values are read, is not finite.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 class Factors(NamedTuple):
-    """One member's LoRA factors of a module or parameter: tensor names in its file, scaling and shape."""
+    """One member's LoRA factors of a module or parameter: tensor names in the file, scaling and shape."""
 
     A: str
     B: str
@@ -58,32 +59,32 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter of a soup. Its tensors stay on disk until they are read."""
+    """A LoRA adapter of a soup. The values of its tensors are read by `read`."""
 
     name: str
     folder: Path
     config: dict[str, Any]
-    """The fields of DEFAULTS in soup/lora/read.py."""
+    """Field of LoraConfig → value, for the fields of DEFAULTS in soup/lora/read.py."""
     fingerprint: str | None
-    """SHA-256 of the base that it was trained on, if its folder has one."""
+    """Fingerprint of the base that the adapter was trained on; None if the folder has no fingerprint.json."""
     file: SafetensorsFile
     factors: dict[str, Factors]
-    """By module, or by parameter with target_parameters, sorted by name."""
-    direct: dict[str, str]
-    """Parameters that are averaged directly: name in the base (+ TOKENS for trained tokens) → tensor name."""
+    """Module, or parameter in target_parameters → LoRA factors; sorted by name."""
+    non_lora: dict[str, str]
+    """Parameters averaged directly: name in the base (+ TOKENS for trained tokens) → name in the file."""
     frozen: frozenset[str] = frozenset()
-    """Those of `direct` that are untrained weights of the base, which PEFT saves with LoRA layers."""
+    """Keys of `non_lora` that are weights of layers with LoRA. PEFT saves some of them, untrained."""
 
     @property
     def ranks(self) -> dict[str, int]:
         return {module: factors.shape.rank for module, factors in self.factors.items()}
 
     def read(self, key: str) -> Array:
-        """A tensor in float32 (float64 if it is saved so). Raises SalsaError for values that are not finite."""
+        """A tensor's values as float32 (float64 if saved as that). Raises SalsaError if one is not finite."""
         return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else arrays.read(self.file, key)
 
     def token_indices(self, name: str) -> list[int]:
-        """The rows of the embedding that the values of trained tokens replace."""
+        """Ids of the tokens whose rows of an embedding were trained. name: the embedding's key in `non_lora`."""
         given = self.config["trainable_token_indices"]
         if isinstance(given, dict):
             module = name.removesuffix(TOKENS)
@@ -92,27 +93,32 @@ class Member:
 
 
 def read_member(folder: Path, name: str) -> Member:
-    """Read and check configuration, fingerprint and header of an adapter. No values are read."""
+    """Read and check an adapter's configuration and header. Values are read only if experts are joined."""
     config = read_config(folder)
     file = open_weights(folder)
     names = plain_names(file.entries, config, file.path)
     names, config, file = to_current_layout(names, config, file, folder)
-    parts, direct = sort_tensors(file, names, config)
+    parts, non_lora = sort_tensors(file, names, config)
     require(bool(parts), f"{file.path} holds no LoRA tensors (lora_A and lora_B); save the adapter again")
     factors = dict(sorted(read_all_factors(file, parts, config)))
     weights = {f"{module}.weight" for module in factors}  # PEFT saves the weight of a targeted embedding too
-    frozen = frozenset(weights & direct.keys())
-    member = Member(name, folder, config, read_fingerprint(folder), file, factors, dict(sorted(direct.items())), frozen)
-    check_direct(member)
+    frozen = frozenset(weights & non_lora.keys())
+    member = Member(
+        name, folder, config, read_fingerprint(folder), file, factors, dict(sorted(non_lora.items())), frozen
+    )
+    check_non_lora(member)
     return member
 
 
 def sort_tensors(
     file: SafetensorsFile, names: dict[str, str], config: dict[str, Any]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Sort tensors into {module: {part: tensor}} of LoRA and Member.direct. names: PEFT's → the file's."""
+    """Split tensors into LoRA factors, as module → part → name in the file, and Member.non_lora.
+
+    names: PEFT's name of a tensor → its name in the file.
+    """
     parts: dict[str, dict[str, str]] = {}
-    direct: dict[str, str] = {}
+    non_lora: dict[str, str] = {}
     for plain, key in names.items():
         match = PART.fullmatch(plain)
         if match is None:
@@ -120,10 +126,10 @@ def sort_tensors(
             require(reason is None, f"{file.path}: {key}: {reason}")
             name = plain.removeprefix(PREFIX).replace(f"{WRAPPED}.", ".")
             require(
-                name not in direct,
-                f"{file.path}: {key} and {direct.get(name)} are the same parameter; save the adapter again",
+                name not in non_lora,
+                f"{file.path}: {key} and {non_lora.get(name)} are the same parameter; save the adapter again",
             )
-            direct[name] = key
+            non_lora[name] = key
         else:
             parts.setdefault(match["module"], {})[match["part"]] = key
         entry = file.entries[key]
@@ -132,22 +138,22 @@ def sort_tensors(
             f"{file.path}: {key} has dtype {entry.dtype} (shape {list(entry.shape)}); save the adapter in one of"
             f" {', '.join(DTYPES)}",
         )
-    return parts, direct
+    return parts, non_lora
 
 
 def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
-    """Why a tensor that is no LoRA factor cannot be averaged directly; None if it can be."""
+    """Reason why a tensor that is no LoRA factor cannot be averaged directly; None if it can be."""
     name = key.removeprefix(PREFIX)
     if "lora_magnitude" in key:
         return WHY["use_dora"]
     if name == key or "lora_" in key:
-        return f"unknown tensor; LoRA tensors are named {PREFIX}<module>.lora_A.weight and .lora_B.weight"
+        return f"unknown tensor; save the adapter with PEFT, which names LoRA tensors {PREFIX}<module>.lora_A.weight"
     if key.endswith(TOKENS):
         if config["trainable_token_indices"]:
             return None
         return (
-            f"these are rows of trained tokens, but {CONFIG} has no trainable_token_indices; add them there, or save"
-            " the adapter again"
+            f"these are rows of trained tokens, but {CONFIG} has no trainable_token_indices; add the indices"
+            " there, or save the adapter again"
         )
     saved = is_saved(name, config)
     if name.endswith(".bias") and config["bias"] == "none" and not saved:
@@ -161,26 +167,26 @@ def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
 def read_all_factors(
     file: SafetensorsFile, parts: dict[str, dict[str, str]], config: dict[str, Any]
 ) -> list[tuple[str, Factors]]:
-    """The factors by module or parameter. Raises SalsaError for a module that PEFT would not put LoRA on."""
+    """Name and factors of all modules and parameters with LoRA. Raises SalsaError for an untargeted one."""
     targeted = target_rule(file.path.parent, config)
     levels = Counter(strip_wrappers(path)[0] for path in parts)
     found = []
     for path, given in parts.items():
-        holder, depth = strip_wrappers(path)
-        owner = holder.partition(f"{WRAPPED}.")[0]
-        module = holder.replace(f"{WRAPPED}.", ".")
-        if config["target_parameters"] and parameters_of(module, config) and (depth or not targeted(owner)):
-            leaf = parameter_at(module, depth, levels[holder], config)
+        unwrapped, depth = strip_wrappers(path)
+        target = unwrapped.partition(f"{WRAPPED}.")[0]
+        module = unwrapped.replace(f"{WRAPPED}.", ".")
+        if config["target_parameters"] and parameters_of(module, config) and (depth or not targeted(target)):
+            leaf = parameter_at(module, depth, levels[unwrapped], config)
             name = f"{module}.{leaf}" if leaf else path
-            found.append((name, read_factors(file, name, given, config, (module, leaf or "", owner))))
+            found.append((name, read_factors(file, name, given, config, (module, leaf or "", target))))
             continue
         tied = config["ensure_weight_tying"] and module.rpartition(".")[2] in EMBEDDINGS
         require(
-            not depth and (targeted(owner) or tied),
+            not depth and (targeted(target) or tied),
             f"{file.path}: {path} is not among the target_modules or target_parameters of {CONFIG}, so PEFT would"
             " ignore its tensors; add it there, or save the adapter again",
         )
-        found.append((module, read_factors(file, module, given, config, (module, None, owner))))
+        found.append((module, read_factors(file, module, given, config, (module, None, target))))
     return found
 
 
@@ -191,7 +197,7 @@ def read_factors(
     config: dict[str, Any],
     place: tuple[str, str | None, str],
 ) -> Factors:
-    """One module's factors, checked against the configuration. place: holder, parameter, owner of Shape."""
+    """One module's factors, checked against the configuration. place: module, parameter, target of Shape."""
     parts = {part.removesuffix(".weight"): key for part, key in found.items()}
     kind = "embedding_" if any(part.startswith("embedding") for part in parts) else ""
     halves = [f"{kind}A", f"{kind}B"]
@@ -210,31 +216,31 @@ def read_factors(
     shape = read_shape(file.path, module, (A, B), config, place, bool(kind))
     require(
         bias is None or file.entries[bias].shape == B[:1],
-        f"{file.path}: {bias} does not have the length of {parts[halves[1]]}; save the adapter again",
+        f"{file.path}: {bias}: its length is not the number of rows of {parts[halves[1]]}; save the adapter again",
     )
-    scaling = rank_and_scaling(file.path.parent, config, shape.owner if shape.parameter is None else module)[1]
+    scaling = rank_and_scaling(file.path.parent, config, shape.target if shape.parameter is None else module)[1]
     return Factors(parts[halves[0]], parts[halves[1]], bias, scaling, shape)
 
 
-def check_direct(member: Member) -> None:
-    """Check that the file has the modules_to_save and the trained tokens of the configuration."""
+def check_non_lora(member: Member) -> None:
+    """Raise SalsaError if the file lacks modules_to_save or trained tokens that its configuration names."""
     path, config = member.file.path, member.config
     saved = config["modules_to_save"]
     require(
-        not saved or any(is_saved(name, config) for name in member.direct),
-        f"{path} has no tensor of modules_to_save {saved!r}, so PEFT would not load it; remove them from {CONFIG}, or"
-        " save the adapter again",
+        not saved or any(is_saved(name, config) for name in member.non_lora),
+        f"{path} has no tensor of modules_to_save {saved!r}, so PEFT would not load the file; remove modules_to_save"
+        f" from {CONFIG}, or save the adapter again",
     )
-    tokens = [name for name in member.direct if name.endswith(TOKENS)]
+    tokens = [name for name in member.non_lora if name.endswith(TOKENS)]
     require(
         bool(tokens) or not config["trainable_token_indices"],
-        f"{path} has no {TOKENS[1:]}, but {CONFIG} has trainable_token_indices; remove them there, or save the adapter"
-        " again",
+        f"{path} has no {TOKENS[1:]}, but {CONFIG} has trainable_token_indices; remove the indices there, or save the"
+        " adapter again",
     )
     for name in tokens:
-        rows, expected = member.file.entries[member.direct[name]].shape[0], len(member.token_indices(name))
+        rows, expected = member.file.entries[member.non_lora[name]].shape[0], len(member.token_indices(name))
         require(
             rows == expected,
-            f"{path}: {member.direct[name]} has {rows} rows, but trainable_token_indices name {expected} tokens; save"
+            f"{path}: {member.non_lora[name]} has {rows} rows, but trainable_token_indices name {expected} tokens; save"
             " the adapter again",
         )

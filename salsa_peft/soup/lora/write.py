@@ -34,7 +34,7 @@ from salsa_peft.utils.safetensors_io import BITS, NAMES, make_header, safetensor
 logger = logging.getLogger(__name__)
 
 
-class Section(NamedTuple):
+class TensorGroup(NamedTuple):
     """Consecutive tensors of the file: names, dtypes and shapes, and the function that computes them."""
 
     layout: list[tuple[str, str, tuple[int, ...]]]
@@ -50,7 +50,7 @@ def save(
     Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder
     that another process is writing. An earlier soup in the folder stays until the new weights are complete.
     """
-    code, ranks = dtype_code(dtype, stacks.dtype), output_ranks(stacks.shapes, rank)
+    stored_dtype, ranks = safetensors_dtype(dtype, stacks.dtype), output_ranks(stacks.shapes, rank)
     stacks.check_saveable()
     sources = [member.folder for member in members]
     check_free(folder, sources, adapter=True)
@@ -58,17 +58,17 @@ def save(
     with locked_output(folder):
         check_free(folder, sources, adapter=True)  # another process may have written before this one got the lock
         for name in (CONFIG, SUMMARY, FINGERPRINT, WEIGHTS, *TOKENIZER):
-            for path in folder.glob(f".{name}.*.tmp"):  # of a write that was killed
+            for path in folder.glob(f".{name}.*.tmp"):  # left by a write that was killed
                 path.unlink(missing_ok=True)
         start = time.perf_counter()
         totals = Totals(np.zeros((len(members), len(members))))
         with arrays.one_thread():
-            write_weights(folder, sections(members, stacks, weights, code, ranks, totals, progress))
+            write_weights(folder, tensor_groups(members, stacks, weights, stored_dtype, ranks, totals, progress))
         summary = summarise(members, weights, totals.gram, [member.ranks for member in members])
         summary |= {"modules": len(ranks), "ranks": sorted(set(ranks.values()))}
         summary |= {"averaged": non_lora.parameter_names(members)}
         rounding = relative_norm(totals.rounding, sum(totals.norms.values()) - sum(totals.lost.values()))
-        summary |= {"strategy": strategy, "dtype": NAMES[code], "rounding": rounding, "rank": rank}
+        summary |= {"strategy": strategy, "dtype": NAMES[stored_dtype], "rounding": rounding, "rank": rank}
         summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary()}
         summary |= {"error": recompression_errors(totals) if rank else None, **more}
         summary |= {"bytes": (folder / WEIGHTS).stat().st_size, "seconds": round(time.perf_counter() - start, 3)}
@@ -84,20 +84,20 @@ def save(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file. After a crash it has the old content or the new, never a part."""
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def dtype_code(dtype: str | None, default: str) -> str:
-    """Safetensors' name of a dtype that is given by torch's name; None is the default."""
-    codes = {NAMES[code]: code for code in arrays.DTYPES}
+def safetensors_dtype(dtype: str | None, default: str) -> str:
+    """Safetensors' name (`BF16`) of a dtype with torch's name (`bfloat16`); `default` if dtype is None."""
+    codes = {NAMES[stored_dtype]: stored_dtype for stored_dtype in arrays.DTYPES}
     name = NAMES[default] if dtype is None else dtype.removeprefix("torch.")
     require(name in codes, f"dtype: {dtype!r} is not supported; use one of {', '.join(codes)}")
     return codes[name]
 
 
 def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
-    """Module → rank in the file: the stacked rank, or the requested rank if that is smaller."""
+    """Module → rank in the file: the stacked rank, or a reduced rank where that exceeds `rank`."""
     require(
         rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1),
         f"rank: {rank!r} is not a whole number of at least 1; leave it out for an exact soup",
@@ -115,19 +115,19 @@ def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
     }
 
 
-def write_weights(folder: Path, parts: list[Section]) -> None:
+def write_weights(folder: Path, parts: list[TensorGroup]) -> None:
     """Write the weights. When they are complete, remove the files of an earlier soup.
 
-    From then on the folder cannot be opened until the new configuration is written. The earlier summary is removed
-    last, because a tokenizer in a folder without a summary does not belong to a soup and stays.
+    Without adapter_config.json the folder cannot be opened; `save` writes the new one last. soup.json is removed last
+    here, because tokenizer files in a folder without it count as the user's own and stay.
     """
     header = make_header(entry for part in parts for entry in part.layout)
     with safetensors_writer(folder / WEIGHTS, header) as write:
         for part in parts:
-            for (name, code, _), values in zip(part.layout, part.make(), strict=True):
+            for (name, stored_dtype, _), values in zip(part.layout, part.make(), strict=True):
                 require(
-                    arrays.all_finite(arrays.widen(values, code)),
-                    f"{folder / WEIGHTS}: {name} has values too large for {NAMES[code]}; use dtype float32",
+                    arrays.all_finite(arrays.widen(values, stored_dtype)),
+                    f"{folder / WEIGHTS}: {name} has values too large for {NAMES[stored_dtype]}; use dtype float32",
                 )
                 write(arrays.as_bytes(values))
         (folder / CONFIG).unlink(missing_ok=True)
@@ -137,36 +137,38 @@ def write_weights(folder: Path, parts: list[Section]) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def sections(
-    members: Sequence[Member], stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int],
+def tensor_groups(
+    members: Sequence[Member], stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: dict[str, int],
     totals: Totals, progress: Callable[[int, int], None] | None,
-) -> list[Section]:  # fmt: skip
-    """The parts of the file. Wide dtypes come first, so that every tensor is aligned to its element size."""
-    layout = [(name, code, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])]
-    found = [Section(layout, partial(factors, stacks, weights, code, ranks, totals, progress))]
+) -> list[TensorGroup]:  # fmt: skip
+    """The tensors of the file in groups, wide dtypes first, so that all are aligned to their element size."""
+    layout = [
+        (name, stored_dtype, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])
+    ]
+    found = [TensorGroup(layout, partial(factors, stacks, weights, stored_dtype, ranks, totals, progress))]
     for name in non_lora.parameter_names(members):
-        entries = [member.file.entries[member.direct[name]] for member in non_lora.holders(members, name)]
+        entries = [member.file.entries[member.non_lora[name]] for member in non_lora.members_with(members, name)]
         kept = arrays.promote(entry.dtype for entry in entries)
         layout = [(PREFIX + non_lora.wrapped(name, stacks.wrappers), kept, entries[0].shape)]
-        found.append(Section(layout, partial(averaged, members, name, weights, kept)))
+        found.append(TensorGroup(layout, partial(averaged, members, name, weights, kept)))
     return sorted(found, key=lambda part: -BITS[part.layout[0][1]])
 
 
-def averaged(members: Sequence[Member], name: str, weights: Sequence[float], code: str) -> Iterator[Array]:
-    """A parameter that is averaged directly, computed when it is written."""
-    yield arrays.narrow(non_lora.mean(members, name, weights), code)
+def averaged(members: Sequence[Member], name: str, weights: Sequence[float], stored_dtype: str) -> Iterator[Array]:
+    """Yield the mean of a parameter that is averaged directly, computed when it is written."""
+    yield arrays.narrow(non_lora.mean(members, name, weights), stored_dtype)
 
 
 def factor_layout(stacks: Stacks, module: str, rank: int) -> list[tuple[str, tuple[int, ...]]]:
-    """PEFT's names and shapes of a module's tensors."""
+    """Names and shapes of a module's tensors as PEFT saves them."""
     shape = stacks.shapes[module]
     found = list(zip(stacks.tensor_names(module), shape.saved(rank), strict=True))
     return [*found, (found[1][0].removesuffix("weight") + "bias", (shape.out,))] if stacks.with_bias else found
 
 
-def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int], totals: Totals,
+def factors(stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: dict[str, int], totals: Totals,
             progress: Callable[[int, int], None] | None) -> Iterator[Array]:  # fmt: skip
-    """A, B and, with lora_bias, the bias of each module in turn, as they are written."""
+    """Yield each module's A, B and, with lora_bias, bias when they are written; add norms to `totals`."""
     for done, (module, shape) in enumerate(stacks.shapes.items(), 1):
         stack = stacks[module]
         blocks = [moments(A, B) for A, B in stack.each_block()]
@@ -180,20 +182,20 @@ def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str
             totals.lost[module], totals.norms[module] = sum(c.lost for c in cut), sum(c.norm for c in cut)
         else:
             A, B = stack.A, stack.weighted_B(weights)
-        narrowed = rounded(A, B, code, totals)
+        narrowed = rounded(A, B, stored_dtype, totals)
         yield narrowed[0].reshape(-1, narrowed[0].shape[-1])
         yield shape.whole_B(narrowed[1])
         if (bias := stack.weighted_bias(weights)) is not None:
-            yield arrays.narrow(bias, code)
+            yield arrays.narrow(bias, stored_dtype)
         if progress is not None:
             progress(done, len(stacks))
 
 
-def rounded(A: Array, B: Array, code: str, totals: Totals) -> list[Array]:
-    """A and B in the file's dtype. Adds the change B̂Â − BA = (B̂ − B)Â + B(Â − A) to `totals`."""
-    narrowed = [arrays.narrow(values, code) for values in (A, B)]
-    if code not in ("F32", "F64"):
-        A_hat, B_hat = (arrays.widen(values, code) for values in narrowed)
+def rounded(A: Array, B: Array, stored_dtype: str, totals: Totals) -> list[Array]:
+    """Round A and B to the file's dtype. Adds ‖B̂Â − BA‖² = ‖(B̂ − B)Â + B(Â − A)‖² to `totals`."""
+    narrowed = [arrays.narrow(values, stored_dtype) for values in (A, B)]
+    if stored_dtype not in ("F32", "F64"):
+        A_hat, B_hat = (arrays.widen(values, stored_dtype) for values in narrowed)
         change_A, change_B = A_hat - A, B_hat - B
         if change_A.any():
             A_hat, change_B = np.concatenate([A_hat, change_A], axis=-2), np.concatenate([change_B, B], axis=-1)

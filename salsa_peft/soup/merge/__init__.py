@@ -1,1 +1,1 @@
-"""Soups of adapters that are merged into their base."""
+"""Soups of adapters that are merged into their base, as full checkpoints."""

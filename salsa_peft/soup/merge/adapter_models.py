@@ -1,7 +1,7 @@
 """Lets PEFT merge an adapter a few modules at a time, in a model whose base weights take no memory.
 
-The base's values are put into the modules to merge, PEFT merges them, and the merged values are taken out again. So names, tied weights,
-DoRA, fused attention projections, experts and whatever else PEFT merges are exactly PEFT's.
+The base's values are put into the modules to merge, PEFT merges the modules, and the merged values are taken out again.
+So names, tied weights, DoRA, fused attention projections and experts are merged exactly as PEFT merges them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 ReadParameter = Callable[[str], torch.Tensor]
 """A function from a parameter's name in the model to its value in the base."""
-ANOTHER = "the adapter was trained on another base; name its own base with --base"
+ANOTHER = "the adapter was trained on a different base; name that base with --base"
 ADAPTER = "default"
 INSIDE = "base_model.model."
-"""The prefix that PEFT adds to the base's names."""
+"""The prefix that PEFT adds to the names of the base's modules."""
 
 
 def blank_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model whose parameters take no memory: float32 zeros, each one number expanded to its shape."""
+    """A model without memory for parameters: each is one float32 zero, expanded to the parameter's shape."""
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
@@ -51,24 +51,24 @@ class WrappedModule(NamedTuple):
 
     module: torch.nn.Module
     parameters: list[str]
-    """The base's parameters in it, by their first names in the model."""
+    """First names of the base's parameters in the module, as in AdapterModel.first."""
     rank: int
-    """The rank of its LoRA; 0: it has none."""
+    """The rank of the module's LoRA; 0 if it has no LoRA."""
     saved: bool
-    """Whether it is one of modules_to_save, so that its values replace the base's."""
+    """Whether the module is in modules_to_save, so that the adapter's values replace the base's."""
 
 
 class AdapterModel:
-    """One adapter in a blank model. Raises SalsaError if PEFT cannot load all of it."""
+    """An adapter that PEFT loaded into a blank model. Raises SalsaError if PEFT cannot load all tensors."""
 
     def __init__(
         self, path: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
     ) -> None:
         self.path = path
         self.first: dict[str, str] = {}
-        """A parameter's name → the first of its names (a tied parameter has several)."""
+        """Name of a parameter → the parameter's first name in the model (a tied parameter has several names)."""
         self.replaced: dict[str, torch.Tensor] = {}
-        """First name → the adapter's own value, which replaces the base's."""
+        """First name of a parameter → the adapter's value, which replaces the base's."""
         firsts: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.first[name] = firsts.setdefault(_address(parameter), name)
@@ -84,7 +84,7 @@ class AdapterModel:
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tied weights, of which the merge warns itself, and the base's name
+            warnings.simplefilter("ignore")  # about the base's name, and tied weights (Plan warns about these)
             try:
                 loaded = get_peft_model(model, config, ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
                 places = {
@@ -96,13 +96,14 @@ class AdapterModel:
         odd = next((key for key in sorted(result.unexpected_keys) if not _is_copy(key, tensors)), None)
         require(
             odd is None,
-            f"{self.path}: {odd} has no place in {type(model).__name__}, the model of the base: {ANOTHER}",
+            f"{self.path}: {odd} is not in {type(model).__name__}, the model of the base: {ANOTHER}",
         )
         now = dict(loaded.named_parameters(remove_duplicate=False))
         empty = next((name for name, parameter in now.items() if parameter.is_meta), None)
         require(
             empty is None,
-            f"{self.path}: there are no values for {empty}, which adapter_config.json asks for: the file is incomplete, or {ANOTHER}",
+            f"{self.path}: there are no values for {empty}, which adapter_config.json requires: the file is incomplete,"
+            f" or {ANOTHER}",
         )
         inner: torch.nn.Module = loaded.get_base_model()
         self._take_replaced(inner, places, now)
@@ -117,7 +118,7 @@ class AdapterModel:
         return found
 
     def _take_replaced(self, inner: torch.nn.Module, places: Iterable[str], now: Mapping[str, torch.Tensor]) -> None:
-        """Move values that replace parameters of the base into `replaced`, and put blank parameters back."""
+        """Move the values that replace parameters of the base to `replaced`; restore the blank parameters."""
         for place in places:
             parameter = now[place]
             if _address(parameter) in self._firsts:
@@ -128,7 +129,7 @@ class AdapterModel:
             inner.get_submodule(holder)._parameters[leaf] = self._blanks[first]
 
     def touched(self) -> dict[str, list[str]]:
-        """Parameters that the adapter may change → those that must be merged with them, all by first name."""
+        """Each parameter that the adapter may change → parameters to merge with it, all by first name."""
         found = {first: [first] for first in self.replaced}
         for wrapped in self.wrapped.values():
             for first in wrapped.parameters:
@@ -136,22 +137,22 @@ class AdapterModel:
         return found
 
     def replaces(self, name: str) -> bool:
-        """Whether the adapter replaces a parameter's value."""
+        """Whether the adapter replaces the base's value of a parameter, instead of changing it."""
         first = self.first[name]
         return first in self.replaced or any(one.saved and first in one.parameters for one in self.wrapped.values())
 
     def tied_deltas(self, names: Sequence[str]) -> bool:
-        """Whether LoRA is on one of several modules that share a parameter, so that its merge changes all."""
+        """Whether LoRA is on a module that shares a parameter, so that its merge changes other modules too."""
         shared = {self.first[name] for name in names if name != self.first[name]}
         return any(w.rank > 0 and shared & set(w.parameters) for w in self.wrapped.values())
 
     def touches(self, names: Sequence[str]) -> bool:
-        """Whether the adapter may change one of these parameters."""
+        """Whether the adapter may change any of these parameters."""
         firsts = {self.first[name] for name in names}
         return bool(firsts & self.replaced.keys()) or bool(self._inside(firsts))
 
     def low_rank(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """left (rows, r) and right (r, columns), if the merge only adds their product to one parameter."""
+        """Factors (rows, r) and (r, columns) whose product is all that the merge adds; None if it does more."""
         firsts = {self.first[name] for name in names}
         inside = list(self._inside(firsts).values())
         if len(names) != 1 or len(inside) != 1 or firsts & self.replaced.keys() or not _is_plain(inside[0].module):
@@ -170,8 +171,8 @@ class AdapterModel:
     def merged_values(self, names: Sequence[str], read: ReadParameter, untie: bool = False) -> dict[str, torch.Tensor]:
         """The merged values of parameters, in float32.
 
-        Parameters that must be merged together must be given together. Tied parameters are one tensor, as when PEFT merges, or with `untie` one each. Rows that the base does not have (added tokens)
-        start from zeros.
+        names: all parameters that must be merged together. Tied parameters are merged as one tensor, as in PEFT, or as
+        separate tensors with `untie`. read: gives a parameter's value in the base, with zeros for added tokens.
         """
         inside = self._inside({self.first[name] for name in names})
         filled: dict[str, torch.nn.Parameter] = {}
@@ -195,7 +196,7 @@ class AdapterModel:
         return values
 
     def _unloaded(self, name: str, module: Any) -> torch.nn.Module:
-        """The module without its wrapper, after PEFT merged it."""
+        """The module without PEFT's wrapper, after PEFT merged the adapter into it."""
         from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -214,22 +215,22 @@ class AdapterModel:
 
 
 def _address(parameter: torch.Tensor) -> int:
-    """The address of a parameter's memory: PEFT may make another object of it. 0 for a meta tensor."""
+    """The address of a parameter's memory, which stays if PEFT makes a new object. 0 for a meta tensor."""
     return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 
 def _error_line(error: Exception, model: str) -> str:
-    """The error of PEFT or torch about an adapter that does not fit a model, in one line."""
+    """An error of PEFT or torch about an adapter that does not fit a model, as one line."""
     line = " ".join(str(error).split())
     if found := re.search(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", line):
         return f"{found[1]} has shape [{found[2]}], but [{found[3]}] in {model}, the model of the base: {ANOTHER}"
     if line.startswith("Target modules"):
         return f"its target_modules match nothing in {model}, the model of the base: {ANOTHER}"
-    return f"PEFT cannot load it into {model}, the model of the base: {line:.300}"
+    return f"PEFT cannot load the adapter into {model}, the model of the base: {line:.300}"
 
 
 def _is_copy(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether PEFT saved a tensor twice but reads it once: modules_to_save, or trained tokens when tied."""
+    """Whether a tensor is a second copy that PEFT saves but does not read (modules_to_save, tied tokens)."""
     if not any(part in key for part in (SAVED, ORIGINAL, TOKENS)):
         return False
     leaf = key.rpartition(".")[2]
@@ -238,13 +239,13 @@ def _is_copy(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without the names of PEFT's wrappers."""
+    """A parameter's name without the parts that PEFT's wrappers add."""
     parts = name.split(".")
     return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether merging a LoRA layer adds scaling · B · A to its weight, a matrix, and does nothing else."""
+    """Whether merging a LoRA layer only adds scaling · B · A to the layer's weight, a matrix."""
     from peft.tuners.lora import Embedding, Linear
 
     return (

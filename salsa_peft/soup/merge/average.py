@@ -1,11 +1,12 @@
-"""A soup of adapters merged into their base, as a full checkpoint, streamed over the base's shards.
+"""Merges a soup of adapters into their base, as a full checkpoint, one tensor after another.
 
-    W' = W + Σ_i w_i · (PEFT's merge of member i − W)        summed in float32 or float64, rounded once to the base's dtype
+    W' = W + Σ_i w_i · (PEFT's merge of member i − W)     summed in float32 or float64, rounded once to the base's dtype
 
-PEFT merges each member (adapter_models.py), a few modules at a time, so the mean is exact for whatever PEFT merges: LoRA, DoRA,
-modules_to_save, trained tokens, experts. Layout, names, dtypes and files are the base's; the tokenizer is the first member's that has one.
-The layout changes only for rows of tokens that were added in training, and for output embeddings that are untied.
-Bases in 4 bits are in quantised_bases.py. Left out: heads that the base has no tensor for.
+PEFT merges each member (adapter_models.py), a few modules at a time, so the mean is exact for all that PEFT merges:
+LoRA, DoRA, modules_to_save, trained tokens, experts. Layout, names, dtypes and files are the base's; the tokenizer is
+that of a member with all tokens (soup/lora/members.py), else the base's. The layout changes only if training added
+tokens, or if output embeddings are untied. For bases in 4 bits see quantised_bases.py. Heads for which the base has no
+tensor are not supported.
 """
 
 from __future__ import annotations
@@ -60,13 +61,14 @@ def merge(
     progress: Progress | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write base + Σ w_i δ_i into the folder `out`; return the summary, which is also in out/soup.json.
+    """Write base + Σ w_i δ_i into the folder `out`. Returns the summary, which is also in out/soup.json.
 
-    Members are PEFT adapter folders; weights may have any sum. `quantized_base` is nf4 or nf4-double (quantised_bases.py). With `same_base`
-    the caller asserts that the members were trained on `base`, whatever their fingerprints say. If embeddings are tied in the base and have
-    LoRA, PEFT merges the deltas of input and output into the one tensor; with `untie` each gets its own, so that the result computes what
-    the adapters do. `more` is added to the summary, and `progress` is called with (bytes written, bytes in all). Raises SalsaError naming
-    file and tensor; then nothing is written.
+    members: folders of PEFT adapters. weights: may have any sum. quantized_base: nf4 or nf4-double, as in
+    quantised_bases.py. same_base: assert that the members were trained on `base`, even if their fingerprints differ. If
+    tied embeddings have LoRA, PEFT adds the deltas of input and output embeddings to the one tensor; with `untie`, the
+    two become separate tensors, so that the result computes what the adapters compute. more: further entries of the
+    summary. progress: called with (bytes written, bytes in all). Raises SalsaError naming file and tensor; then nothing
+    is written.
     """
     begun = time.perf_counter()
     folders = [Path(member) for member in members]
@@ -103,7 +105,7 @@ def merge(
 def _summary(
     members: Sequence[Member], loaded: LoadedMembers, weights: list[float], figures: Figures
 ) -> dict[str, Any]:
-    """Ranks, and norms, distances and cosines of what each member adds to the base."""
+    """Ranks, and norms, distances and cosines of the members' changes of the base."""
     ranks = [{name: one.rank for name, one in adapter.wrapped.items() if one.rank} for adapter in loaded.adapters]
     stacked = sum(map(Counter, ranks), Counter[str]())
     found = summarise(members, weights, figures.gram.numpy(), ranks)
@@ -111,58 +113,59 @@ def _summary(
 
 
 def _check_fingerprints(checkpoint: Checkpoint, members: Sequence[Member], same_base: bool) -> None:
-    """Raise SalsaError if a member says that it was trained on another base."""
+    """Raise SalsaError if a member's fingerprint says that it was trained on a different base."""
     if same_base:
         return
     known = [member for member in members if member.fingerprint is not None]
     for member in members:
         if member.fingerprint is None:
             logger.warning(
-                "warning: %s has no %s, so it was not checked that it was trained on %s; it names the base %s", member.folder, FINGERPRINT,
-                checkpoint.folder, member.config["base_model_name_or_path"] or "(no name)",
+                "warning: %s has no %s, so it was not checked that it was trained on %s; its config names the base %s",
+                member.folder, FINGERPRINT, checkpoint.folder, member.config["base_model_name_or_path"] or "(no name)",
             )  # fmt: skip
     found = base_fingerprints(checkpoint.folder) if known else []
     for member in known:
         require(
             member.fingerprint in found,
-            f"{member.folder} was trained on another base than {checkpoint.folder}: its {FINGERPRINT} says"
-            f" {str(member.fingerprint)[:12]}…, that base has {found[0][:12]}…; name its own base with --base, or assert with --same-base"
-            " (same_base=True) that they are the same",
+            f"{member.folder} was trained on another base than {checkpoint.folder}: its {FINGERPRINT} has"
+            f" {str(member.fingerprint)[:12]}…, but this base has {found[0][:12]}…; name the adapter's own base with"
+            " --base, or assert with --same-base (same_base=True) that the two bases are the same",
         )
 
 
 def _check_tokenizer(checkpoint: Checkpoint, plan: Plan, member: Path) -> None:
-    """Raise SalsaError if the member's tokenizer has new tokens for which the merge has no rows."""
+    """Raise SalsaError if the member's tokenizer has new tokens for which the embeddings have no rows."""
     path, own = member / "tokenizer.json", checkpoint.folder / "tokenizer.json"
     shapes = {name: shape for entries in plan.layout.values() for name, _, shape in entries}
     name = next((name for name in shapes if name.endswith(EMBEDDINGS)), None)
     if name is None or not path.is_file():
         return
-    known = vocabulary(own) if own.is_file() else {}  # the base may have more tokens than rows, as Gemma 3 does
+    known = vocabulary(own) if own.is_file() else {}  # the base may have more tokens than rows, as in Gemma 3
     rows, tokens = shapes[name][0], {token: n for token, n in vocabulary(path).items() if known.get(token) != n}
     last = max(tokens, key=lambda token: tokens[token], default="")
     require(
         tokens.get(last, 0) < rows,
-        f"{path}: token {last!r:.40} has the id {tokens.get(last)}, but {name} in {checkpoint.folder} has only {rows} rows, and the adapter"
-        " adds none; resize the base's embeddings as in training and save it, or remove the tokenizer from the member",
+        f"{path}: token {last!r:.40} has the id {tokens.get(last)}, but {name} in {checkpoint.folder} has only {rows}"
+        " rows, and the adapter adds none; resize the base's embeddings as in training and save the base, or remove the"
+        " tokenizer from the member",
     )
 
 
 def _write_tokenizer(output: Output, checkpoint: Checkpoint, tokenizer: TokenizerSource | None) -> None:
-    """Write the member's tokenizer and chat template, else the base's; generation settings are the base's."""
+    """Write tokenizer, chat template and generation settings: the member's, else the base's."""
     found = companion_files(checkpoint.folder)
     given = {} if tokenizer is None else companion_files(tokenizer.folder)
     complete = has_vocabulary(given)
     if complete:
         found = {name: path for name, path in found.items() if name.endswith("generation_config.json")}
-    else:  # settings are of no use without the vocabulary
+    else:  # tokenizer settings are useless without the vocabulary
         given = {name: path for name, path in given.items() if name not in TOKENIZER_SETTINGS}
     for name, path in sorted((found | given).items()):
         output.write(name, path.read_bytes())
     if tokenizer is not None:
         template = tokenizer.written
         if template is None and not complete:
-            template = template_of(tokenizer.folder)  # one inside the settings, which are not copied
+            template = template_of(tokenizer.folder)  # the template inside the settings, which are not copied
         if template is not None:
             output.write(TEMPLATE, template)
 

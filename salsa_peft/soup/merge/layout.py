@@ -1,4 +1,4 @@
-"""The files of a merge: the base's headers, index and configuration if they still fit, else new ones."""
+"""Headers, index and configuration of a merged checkpoint: the base's if they fit, else new ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from salsa_peft.utils.safetensors_io import BITS, make_header
 
 
 class Layout:
-    """What is written besides the tensors of a plan."""
+    """Headers, index, configuration and sizes of the files that a plan writes."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -36,7 +36,7 @@ class Layout:
         return json.dumps(new, indent=2) + "\n"
 
     def config(self) -> bytes | str:
-        """The content of config.json, with the number of rows of the embeddings and whether they are tied."""
+        """The base's config.json; vocab_size and tie_word_embeddings are changed if the merge changes them."""
         rows, untied = self.plan.loaded.rows, self.plan.untied
         given = self.plan.source.config()
         if rows is None and untied is None:

@@ -1,8 +1,8 @@
 """Reads the members of a merged soup, and lets PEFT load each into a model of the base's architecture.
 
-The model's class is the one that the base's configuration names, else another class of that configuration that takes every member's
-tensors: an adapter may have been trained on the language model of a multimodal base. Embeddings that were resized in training are resized
-here too.
+The class of the model is the one that the base's configuration names, or else the first other class for that
+configuration into which all members load: adapters may have been trained on the language model of a multimodal base. If
+the embeddings were resized in training, those of the model are resized too.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 class LoadedMembers(NamedTuple):
-    """The members in models of one class."""
+    """The members, each loaded into its own model. All models have the same class."""
 
     adapters: list[AdapterModel]
     names: ModelNames
-    """The names of the base as it is saved."""
+    """Parameter names and shapes of the base."""
     result: ModelNames
-    """The names of the merged model, whose embeddings may have another number of rows."""
+    """Parameter names and shapes of the merged model, whose embeddings may have more or fewer rows."""
     rows: int | None
-    """The rows of the embeddings, if training gave them another number than the base has."""
+    """Number of rows of the embeddings after training; None if it is that of the base."""
 
 
 def read_members(folders: Sequence[Path], names: Sequence[str] | None) -> list[Member]:
-    """Read configurations, fingerprints and headers. The tensors are checked when PEFT loads them."""
+    """Read configurations, fingerprints and headers of the members. PEFT checks the tensors on loading."""
     return [_read(folder, name) for folder, name in zip(folders, default_names(folders, names), strict=True)]
 
 
@@ -54,16 +54,16 @@ def _read(folder: Path, name: str) -> Member:
     task = config["task_type"]
     require(
         task not in HEADS,
-        f"{folder} is an adapter of a classifier (task_type {task}), whose head a language model does not have; average the adapters"
-        " without --merge, and open the result with PEFT",
+        f"{folder} is an adapter of a classifier (task_type {task}), whose head a language model does not have; average"
+        " the adapters without --merge, and open the result with PEFT",
     )
     return Member(name, folder, config, read_fingerprint(folder), open_weights(folder), {}, {})
 
 
 def load_members(members: Sequence[Member], checkpoint: Checkpoint) -> LoadedMembers:
-    """Load every member into a blank model of its own.
+    """Load every member into its own blank model.
 
-    Raises SalsaError naming file and tensor if no model of the base takes it."""
+    Raises SalsaError naming file and tensor if no model class of the base fits all members."""
     where = str(checkpoint.folder / "config.json")
     config = read_model_config(checkpoint.config, where)
     given = [(member, _tensors(member), _lora_config(member)) for member in members]
@@ -86,8 +86,9 @@ def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], archi
     other = next((i for i, count in enumerate(rows) if (count or before) != (rows[0] or before)), None)
     require(
         other is None,
-        f"{given[other or 0][0].folder} was trained with {rows[other or 0] or before} rows of embeddings, {given[0][0].folder} with"
-        f" {rows[0] or before}; members of a soup must have the same added tokens: resize and train them alike",
+        f"{given[other or 0][0].folder} was trained with {rows[other or 0] or before} rows of embeddings, but"
+        f" {given[0][0].folder} with {rows[0] or before}; members of a soup must have the same added tokens: resize the"
+        " embeddings to the same number of rows and train again",
     )
     wanted = copy.deepcopy(config)
     wanted.get_text_config().vocab_size = rows[0] or before
@@ -103,7 +104,7 @@ def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], archi
 def _classes(
     config: PreTrainedConfig, members: Sequence[Member]
 ) -> list[tuple[type[PreTrainedModel], PreTrainedConfig]]:
-    """The model classes that the members may have been trained on, likeliest first, with their configs."""
+    """Model classes on which the members may have been trained, likeliest first, with configurations."""
     from transformers.models.auto import modeling_auto as auto
 
     found: list[tuple[type[PreTrainedModel], PreTrainedConfig]] = [(model_class(config), config)]
@@ -118,7 +119,7 @@ def _classes(
 
 
 def _tensors(member: Member) -> dict[str, torch.Tensor]:
-    """The member's tensors in float32, by names without prefixes of wrappers. All must be finite."""
+    """Read the member's tensors, in float32, by names without prefixes of wrappers. All must be finite."""
     found = {}
     names = plain_names(member.file.entries, member.config, member.file.path)
     known, own = set(names.values()), own_module(member.config)
@@ -128,7 +129,8 @@ def _tensors(member: Member) -> dict[str, torch.Tensor]:
         values = member.file.read(key)
         require(
             bool(values.isfinite().all()),
-            f"{member.file.path}: {key} has values that are not finite, so the training diverged; use an earlier checkpoint of it",
+            f"{member.file.path}: {key} has values that are not finite, so the training diverged; use an"
+            " earlier checkpoint",
         )
         found[name] = values.float()
     return found
@@ -143,13 +145,13 @@ def _lora_config(member: Member) -> LoraConfig:
             warnings.simplefilter("ignore")  # about options of a newer PEFT, which read_config has checked
             config: LoraConfig = LoraConfig.from_pretrained(str(member.folder))
     except (TypeError, ValueError) as error:
-        raise SalsaError(f"{path} is not a LoRA configuration ({error}): save the adapter again") from error
+        raise SalsaError(f"{path} is not a LoRA configuration ({error}); save the adapter again") from error
     config.inference_mode, config.init_lora_weights, config.lora_dropout = True, True, 0.0
     return config
 
 
 def _rows(model: PreTrainedModel, member: Member) -> int | None:
-    """The number of rows of the embeddings in training, if the adapter's tensors show it."""
+    """Number of rows of the embeddings in training; None if the adapter's tensors do not show it."""
     head = model.get_output_embeddings()
     parts = (model.get_input_embeddings(), head)
     leaves = {name.rpartition(".")[2]: module is head for name, module in model.named_modules() if module in parts}

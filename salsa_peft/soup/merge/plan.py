@@ -1,7 +1,8 @@
 """Plans a merge: which tensors change, which are merged together, and their shapes in the result.
 
-A unit is a set of parameters that must be merged together: those of one module that PEFT wraps, tied ones, and those that share a tensor
-in the base's files (fused or split by Transformers' conversion mapping). It is computed when the first of its tensors is written.
+A unit is a set of parameters that must be merged together: the parameters of one module that PEFT wraps, tied
+parameters, and parameters that share a tensor in the base's files (which Transformers' conversion mapping fuses or
+splits). A unit is computed when the first of its tensors is written.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Unit(NamedTuple):
 
 
 class Plan:
-    """What a merge changes and computes. Raises SalsaError for a change to a tensor that the base lacks."""
+    """Tensors that a merge writes. Raises SalsaError if an adapter changes a tensor that the base lacks."""
 
     def __init__(self, source: PlainBase, loaded: LoadedMembers, weights: Sequence[float], untie: bool = False) -> None:
         self.source, self.loaded, self.weights, self.untie = source, loaded, list(weights), untie
@@ -46,9 +47,9 @@ class Plan:
         self.units = self._units()
         self.unit_of = {name: unit for unit in self.units for name in unit.sources}
         self.done: dict[str, tuple[torch.Tensor, Figures]] = {}
-        """Tensors that are computed and not yet written, with the figures of their unit."""
+        """Tensors that are computed but not yet written, with the statistics of their unit."""
         self.untied: str | None = None
-        """Output embeddings that are tied in the base, but no longer in the merge."""
+        """Name of output embeddings that are tied in the base, but not in the result; else None."""
         self.layout = {
             file: [(name, source.dtype(name), self._written(name)) for name in source.names(file)] for file in files
         }
@@ -59,7 +60,7 @@ class Plan:
         self._check_result()
 
     def _units(self) -> list[Unit]:
-        """Join the parameters that any member changes to units, in the order of the model."""
+        """Group the parameters that any member changes into units, in the order of the model."""
         group = {name: {name} for name in self.first}
 
         def join(names: Iterable[str]) -> None:
@@ -94,35 +95,35 @@ class Plan:
             known = any(self.first[name] == self.first[other] for other in unit.names if other in self.resolved.blocks)
             require(
                 known,
-                f"{self.source.checkpoint.folder}: the base has no tensor {name}, which an adapter changes; average the adapters without"
-                " --merge, or name the base that they were trained on with --base",
+                f"{self.source.checkpoint.folder}: the base has no tensor {name}, which an adapter changes; average the"
+                " adapters without --merge, or name the base that they were trained on with --base",
             )
         for name in unit.sources:
             require(
                 self.source.dtype(name) in FLOATS,
-                f"{self.source.checkpoint.tensors[name].file.path}: {name} is {self.source.dtype(name)}, but a delta can only be added to"
-                f" {', '.join(FLOATS)}; name the base before its quantisation with --base",
+                f"{self.source.checkpoint.tensors[name].file.path}: {name} is {self.source.dtype(name)}, but a delta"
+                f" can only be added to {', '.join(FLOATS)}; name the unquantised base with --base",
             )
 
     def _check_rows(self) -> None:
-        """Raise SalsaError if a member lacks resized embeddings, since the base has no values for added rows."""
+        """Raise SalsaError if a member lacks resized embeddings: the base has no values for added rows."""
         for name in self.first:
             shape = self.shapes[name]
             odd = next((a for a in self.adapters if shape != self.names.shapes[name] and not a.replaces(name)), None)
             require(
                 odd is None,
-                f"{odd and odd.path} has no {name} of {shape[0] if shape else 1} rows, though the embeddings were resized in training; save the"
-                " adapter with save_embedding_layers=True",
+                f"{odd and odd.path} has no {name} of {shape[0] if shape else 1} rows, though the embeddings were"
+                " resized in training; save the adapter with save_embedding_layers=True",
             )
 
     def _check_result(self) -> None:
-        """Raise SalsaError if the result lacks a parameter: Transformers would initialise it at random."""
+        """Raise SalsaError if the result lacks a parameter, which Transformers would initialise at random."""
         folder = self.source.checkpoint.folder
         shapes = {name: shape for entries in self.layout.values() for name, _, shape in entries}
         found = self.loaded.result.resolve(shapes, str(folder))
         for name in found.unknown[:1]:
             logger.warning(
-                "warning: %s: %s and %d other tensors have no place in %s; they are copied unchanged", folder, name,
+                "warning: %s: %s and %d other tensors have no place in %s; all are copied unchanged", folder, name,
                 len(found.unknown) - 1, self.names,
             )  # fmt: skip
         present = {self.first[name] for name in found.blocks if name in self.first}
@@ -130,7 +131,8 @@ class Plan:
         missing = next(lacking, None)
         require(
             missing is None,
-            f"{folder}: the base has no tensor {missing}, so {self.names} would initialise it at random; save the base again",
+            f"{folder}: the base has no tensor {missing}, so {self.names} would initialise it at random; save the base"
+            " again",
         )
 
     def _written(self, source: str) -> tuple[int, ...]:
@@ -143,15 +145,16 @@ class Plan:
         return self.shapes[names[0]] if len(names) == 1 and len(self.resolved.blocks[names[0]]) == 1 else found
 
     def _untie(self) -> None:
-        """Give output embeddings their own tensor if they are tied in the base but differ after the merge."""
+        """Give tied output embeddings their own tensor if they differ from the input embeddings after merging."""
         for head, embeddings in self.names.tied.items():
             unit = next((unit for unit in self.units if head in unit.names), None)
             if unit is None:
                 continue
             if not self.untie and any(adapter.tied_deltas(unit.names) for adapter in self.adapters):
                 logger.warning(
-                    "warning: %s and %s are one tensor in the base, and an adapter has LoRA on one of them: as in PEFT's own merge, the deltas"
-                    " of both are added to that tensor, which is not what the adapter computes; untie=True (--untie) writes two tensors",
+                    "warning: %s and %s are one tensor in the base, and an adapter has LoRA on one of them: as in"
+                    " PEFT's own merge, the deltas of both are added to that tensor, so the result differs from the"
+                    " adapter; untie=True (--untie) writes two tensors",
                     head, embeddings,
                 )  # fmt: skip
             values, figures = self._computed(unit)
@@ -168,7 +171,7 @@ class Plan:
             self._keep(unit, values, figures, alone=head if len(present) == 1 else None)
 
     def pieces(self, name: str, figures: Figures) -> Iterator[torch.Tensor]:
-        """A tensor of the result in pieces; the figures of what was merged are added to `figures` on the way."""
+        """The pieces of a tensor of the result. The statistics of the merge are added to `figures`."""
         unit = self.unit_of.get(name)
         if unit is None and name not in self.done:
             return (piece for _, piece in self.source.pieces(name, ELEMENTS))
@@ -182,13 +185,13 @@ class Plan:
         return iter([tensor])
 
     def replaced(self) -> list[str]:
-        """The tensors of the base's files that a member replaces with values of its own."""
+        """Names of the tensors in the base's files that a member replaces with its own values."""
         own = {name for adapter in self.adapters for name in adapter.replaced}
         own |= {name for a in self.adapters for w in a.wrapped.values() if w.rank == 0 for name in w.parameters}
         return sorted({name for unit in self.units if own & set(unit.names) for name in unit.sources})
 
     def _keep(self, unit: Unit, values: Mapping[str, torch.Tensor], figures: Figures, alone: str | None = None) -> None:
-        """Keep a unit's values as tensors of the files; `alone` is a tensor that no file of the base has."""
+        """Store a unit's values in `done` as tensors of files. alone: a tensor that no file of the base has."""
         found: dict[str, torch.Tensor] = {} if alone is None else {alone: values[alone]}
         shares = Counter(block.source for name in unit.names for block in self.resolved.blocks.get(name, ()))
         for name in unit.names:
@@ -205,10 +208,10 @@ class Plan:
                 at += block.elements
         for name, tensor in found.items():
             self.done[name] = (tensor, figures)
-            figures = Figures(len(self.weights))  # they count once
+            figures = Figures(len(self.weights))  # a unit's statistics count once
 
     def _computed(self, unit: Unit) -> tuple[dict[str, torch.Tensor], Figures]:
-        """The merged parameters of a unit in the base's dtype."""
+        """The merged parameters of a unit, in the base's dtype, and the statistics of the merge."""
         read = functools.cache(self._base)
         found = [a.merged_values(unit.names, read, self.untie) if a.touches(unit.names) else {} for a in self.adapters]
         figures, values = Figures(len(self.weights)), {}
@@ -223,7 +226,7 @@ class Plan:
         return values, figures
 
     def _factors(self, source: str) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] | None:
-        """(member, left and right) of a tensor to which LoRA just adds products of low rank; else None."""
+        """(member, factors) for each low-rank product that is added to a tensor; None if a merge does more."""
         unit = self.unit_of.get(source)
         if unit is None or source in self.done or len(unit.names) != 1 or unit.sources != [source]:
             return None
@@ -236,7 +239,7 @@ class Plan:
     def _add_products(
         self, source: str, factors: Sequence[tuple[int, tuple[torch.Tensor, torch.Tensor]]], figures: Figures
     ) -> Iterator[torch.Tensor]:
-        """The pieces of base + Σ w_i left_i · right_i."""
+        """Yield the pieces of base + Σ w_i left_i · right_i."""
         for i, (left, right) in factors:
             for j, (other_left, other_right) in factors:
                 products = (left.T @ other_left).double() * (right @ other_right.T).double()
@@ -249,12 +252,12 @@ class Plan:
             yield rounded(base, left[start : start + len(base)] @ right, given.dtype, figures, self._where + source)
 
     def _blocks(self, name: str) -> tuple[Block, ...]:
-        """Where a parameter, or one that it is tied to, is in the base's files."""
+        """Where a parameter, or a parameter to which it is tied, lies in the base's files."""
         same = [name, *(other for other in self.first if self.first[other] == self.first[name])]
         return next(self.resolved.blocks[other] for other in same if other in self.resolved.blocks)
 
     def _base(self, first: str) -> torch.Tensor:
-        """A parameter's value in the base, float32 or float64, with the rows that it has in the result."""
+        """A parameter's value in the base, in float32 or float64, with as many rows as in the result."""
         parts = [self.source.whole(b.source).reshape(-1)[b.first : b.first + b.elements] for b in self._blocks(first)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         whole = whole if whole.dtype == torch.float64 else whole.float()
@@ -263,8 +266,8 @@ class Plan:
         if whole.numel() < wanted:
             require(
                 abs(sum(self.weights) - 1) <= 1e-6,
-                f"weights: they sum to {sum(self.weights):.9g}, but must sum to 1: the base has no values for the tokens that were added in"
-                " training, so what was learned of them cannot be scaled",
+                f"weights: they sum to {sum(self.weights):.9g}, but must sum to 1, because the base has no values for"
+                " the tokens that were added in training, so the learned values cannot be scaled; change the weights",
             )
             whole = torch.cat([whole, whole.new_zeros(wanted - whole.numel())])
         return whole[:wanted].reshape(shape)

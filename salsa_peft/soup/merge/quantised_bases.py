@@ -1,8 +1,9 @@
-"""The base of a merge: plain, dequantised from bitsandbytes' 4 bits, or quantised to 4 bits and back.
+"""Reads the base of a merge: plain, dequantised from 4 bits, or quantised to 4 bits and dequantised.
 
-A merge is never written in 4 bits, since quantising again would lose the delta. A checkpoint in bitsandbytes' 4 bits is dequantised to its
-compute dtype. `nf4` (`nf4-double`: with quantised scales, as in QLoRA) quantises and dequantises the linear layers of a plain base, since
-a QLoRA adapter was trained on those values. Left out: 8 bits, GPTQ, AWQ and others.
+A merge is never written in 4 bits, because quantising again would lose the delta. A checkpoint in bitsandbytes' 4 bits
+is dequantised to its compute dtype. `nf4` (or `nf4-double`, with quantised scales, as in QLoRA) quantises and
+dequantises the linear layers of a plain base, because a QLoRA adapter was trained on those values. 8 bits, GPTQ, AWQ
+and other methods are not supported.
 """
 
 from __future__ import annotations
@@ -25,39 +26,39 @@ logger = logging.getLogger(__name__)
 DOUBLE = {"nf4": False, "nf4-double": True}
 """quantized_base → whether the scales are quantised too (bnb_4bit_use_double_quant)."""
 NO_LINEARS = ("embed", "wte.", "wpe.", "position", "lm_head", "score.")
-"""Parts of the names of matrices that bitsandbytes does not quantise."""
+"""Substrings of the names of matrices that bitsandbytes does not quantise."""
 
 
 class PlainBase:
-    """A base whose tensors are read as they are."""
+    """A base whose tensors are read without conversion."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.summary: dict[str, Any] = {"quantized_base": None}
-        """The part of soup.json that says what was done to the base."""
+        """The entries of soup.json about the quantisation of the base."""
 
     def config(self) -> bytes | str:
         """The content of the merge's config.json."""
         return (self.checkpoint.folder / CONFIG).read_bytes()
 
     def names(self, file: str) -> list[str]:
-        """The tensors that are written to a shard, in order."""
+        """The names of the base's tensors in a shard, in order."""
         return list(self.checkpoint.files[file].entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor as it is written."""
+        """The shape of a tensor of the base."""
         return self.checkpoint.tensors[name].entry.shape
 
     def dtype(self, name: str) -> str:
-        """The dtype (safetensors' name) of a tensor as it is written."""
+        """The dtype (safetensors' name) of a tensor, in the base and in the merge."""
         return self.checkpoint.tensors[name].entry.dtype
 
     def whole(self, name: str) -> torch.Tensor:
-        """A tensor as it is written."""
+        """Read a whole tensor of the base."""
         return torch.cat([piece for _, piece in self.pieces(name, sys.maxsize)]).reshape(self.shape(name))
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first row, whole rows) of a tensor, about `elements` at a time; a scalar is one row."""
+        """Yield (index of the first row, rows) of about `elements` elements each; a scalar is one row."""
         file, entry = self.checkpoint.tensors[name]
         shape = entry.shape or (1,)
         columns = math.prod(shape[1:])
@@ -70,19 +71,19 @@ class PlainBase:
 
 
 class Requantised(PlainBase):
-    """A plain base whose linear layers are quantised to 4 bits and dequantised again, one at a time."""
+    """A plain base whose linear layers are quantised to 4 bits and dequantised again, layer by layer."""
 
     def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
         super().__init__(checkpoint)
         self.double = DOUBLE[kind]
         self.linears = {name for name, place in checkpoint.tensors.items() if len(place.entry.shape) == 2 and name.endswith(".weight")
                         and not any(part in name for part in NO_LINEARS)}  # fmt: skip
-        logger.warning("%s: %d linear layers are quantised to %s and back, since the adapters were trained on that", checkpoint.folder,
+        logger.warning("%s: %d linear layers are quantised to %s and back, as when the adapters were trained", checkpoint.folder,
                        len(self.linears), kind)  # fmt: skip
         self.summary = {"quantized_base": kind, "requantised": len(self.linears)}
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """As PlainBase.pieces."""
+        """As PlainBase.pieces; a linear layer is quantised and dequantised first."""
         if name not in self.linears:
             return super().pieces(name, elements)
         library = _bitsandbytes(self.checkpoint)
@@ -104,7 +105,7 @@ class Dequantised(PlainBase):
         self.shapes = {
             name: tuple(json.loads(bytes(checkpoint.read(state).tolist()))["shape"]) for name, state in states.items()
         }
-        """The shapes of the weights that are in 4 bits."""
+        """Name of a weight in 4 bits → its shape when dequantised."""
         _bitsandbytes(checkpoint)
         logger.warning(
             "%s: its %d weights in 4 bits are dequantised to %s", checkpoint.folder, len(states), NAMES[self.code]
@@ -113,25 +114,25 @@ class Dequantised(PlainBase):
         self.summary |= {"dequantised": len(self.shapes), "dtype": NAMES[self.code]}
 
     def config(self) -> str:
-        """The configuration without its quantisation."""
+        """The content of config.json without the quantisation, and with the compute dtype."""
         given = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
         given |= {key: NAMES[self.code] for key in ("dtype", "torch_dtype") if key in given}
         return json.dumps(given, indent=2, ensure_ascii=False) + "\n"
 
     def names(self, file: str) -> list[str]:
-        """The tensors without those that describe the quantisation."""
+        """As PlainBase.names, without the tensors that describe the quantisation."""
         return [name for name in super().names(file) if not any(name.startswith(f"{one}.") for one in self.shapes)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the weight, not of its packed bytes."""
+        """As PlainBase.shape; for a weight in 4 bits, its shape when dequantised."""
         return self.shapes[name] if name in self.shapes else super().shape(name)
 
     def dtype(self, name: str) -> str:
-        """The compute dtype for a weight that was in 4 bits."""
+        """As PlainBase.dtype; for a weight in 4 bits, the compute dtype."""
         return self.code if name in self.shapes else super().dtype(name)
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """As PlainBase.pieces."""
+        """As PlainBase.pieces; a weight in 4 bits is dequantised first."""
         if name not in self.shapes:
             return super().pieces(name, elements)
         library = _bitsandbytes(self.checkpoint)
@@ -143,7 +144,7 @@ class Dequantised(PlainBase):
 
 
 def open_base(checkpoint: Checkpoint, quantized_base: str | None) -> PlainBase:
-    """Open a base. Raises SalsaError if `quantized_base` does not fit it, or bitsandbytes is missing."""
+    """Open a base. Raises SalsaError if it does not allow `quantized_base`, or bitsandbytes is missing."""
     require(
         quantized_base is None or quantized_base in DOUBLE,
         f"quantized_base: {quantized_base!r:.40} is not one of {', '.join(DOUBLE)}",
@@ -157,12 +158,14 @@ def open_base(checkpoint: Checkpoint, quantized_base: str | None) -> PlainBase:
     eight = bool(given.get("load_in_8bit") or given.get("_load_in_8bit"))
     require(
         checkpoint.quantised == "bitsandbytes" and not eight,
-        f"{checkpoint.folder / CONFIG}: the weights are quantised ({'bitsandbytes, 8 bits' if eight else checkpoint.quantised}), but a delta"
-        " can only be added to plain weights or to bitsandbytes' 4 bits; name the base before its quantisation with --base, or dequantise it",
+        f"{checkpoint.folder / CONFIG}: the weights are quantised"
+        f" ({'bitsandbytes, 8 bits' if eight else checkpoint.quantised}), but a delta can only be added to plain"
+        " weights or to bitsandbytes' 4 bits; name the unquantised base with --base, or dequantise this base",
     )
     require(
         quantized_base is None,
-        f"quantized_base: {quantized_base} is for a plain base, but {checkpoint.folder} is in 4 bits already; leave it out",
+        f"quantized_base: {quantized_base} is for a plain base, but {checkpoint.folder} is already in 4 bits; leave"
+        " quantized_base out",
     )
     return Dequantised(checkpoint)
 
@@ -177,6 +180,7 @@ def _bitsandbytes(checkpoint: Checkpoint) -> Any:
         import bitsandbytes.functional
     except ImportError as error:
         raise SalsaError(
-            f"{checkpoint.folder}: 4 bits need bitsandbytes, which cannot be imported ({error}); pip install bitsandbytes"
+            f"{checkpoint.folder}: 4 bits need bitsandbytes, which cannot be imported ({error}); run"
+            " pip install bitsandbytes"
         ) from None
     return bitsandbytes.functional

@@ -1,4 +1,4 @@
-"""Sums of merged adapters and their figures: norms, products and what rounding changed."""
+"""Sums of merged adapters, and their statistics: norms, inner products and the change by rounding."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from salsa_peft.utils.errors import require
 
 ELEMENTS = 2**20
-"""How many elements of a parameter are added at once."""
+"""Number of elements of a parameter that are added at once."""
 
 
 class Figures:
-    """Sums over the parameters that were merged."""
+    """Statistics of a merge, summed over the parameters that were merged."""
 
     def __init__(self, members: int) -> None:
         self.lost = self.delta = 0.0
-        """‖what rounding changed‖² and ‖Σ w_i δ_i‖²."""
+        """Squared norms: of the change by rounding (lost), and of Σ w_i δ_i (delta)."""
         self.gram = torch.zeros(members, members, dtype=torch.float64)
         """⟨δ_i, δ_j⟩, with all parameters as one vector."""
 
     def add(self, other: Figures) -> None:
-        """Add the figures of other parameters."""
+        """Add the statistics of further parameters."""
         self.lost, self.delta = self.lost + other.lost, self.delta + other.delta
         self.gram += other.gram
 
     def add_products(self, deltas: Sequence[torch.Tensor | None]) -> None:
-        """Add ⟨δ_i, δ_j⟩ of some elements."""
+        """Add the inner products ⟨δ_i, δ_j⟩ over some elements; None is a member without a delta."""
         for i, one in enumerate(deltas):
             for j, other in enumerate(deltas[: i + 1]):
                 if one is not None and other is not None:
@@ -43,7 +43,7 @@ def add_deltas(
 ) -> torch.Tensor:  # fmt: skip
     """start + Σ w_i (merged_i − start) of one parameter, computed in float64 and rounded once to `dtype`.
 
-    A member that does not change the parameter is None. `what` names the parameter in an error.
+    merged: None for a member that does not change the parameter. what: the parameter's name, for an error.
     """
     result = torch.empty(start.shape, dtype=dtype)
     flat = [None if value is None else value.reshape(-1) for value in merged]
@@ -61,13 +61,13 @@ def add_deltas(
 
 
 def rounded(base: torch.Tensor, total: torch.Tensor, dtype: torch.dtype, figures: Figures, what: str) -> torch.Tensor:
-    """base + total in `dtype`. Raises SalsaError if a value is not finite."""
+    """Round base + total to `dtype`. Raises SalsaError if a value is not finite."""
     merged = (base + total).to(dtype)
     lost = float(torch.linalg.vector_norm((merged.to(base.dtype) - base).sub_(total)))
     require(
         math.isfinite(lost),
-        f"{what} is not finite after the merge: the base or an adapter has values that are not finite, or that"
-        f" {str(dtype).removeprefix('torch.')} cannot hold",
+        f"{what} is not finite after the merge: the base or an adapter has values that are not finite, or the sum has"
+        f" values that {str(dtype).removeprefix('torch.')} cannot hold; use other members or smaller weights",
     )
     figures.lost += lost**2
     figures.delta += float(torch.linalg.vector_norm(total)) ** 2

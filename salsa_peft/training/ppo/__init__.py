@@ -1,1 +1,1 @@
-"""PPO with any references. `from salsa_peft import SalsaPPOTrainer` imports the trainer."""
+"""PPO with a list of references. The trainer is salsa_peft.SalsaPPOTrainer."""

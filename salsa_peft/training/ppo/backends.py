@@ -32,15 +32,19 @@ if TYPE_CHECKING:
 
 Check = Callable[[], None]
 BUCKET = 256
-"""Step in tokens by which the static cache grows; each step compiles anew."""
+"""Number of tokens by which the static cache grows. Each growth compiles the decoding step again."""
 PAGED_SINCE = Version("5.19")
-"""Transformers' first version whose paged attention keeps the attention of the model."""
+"""First version of Transformers whose continuous batching keeps the model's attention implementation."""
 MAX_TOKENS = 8192
-"""Most tokens in a forward pass of continuous batching (Transformers' default)."""
+"""Largest number of tokens in a forward pass of continuous batching (Transformers' default)."""
 
 
 class Backend:
-    """Samples responses of the policy: prompts and one seed each → Responses in the prompts' order."""
+    """Samples one response of the policy to each prompt, in the prompts' order.
+
+    seeds: one for each prompt. recording: records log-probs, entropies and values while sampling. check: called during
+    sampling; may raise an exception to stop it.
+    """
 
     def __init__(self, model: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.args, self.tokenizer = model, args, tokenizer
@@ -51,7 +55,7 @@ class Backend:
         raise NotImplementedError
 
     def sync_weights(self) -> None:
-        """Called when the policy's weights may have changed; for backends that generate with a copy of them."""
+        """Copy the policy's weights to the engine, if it has its own. Called before responses are sampled."""
 
 
 class HF(Backend):
@@ -66,8 +70,8 @@ class CompiledHF(HF):
     """Transformers' generate with a static cache and a compiled decoding step (with CUDA graphs).
 
     A compiled step is valid for one number of rows, one cache length and one adapter. So batches are filled up with
-    copies of the last row, and the cache has the length of the longest sequence so far. The cache is kept between
-    calls, since CUDA graphs use its addresses; it occupies rows × length × the bytes of a token.
+    copies of the last row, and the cache is as long as the longest sequence so far. The cache is kept between calls,
+    since CUDA graphs use its addresses. Its size is rows × length × the bytes of a token's keys and values.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class CompiledHF(HF):
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
                  check: Check | None = None) -> Responses:  # fmt: skip
         require(
-            recording is None,  # a compiled step would silently skip the hook that records
+            recording is None,  # a compiled step would silently skip the hook of `recording`
             "old_logprobs: rollout does not work with rollout_compile; use recompute",
         )
         cache = self._cache_for(len(prompts), max(map(len, prompts)) + self.args.max_new_tokens)
@@ -104,23 +108,23 @@ class CompiledHF(HF):
 
 
 def hf(model: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Backend:
-    """The backend hf. Raises SalsaError for rollout_compile without CUDA."""
+    """Create the backend `hf`. Raises SalsaError for rollout_compile without CUDA."""
     if not args.rollout_compile:
         return HF(model, args, tokenizer)
-    require(device().type == "cuda", "rollout_compile: this needs CUDA; on a CPU compiling takes longer than it saves")
+    require(device().type == "cuda", "rollout_compile: this needs CUDA; on a CPU, compiling takes longer than it saves")
     return CompiledHF(model, args, tokenizer, CompileConfig())
 
 
 class Paged(Backend):
-    """Transformers' continuous batching: a finished response makes room for the next, without padding.
+    """Transformers' continuous batching: when a response is finished, the next prompt takes its place.
 
-    It uses the paged version of the attention that the model was loaded with.
+    There is no padding. The attention is the paged version of the model's attention implementation.
     """
 
     def __init__(
         self, model: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
     ) -> None:
-        require(args.min_new_tokens == 0, "min_new_tokens: paged would ignore it; set it to 0, or use hf or vllm")
+        require(args.min_new_tokens == 0, "min_new_tokens: paged ignores it; set it to 0, or use hf or vllm")
         require(
             Version(transformers.__version__) >= PAGED_SINCE,
             f"rollout_backend: paged needs transformers {PAGED_SINCE} or newer, not {transformers.__version__}",
@@ -131,12 +135,12 @@ class Paged(Backend):
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
                  check: Check | None = None) -> Responses:  # fmt: skip
-        assert recording is None  # refused with the options
+        assert recording is None  # the options were checked
         lm = causal_lm(self.model)
         with _restored(lm), _autocast_in_threads(lm):
             manager = self._manager(lm, prompts, seeds)
             try:
-                # all requests before the start, or samples would depend on the timing of threads
+                # add all requests before the start; samples would otherwise depend on the timing of threads
                 names = manager.add_requests(
                     [list(prompt) for prompt in prompts], max_new_tokens=self.args.max_new_tokens
                 )
@@ -156,15 +160,15 @@ class Paged(Backend):
         )  # fmt: skip
         try:
             return lm.init_continuous_batching(sampling, self._config(prompts, seeds), hints)
-        except ValueError as error:  # an attention or layer without a paged version
+        except ValueError as error:  # the attention implementation or a layer has no paged version
             raise SalsaError(f"rollout_backend: paged does not support this model: {error}. Use hf") from error
 
     def _config(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> ContinuousBatchingConfig:
-        """A cache for every response at full length; by default Transformers takes most of the free memory."""
+        """Configuration with a cache for all responses at full length, not with most of the free memory."""
         page = self.options.get("page_size", ContinuousBatchingConfig.page_size)
         pages = sum(-(-(len(prompt) + self.args.max_new_tokens) // page) for prompt in prompts)
         tokens = sum(map(len, prompts))
-        # a quarter more, because no request starts while less than 15% of the blocks are free
+        # a quarter more blocks, because no request starts while less than 15% of them are free
         defaults = {"num_blocks": pages + pages // 4 + 1, "max_batch_tokens": min(tokens, MAX_TOKENS)}
         return ContinuousBatchingConfig(
             seed=row_seeds([0], *seeds)[0], allow_block_sharing=False, **{**defaults, **self.options}
@@ -172,7 +176,7 @@ class Paged(Backend):
 
 
 def _collect(manager: Any, count: int, check: Check | None) -> dict[str, list[int]]:
-    """Request name → tokens of the response. Raises SalsaError if one failed, and what `check` raises."""
+    """Wait for the responses: request id → token ids. Raises SalsaError if a request failed."""
     answers: dict[str, list[int]] = {}
     while len(answers) < count:
         if check is not None:
@@ -190,10 +194,10 @@ def _collect(manager: Any, count: int, check: Check | None) -> dict[str, list[in
 
 @contextlib.contextmanager
 def _restored(lm: Any) -> Iterator[None]:
-    """Context that restores training mode, attention and random state, which continuous batching changes."""
+    """Context that restores training mode, attention and random state, which paged generation changes."""
     training, attention = lm.training, lm.config._attn_implementation
     cuda = lm.device.type == "cuda"
-    if cuda:  # its own stream does not wait for the optimizer's step on this one
+    if cuda:  # paged generation runs on another CUDA stream, which would not wait for the optimizer's step
         torch.cuda.synchronize(lm.device)
     with torch.random.fork_rng(devices=[lm.device] if cuda else []):
         try:
@@ -208,7 +212,7 @@ def _restored(lm: Any) -> Iterator[None]:
 def _autocast_in_threads(lm: Any) -> Iterator[None]:
     """Context in which the model's forward uses this thread's autocast in other threads too.
 
-    Raises SalsaError for an autocast to another dtype than the base's, which is the paged cache's.
+    Raises SalsaError if autocast's dtype is not the base's, in which the paged cache is.
     """
     kind = lm.device.type
     if not torch.is_autocast_enabled(kind):
@@ -217,8 +221,8 @@ def _autocast_in_threads(lm: Any) -> Iterator[None]:
     dtype = torch.get_autocast_dtype(kind)
     require(
         dtype == lm.dtype,
-        f"rollout_backend: paged needs the base in the dtype of mixed precision, {dtype}, not in {lm.dtype}. Load it"
-        " so, or use hf",
+        f"rollout_backend: paged needs a base in {dtype}, the dtype of mixed precision, but this base is in {lm.dtype}."
+        f" Load it with dtype={dtype}, or use hf",
     )
     before = vars(lm).get("forward")
     lm.forward = torch.autocast(kind, dtype)(lm.forward)
@@ -245,12 +249,12 @@ class VLLM(Backend):
         require(device().type == "cuda", "rollout_backend: vllm needs a CUDA device; use hf")
         require(
             options["mode"] == "colocate" or accelerator.num_processes == 1,
-            f"rollout_options.mode: server works with one process, not {accelerator.num_processes}, since TRL splits"
-            " the responses into equal shares. Use colocate",
+            f"rollout_options.mode: server works with one process only, not with {accelerator.num_processes}: TRL"
+            " gives each process the same number of responses, but here the numbers may differ. Use colocate",
         )
         require(
             0.01 <= args.temperature <= 2,
-            f"temperature: vllm samples at 0.01 to 2, not at {args.temperature:g}; set another or use hf",
+            f"temperature: vllm needs a temperature from 0.01 to 2, not {args.temperature:g}; change it, or use hf",
         )
         super().__init__(model, args, tokenizer)
         self.synced, self.engine = False, self._engine(accelerator, options)
@@ -263,7 +267,7 @@ class VLLM(Backend):
         class Engine(VLLMGeneration):
             """VLLMGeneration that sends merged weights without changing the base.
 
-            TRL's merges the adapter in place and unmerges it, which rounds the base that references share.
+            TRL's class merges the adapter into the base and unmerges it, which rounds the base's weights.
             """
 
             def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
@@ -273,7 +277,7 @@ class VLLM(Backend):
                 require(not sharded, "rollout_backend: vllm with adapters does not work with sharded weights; use DDP")
                 return merged_parameters(self.model, policy)  # type: ignore[arg-type]
 
-        # vLLM would also stop at the EOS tokens in the base's files, which min_tokens forbids too
+        # ignore_eos, because vLLM would also stop at other EOS tokens of the base's files
         plain = {
             "ignore_eos": True, "stop_token_ids": list(self.ends), "min_tokens": self.args.min_new_tokens,
             "presence_penalty": 0.0, "frequency_penalty": 0.0,
@@ -296,10 +300,10 @@ class VLLM(Backend):
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
                  check: Check | None = None) -> Responses:  # fmt: skip
-        assert recording is None  # SalsaPPOConfig does not allow it
+        assert recording is None  # the options were checked
         if check is not None:
             check()
-        if not self.synced:  # vLLM has the base's weights at the start
+        if not self.synced:  # vLLM starts with the base's weights
             self.sync_weights()
         _, answers, _, _ = self.engine.generate([list(prompt) for prompt in prompts], images=None, num_generations=1)
         pad = int(self.tokenizer.pad_token_id)
@@ -307,15 +311,15 @@ class VLLM(Backend):
 
 
 def require_same_ends(lm: Any, ends: tuple[int, ...]) -> None:
-    """Raise SalsaError if the base has EOS tokens that end no response here, which vLLM would forbid too."""
+    """Raise SalsaError if the base has other EOS tokens than `ends`; vLLM's min_tokens would forbid them."""
     named = [lm.config.eos_token_id]
     with contextlib.suppress(OSError):  # no generation_config.json
         named.append(GenerationConfig.from_pretrained(lm.name_or_path).eos_token_id)
     others = {token for entry in named for token in (entry if isinstance(entry, list) else [entry])} - {None, *ends}
     require(
         not others,
-        f"min_new_tokens: the base's configuration has EOS tokens {sorted(others)} besides those that end a response,"
-        f" {list(ends)}, and vLLM would forbid them too. Use rollout_backend hf",
+        f"min_new_tokens: the base's configuration has the EOS tokens {sorted(others)} besides {list(ends)}, which"
+        " end a response, and vLLM would forbid both. Set min_new_tokens to 0, or use rollout_backend hf",
     )
 
 

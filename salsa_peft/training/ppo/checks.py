@@ -1,8 +1,7 @@
-"""Checks of policy, tokenizer and sharding, so that nothing is trained or scored wrongly.
+"""Checks of the policy, the tokenizer and the sharding, made when SalsaPPOTrainer is created.
 
-All roles share the policy's base and differ in the active adapter alone. Whatever a policy trains outside its LoRA
-factors (base weights, modules_to_save, biases, tokens) would change references, reward and values, so it is not
-supported.
+Policy, references, reward and value function may be adapters on one base. Weights that the policy trains outside its
+LoRA factors (base weights, modules_to_save, biases, tokens) would change the other roles, so they are not supported.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ if TYPE_CHECKING:
 
 
 NOISE = ("drop", "jitter", "noise")
-"""Parts of the names of configuration options that make a model random in training mode."""
+"""Parts of the names of model options that add dropout or noise in training mode."""
 
 
 def check_model(model: Any) -> None:
-    """Raise SalsaError unless the model, as the user passes it, can be a policy. See also `check_trained`."""
+    """Raise SalsaError if the model that the user passes cannot be a policy. See also `check_trained`."""
     require(
         isinstance(model, PeftModel | PreTrainedModel),
-        f"model: a {type(model).__name__} cannot be a policy. Pass a PeftModel with the policy active, or a"
-        " PreTrainedModel",
+        f"model: a {type(model).__name__} cannot be a policy. Pass a PeftModel whose active adapter is the policy,"
+        " or a PreTrainedModel",
     )
     keep_4bit_layout(model)  # before the model runs
     check_layout(model)
@@ -51,7 +50,7 @@ def check_model(model: Any) -> None:
 
 
 def check_layout(model: PeftModel | PreTrainedModel) -> None:
-    """Raise SalsaError for quantised weights that train, and for 4-bit layers packed for inference."""
+    """Raise SalsaError for a quantised policy without adapter, and for 4-bit layers packed for inference."""
     quantised = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
     require(
         isinstance(model, PeftModel) or not quantised,
@@ -62,19 +61,19 @@ def check_layout(model: PeftModel | PreTrainedModel) -> None:
     require(
         not packed,
         f"model: bitsandbytes has packed {', '.join(packed[:1])} for inference, which has no backward. Load the model"
-        " again, and create the trainer before it generates",
+        " again, and create the trainer before the model generates",
     )
 
 
 def check_adapters(model: PeftModel) -> None:
-    """Raise SalsaError unless all adapters are LoRA on an unchanged base and the policy alone is active."""
+    """Raise SalsaError unless all adapters are LoRA on an unchanged base and only the policy's is active."""
     for name, config in model.peft_config.items():
         kind, bias = PeftType(config.peft_type), vars(config).get("bias", "none")
-        require(kind == PeftType.LORA, f"model: adapter {name!r} is of kind {kind.value}; only LoRA is supported")
+        require(kind == PeftType.LORA, f"model: adapter {name!r} has peft_type {kind.value}; only LoRA is supported")
         lora.require_base_unchanged(config, f"model, adapter {name!r}")  # type: ignore[arg-type]
         require(
             bias == "none",
-            f"model: adapter {name!r} has bias {bias!r}, which would train the base's biases for all roles; use 'none'",
+            f"model: adapter {name!r} has bias {bias!r}, which would train biases that all roles share; use 'none'",
         )
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     require(
@@ -86,7 +85,7 @@ def check_adapters(model: PeftModel) -> None:
     disabled = any(layer.disable_adapters for layer in layers)
     require(not disabled, f"model: adapter {name!r} is disabled. Call model.base_model.enable_adapter_layers()")
     active = sorted({other for layer in layers for other in layer.active_adapters})
-    require(active == [name], f"model: the active adapters are {active}. Activate {name!r} alone: model.set_adapter")
+    require(active == [name], f"model: the active adapters are {active}. Call model.set_adapter({name!r})")
     merged = any(layer.merged for layer in layers)
     require(not merged, "model: an adapter is merged into the base. Call model.unmerge_adapter()")
 
@@ -94,19 +93,19 @@ def check_adapters(model: PeftModel) -> None:
 def check_trained(
     model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
 ) -> None:
-    """Raise SalsaError unless LoRA factors or full weights alone train, in a suitable dtype, without noise.
+    """Raise SalsaError unless only LoRA factors or full weights train, in a fine dtype, without noise.
 
-    Call it when all adapters are attached and dropout is removed.
+    To be called after all adapters are attached and dropout is removed.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    require(bool(trained), "model: no weight requires a gradient, so there is nothing to train. Call requires_grad_()")
+    require(bool(trained), "model: no weight requires a gradient, so nothing would train. Call model.requires_grad_()")
     if isinstance(model, PeftModel):
         factors = {id(parameter) for name in model.peft_config for parameter in lora.parameters(model, name)}
         outside = [name for name, parameter in trained.items() if id(parameter) not in factors]
         require(
             not outside,
-            f"model: {', '.join(outside[:1])} of the base is trainable, and references share it. Call"
-            " requires_grad_(False)",
+            f"model: {', '.join(outside[:1])} of the base is trainable, but references share it. Call"
+            " requires_grad_(False) on it",
         )
     check_precision(trained, args)
     head_of(causal_lm(model), 1.0, model_stop_token_ids(tokenizer, causal_lm(model)))
@@ -116,20 +115,23 @@ def check_trained(
 def check_precision(trained: dict[str, torch.nn.Parameter], args: TrainingArguments) -> None:
     """Raise SalsaError for trained weights in a dtype that is too coarse for PPO's steps.
 
-    float32 is fine, bf16 only with an optimizer that rounds stochastically (models/precision.py).
+    Supported are float32 and, with an optimizer that rounds stochastically (models/precision.py), bf16.
     """
     fine = {torch.float32, torch.bfloat16} if rounds_stochastically(args) else {torch.float32}
     for name, parameter in trained.items():
         require(
             parameter.dtype in fine,
-            f"model: {name} is in {str(parameter.dtype).removeprefix('torch.')}, which rounds small steps away. Load"
+            f"model: {name} is in {str(parameter.dtype).removeprefix('torch.')}, which rounds small updates away. Load"
             " the weights with dtype=torch.float32 and set bf16=True, or train float32 adapters over a bf16 base, or"
             f" use bf16 weights with stochastic rounding: optim='{OPTIMIZER}', optim_args='{ROUNDING}=True' (torchao)",
         )
 
 
 def check_noise(model: PeftModel | PreTrainedModel) -> None:
-    """Raise SalsaError for dropout or noise outside of modules (Falcon, Mixtral), by comparing logits."""
+    """Raise SalsaError if the logits differ between training and evaluation mode.
+
+    The model then has dropout or noise that is not a module and so was not removed (Falcon, Mixtral).
+    """
     lm = causal_lm(model)
     probe, training, logits = torch.tensor([[1, 2, 3]], device=lm.device), lm.training, []
     with torch.no_grad(), torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
@@ -142,24 +144,24 @@ def check_noise(model: PeftModel | PreTrainedModel) -> None:
     rates = [f"{k} {v}" for k, v in options if isinstance(v, float) and v and any(part in k for part in NOISE)]
     require(
         error <= 1e-2 * scale,
-        f"{lm.config.model_type}: the logits differ in training mode by {error:.3g} (config:"
-        f" {', '.join(rates) or 'no rate'}). PPO compares a network with itself, so dropout and noise must be off."
-        " Set these options to 0 and load the model again",
+        f"{lm.config.model_type}: the logits in training and evaluation mode differ by {error:.3g} (config:"
+        f" {', '.join(rates) or 'no dropout or noise'}). PPO compares a network with itself, so dropout and noise must"
+        " be off. Set these options of the config to 0 and load the model again",
     )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTrainedModel) -> None:
-    """Raise SalsaError unless EOS and padding token have embeddings; print notes on the tokenizer."""
+    """Raise SalsaError if the EOS or padding token has no embedding; print notes on the tokenizer."""
     lm = causal_lm(model)
     rows = lm.get_input_embeddings().weight.shape[0]
     for name, token, number, remedy in (
         ("eos_token", tokenizer.eos_token, tokenizer.eos_token_id, "Set the token that ends a response"),
         ("pad_token", tokenizer.pad_token, tokenizer.pad_token_id, "Set tokenizer.pad_token = tokenizer.eos_token"),
     ):
-        require(number is not None, f"processing_class: there is no {name}. {remedy}")
+        require(number is not None, f"processing_class: the tokenizer has no {name}. {remedy}")
         require(
             int(number) < rows,
-            f"processing_class: {name} {token!r} ({number}) has no embedding; there are {rows}. Call"
+            f"processing_class: {name} {token!r} has id {number}, but the model has only {rows} embeddings. Call"
             " model.resize_token_embeddings(len(tokenizer)), or set another token",
         )
     if tokenizer not in PREPARED_TOKENIZERS:
@@ -171,7 +173,7 @@ USE_CONFIG = "use recipes/accelerate/ddp.yaml, or fsdp2.yaml or zero3.yaml for a
 
 
 def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
-    """Raise SalsaError for unsupported sharding; make FSDP2 and ZeRO-3 sum gradients in float32."""
+    """Raise SalsaError for unsupported sharding options. Makes FSDP2 and ZeRO-3 sum gradients in float32."""
     kind = accelerator.distributed_type
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
@@ -189,10 +191,10 @@ def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
 def _check_fsdp(plugin: Any) -> None:
     require(plugin.fsdp_version == 2, f"fsdp_version: {plugin.fsdp_version} is not supported, only 2; {USE_CONFIG}")
     kind = plugin.state_dict_type.name
-    require(kind == "FULL_STATE_DICT", f"fsdp_state_dict_type: checkpoints need FULL_STATE_DICT, not {kind}")
+    require(kind == "FULL_STATE_DICT", f"fsdp_state_dict_type: {kind} is not supported; set FULL_STATE_DICT")
     for key in ("cpu_ram_efficient_loading", "activation_checkpointing"):
-        instead = "; set gradient_checkpointing in SalsaPPOConfig" if key == "activation_checkpointing" else ""
-        require(not vars(plugin)[key], f"fsdp_{key}: true is not supported{instead}")
+        instead = ", and gradient_checkpointing=True in SalsaPPOConfig" if key == "activation_checkpointing" else ""
+        require(not vars(plugin)[key], f"fsdp_{key}: true is not supported; set it to false{instead}")
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
@@ -201,7 +203,7 @@ def _check_fsdp(plugin: Any) -> None:
 
 def _check_deepspeed(plugin: Any) -> None:
     require(plugin.zero_stage == 3, f"zero_stage: {plugin.zero_stage} is not supported, only 3; {USE_CONFIG}")
-    require(plugin.zero3_save_16bit_model, "zero3_save_16bit_model: checkpoints need true")
+    require(plugin.zero3_save_16bit_model, "zero3_save_16bit_model: false is not supported; set it to true")
     for key in ("offload_optimizer_device", "offload_param_device"):
         require(vars(plugin)[key] == "none", f"{key}: {vars(plugin)[key]} is not supported; set it to none")
     config = plugin.deepspeed_config

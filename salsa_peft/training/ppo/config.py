@@ -32,14 +32,14 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
         "it would restart a run that has begun; set micro_batch_size and rollout_batch_size",
     ),
 }
-"""TrainingArguments that PPO does not support: their only value, and the reason."""
+"""Options of TrainingArguments that PPO does not support: name → (the only value allowed, the reason)."""
 DERIVED = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-"""TrainingArguments that follow from the batch fields, and their defaults."""
+"""Options of TrainingArguments that are computed from the batch sizes: name → default."""
 
 
 @pydantic.dataclasses.dataclass(config=STRICT, kw_only=True)
 class _Checked(PPOOptions, Sampling):
-    """Bounds of SalsaPPOConfig's fields: those of the recipe's options, and some more."""
+    """Types and bounds of SalsaPPOConfig's fields: those of a recipe's options, and the ones below."""
 
     learning_rate: NonNegative
     num_train_epochs: Positive
@@ -55,29 +55,30 @@ class _Checked(PPOOptions, Sampling):
 class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     """PPO's options (`PPOOptions`, `Sampling`) in addition to TrainingArguments.
 
-    Batch sizes count responses of all processes; micro_batch_size and rollout_batch_size count those of one process.
-    per_device_train_batch_size and gradient_accumulation_steps follow from them and are not read.
+    batch_size counts the responses of all processes; micro_batch_size and rollout_batch_size count those of one
+    process. per_device_train_batch_size and gradient_accumulation_steps are computed from them; other values are
+    ignored.
     """
 
     learning_rate: float = PPO.learning_rate
-    """Paper A.3."""
+    """Learning rate of the optimizer. The default is the paper's (A.3)."""
     num_train_epochs: float = PPO.num_train_epochs
-    """Passes over the prompts."""
+    """Number of passes over the prompts."""
     batch_size: int = PPO.batch_size
-    """Responses in a rollout batch."""
+    """Number of responses in a rollout batch."""
     micro_batch_size: int | None = None
-    """Responses in one forward and backward pass. None: a process's whole share of the minibatch."""
+    """Number of responses in a forward and backward pass. None: a process's whole share of the minibatch."""
     eval_samples: int = 4
-    """Responses of each evaluation that are written to eval_completions.jsonl."""
+    """Number of responses that each evaluation writes to eval_completions.jsonl."""
     offload: Literal["none", "frozen"] = "none"
-    """frozen: models of references and classifiers stay in CPU memory and are moved in order to score.
+    """Where the models of references and classifiers are; adapters are not offloaded.
 
-    Adapters are not offloaded.
+    none: on the device. frozen: in CPU memory; they are moved to the device while they score.
     """
     guards: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
-    """See PPOOptions. On a command line (HfArgumentParser) it is JSON."""
+    """As in PPOOptions. On a command line (HfArgumentParser), as JSON."""
     rollout_options: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
-    """See PPOOptions. On a command line it is JSON."""
+    """As in PPOOptions. On a command line (HfArgumentParser), as JSON."""
 
     def __post_init__(self) -> None:
         self.guards = _mapping("guards", self.guards)
@@ -88,29 +89,29 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
         given = {name: getattr(self, name) for name in DERIVED}
-        # until the number of processes is known
+        # computed below, when TrainingArguments knows the number of processes
         self.per_device_train_batch_size = self.gradient_accumulation_steps = 1
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()
         unset_hf_deepspeed_config()  # otherwise from_pretrained would shard references and classifiers under ZeRO-3
-        require(self.n_gpu <= 1, f"SalsaPPOConfig: one process has {self.n_gpu} GPUs; use accelerate launch")
+        require(self.n_gpu <= 1, f"SalsaPPOConfig: one process has {self.n_gpu} GPUs, not one; use accelerate launch")
         share = self.check_shares("", self.batch_size, self.micro_batch_size, self.world_size)
         self.per_device_train_batch_size = self.micro_batch_size or share
         self.gradient_accumulation_steps = share // self.per_device_train_batch_size
         for name, default in DERIVED.items():
             if given[name] not in (default, getattr(self, name)):
                 say(
-                    f"{name}: {given[name]} is ignored; {getattr(self, name)} follows from batch_size ="
+                    f"{name}: {given[name]} is ignored; it is {getattr(self, name)}, computed from batch_size ="
                     f" {self.batch_size}, num_mini_batches and micro_batch_size"
                 )
         require(
             self.min_new_tokens <= self.max_new_tokens,
-            f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens = {self.max_new_tokens}",
+            f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens = {self.max_new_tokens}; lower it",
         )
 
     def _check_values(self) -> None:
-        """Raise SalsaError for a value that is not allowed; a dataclass alone accepts any."""
+        """Raise SalsaError for a value that is not allowed, which a dataclass does not check."""
         for name, (value, why) in UNSUPPORTED.items():
             found = getattr(self, name)
             require(found == value, f"{name}: {_as_yaml(found)} is not supported, only {_as_yaml(value)}: {why}")
@@ -122,23 +123,23 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
 
     @property
     def minibatch_size(self) -> int:
-        """Responses in one optimizer step."""
+        """Number of responses in one optimizer step, in all processes."""
         return self.batch_size // self.num_mini_batches
 
     @property
     def micro_steps(self) -> int:
-        """Forward and backward passes of one process per rollout batch."""
+        """Number of forward and backward passes of one process for a rollout batch."""
         return self.steps_per_update * self.gradient_accumulation_steps
 
     def set_max_steps(self, prompts: int) -> None:
-        """Set max_steps from num_train_epochs, in whole updates, because an incomplete one is not logged.
+        """Compute max_steps from num_train_epochs, in whole updates: an incomplete update is not logged.
 
-        Raises SalsaError if max_steps is given and ends within an update.
+        Raises SalsaError if max_steps is set and is no whole number of updates. prompts: their number.
         """
         steps = self.steps_per_update
         require(
             self.max_steps < 1 or self.max_steps % steps == 0,
-            f"max_steps: found {self.max_steps}, expected a multiple of {steps}, the optimizer steps of one update"
+            f"max_steps: {self.max_steps} is not a multiple of {steps}, the number of optimizer steps in one update"
             " (num_ppo_epochs × num_mini_batches)",
         )
         if self.max_steps < 1:
@@ -146,13 +147,13 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
 
 
 def _mapping(name: str, value: Any) -> Any:
-    """A mapping, also from JSON; None becomes {}."""
+    """Parse an option that is a mapping, its JSON, or None for an empty mapping."""
     if not isinstance(value, str):
         return {} if value is None else value
     try:
         return json.loads(value)
     except ValueError as error:
-        raise SalsaError(f"{name}: {short(value)} is neither a mapping nor its JSON") from error
+        raise SalsaError(f"{name}: {short(value)} is not a mapping, nor a mapping as JSON") from error
 
 
 def _as_yaml(value: Any) -> str:

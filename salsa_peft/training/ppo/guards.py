@@ -1,9 +1,9 @@
-"""Guards: alarms on the metrics of an update when PPO goes wrong (empty responses, gibberish, ...).
+"""Guards: alarms on the metrics of an update if PPO goes wrong (empty responses, gibberish, ...).
 
-A new guard is a function and a row of GUARDS here, a row of DEFAULTS in config/options/guards.py, and a test.
 `ppo.guards` sets actions and limits: `{length: stop, kl: {action: stop, limit: 30}, repetition: off}`. Guards that it
-does not name keep their defaults. A guard reads metrics.jsonl's rows; a metric that is NaN raises its alarm. Imports no
-torch. Left out: averages over updates. A `stop` depends on one update, so a small batch needs a wider limit.
+does not name keep their defaults. A guard reads the metrics of one update, as in metrics.jsonl, so with a small batch
+it needs a wider limit. A metric that is NaN raises an alarm, except of the guard kl_coef. A new guard needs a function
+and a row of GUARDS here, a row of DEFAULTS in config/options/guards.py, and a test. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 Row = Mapping[str, float]
 LENGTH, ENTROPY, REPETITION = START = ("objective/response_length", "objective/entropy", "objective/repetition")
 QUIET_UPDATES = 10
-"""Updates without an alarm after which a guard warns again, instead of in every other update."""
+"""Number of updates without an alarm after which a guard that has warned may warn again."""
 
 
 class KLCoefBounds(NamedTuple):
     """Bounds and target of the adaptive KL coefficient β."""
 
     lowest: float
-    """kl_coef_min; 0 means no bound."""
+    """kl_coef_min; 0 means no lower bound."""
     highest: float | None
-    """kl_coef_max."""
+    """kl_coef_max; None means no upper bound."""
     target: float
     """kl_target, in nats per response."""
 
@@ -40,25 +40,26 @@ class GuardInput(NamedTuple):
     row: Row
     """Metrics of this update."""
     start: Row
-    """Metrics of the run's first update; at least those of START."""
+    """Metrics of the run's first update; only those of START are needed."""
     bounds: KLCoefBounds | None
-    """None if β is fixed."""
+    """Bounds of the adaptive β; None if β is fixed."""
 
 
 def empty(metrics: GuardInput, limit: float) -> str | None:
-    """The share of empty responses, which consist of EOS only.
+    """Alarm if the share of empty responses, which consist of EOS only, exceeds the limit.
 
-    Paper A.4: with the soup as reference, a high β drives response length to zero. The default limit is a half: PPO
-    then has little left to learn from. Healthy runs have a few percent at most.
+    Paper A.4: with the soup as reference, a high β drives the response length to zero. The default limit is a half,
+    because PPO then has little left to learn from. Healthy runs have a few percent at most.
     """
     share = metrics.row["objective/empty_share"]
     return None if share <= limit else f"{share:.0%} of the responses are empty (EOS only); the limit is {limit:.0%}"
 
 
 def length(metrics: GuardInput, limit: float) -> str | None:
-    """Mean response length relative to the first update: an early sign of empty responses.
+    """Alarm if the mean response length falls below limit × that of the first update.
 
-    The default limit is a quarter: a reward that prefers short responses may halve them, which is no failure.
+    Shrinking responses are an early sign of empty ones. The default limit is a quarter, because a reward that prefers
+    short responses may halve the length, which is no failure.
     """
     now, then = metrics.row[LENGTH], metrics.start[LENGTH]
     least = limit * then
@@ -67,11 +68,11 @@ def length(metrics: GuardInput, limit: float) -> str | None:
 
 
 def repetitive(metrics: GuardInput, limit: float) -> str | None:
-    """Share of 4-grams repeated within a response: gibberish that loops, as in the paper's Figure 6.
+    """Alarm if too many 4-grams are repeated within their response: looping gibberish (paper's Figure 6).
 
-    The alarm is raised above start + limit · (1 − start), because some data (tables, code) repeats itself from the
-    start. The default limit is a half: human texts repeat a few percent, one in a hundred a half, and a loop nearly
-    everything.
+    The largest share is start + limit · (1 − start), with the share `start` of the first update, because some data
+    (tables, code) is repetitive. The default limit is a half: human texts repeat a few percent of their 4-grams (one
+    text in a hundred repeats half of them), and a loop repeats nearly all.
     """
     now, then = metrics.row[REPETITION], metrics.start[REPETITION]
     most = then + limit * (1 - then)
@@ -80,9 +81,10 @@ def repetitive(metrics: GuardInput, limit: float) -> str | None:
 
 
 def entropy_low(metrics: GuardInput, limit: float) -> str | None:
-    """Entropy per token relative to the first update: the policy gives the same few answers to everything.
+    """Alarm if the entropy per token falls below limit × that of the first update.
 
-    The default limit is a tenth: PPO normally lowers entropy, often to a half; a collapsed policy has next to none.
+    The policy then gives the same few answers to all prompts. The default limit is a tenth: PPO normally lowers the
+    entropy, often to a half; a collapsed policy has almost none.
     """
     now, then = entropy(metrics.row), entropy(metrics.start)
     least = limit * then
@@ -91,10 +93,11 @@ def entropy_low(metrics: GuardInput, limit: float) -> str | None:
 
 
 def entropy_high(metrics: GuardInput, limit: float) -> str | None:
-    """Entropy per token above the first update's, in nats: gibberish in which any token may follow.
+    """Alarm if the entropy per token exceeds that of the first update by more than the limit, in nats.
 
-    A difference rather than a ratio, because the first update's may be near 0. The default limit of 1.5 nats means 4.5
-    times as many choices (e^1.5); sampling at temperature 1.5, which gives gibberish, adds three or four nats.
+    The policy may then write gibberish. The limit is on a difference, not a ratio, because the first update's entropy
+    may be near 0. The default limit of 1.5 nats means 4.5 times as many choices (e^1.5); sampling at temperature 1.5,
+    which gives gibberish, adds three or four nats.
     """
     now, then = entropy(metrics.row), entropy(metrics.start)
     most = then + limit
@@ -103,7 +106,10 @@ def entropy_high(metrics: GuardInput, limit: float) -> str | None:
 
 
 def kl_coef(metrics: GuardInput, limit: float) -> str | None:
-    """Adaptive β at a bound (within the share `limit` of it) while the KL would move it further."""
+    """Alarm if the adaptive β is at a bound, and the KL calls for a β beyond the bound.
+
+    limit: distance from the bound, relative to the bound, within which β counts as at the bound.
+    """
     if metrics.bounds is None:
         return None
     beta, found = metrics.row["objective/kl_coef"], metrics.row["objective/kl"]
@@ -120,19 +126,19 @@ def kl_coef(metrics: GuardInput, limit: float) -> str | None:
 
 
 def negative_kl(metrics: GuardInput, limit: float) -> str | None:
-    """KL below −limit, in nats per response: impossible for a KL, but not for its estimate k1.
+    """Alarm if the KL is below −limit, in nats per response: only its estimate k1 can be negative.
 
-    The default limit is 1 nat: k1's variance is about 2 KL, so that −1 is at least four standard errors below the mean
-    of 8 responses.
+    The default limit is 1 nat: k1's variance is about 2 KL, so −1 is at least four standard errors below the mean over
+    8 responses.
     """
     found = metrics.row["objective/kl"]
     return None if found >= -limit else f"the KL is {found:.3g} nats per response; the limit is {-limit:g}"
 
 
 def kl(metrics: GuardInput, limit: float) -> str | None:
-    """KL above limit, in nats per response; with action stop this is early stopping on KL.
+    """Alarm if the KL is above the limit, in nats per response. With action stop this is early stopping.
 
-    Off by default, because a soup or the base is far from the policy's start. The default limit is ten times the
+    Off by default, because a soup or the base may be far from the initial policy. The default limit is ten times the
     default kl_target.
     """
     found = metrics.row["objective/kl"]
@@ -140,17 +146,17 @@ def kl(metrics: GuardInput, limit: float) -> str | None:
 
 
 def entropy(row: Row) -> float:
-    """Entropy in nats per token."""
+    """Mean entropy in nats per token, from the metrics of an update."""
     return row[ENTROPY] / row[LENGTH]
 
 
 class Guard(NamedTuple):
-    """A guard: its check, and what to do after an alarm."""
+    """A guard: the function that checks the metrics, and advice to the user."""
 
     check: Callable[[GuardInput, float], str | None]
-    """Takes the metrics and the limit. Returns what is wrong, or None."""
+    """Takes the metrics and the limit. Returns what is wrong, or None without an alarm."""
     remedy: str
-    """A sentence that says what the user can do."""
+    """A sentence that says what the user can do after an alarm."""
 
 
 SHORT = "Short responses cost little KL, which PPO can exploit: set min_new_tokens or kl_per=token, or lower kl_coef"
@@ -172,7 +178,7 @@ GUARDS: dict[str, Guard] = {
         kl, "The policy is far from its reference: use an earlier checkpoint, raise kl_coef, or lower learning_rate",
     ),
 }  # fmt: skip
-"""Default limits and actions are in DEFAULTS of config/options/guards.py."""
+"""All guards by name. Their default limits and actions are in DEFAULTS of config/options/guards.py."""
 
 
 class Alarm(NamedTuple):
@@ -180,15 +186,15 @@ class Alarm(NamedTuple):
 
     name: str
     action: Action
-    """warn or stop."""
+    """`warn` or `stop`, as set for the guard."""
     message: str
-    """One line: what is wrong, in which update, and what to do."""
+    """One line that says what is wrong, in which update, and what to do."""
 
 
 def alarms(
     settings: Mapping[str, GuardSetting], row: Row, start: Row, bounds: KLCoefBounds | None = None
 ) -> list[Alarm]:
-    """The alarms of all guards on an update's metrics. bounds: if β is adaptive."""
+    """The alarms of all guards for an update. row, start: its metrics and those of the first update."""
     metrics, found = GuardInput(row, start, bounds), []
     for name, (action, limit) in settings.items():
         guard = GUARDS[name]
@@ -199,18 +205,19 @@ def alarms(
 
 
 class GuardMonitor:
-    """The guards of a run, with the first update's metrics and the warnings so far."""
+    """The guards of a run, with the first update's metrics and the guards that have warned lately."""
 
     def __init__(self, settings: Mapping[str, GuardSetting], bounds: KLCoefBounds | None = None) -> None:
         self.settings, self.bounds = settings, bounds
         self.start: dict[str, float] = {}
         self.quiet: dict[str, int] = {}
-        """Guards that have warned → updates without an alarm since."""
+        """Name of a guard that has warned → number of updates without its alarm since."""
 
     def check(self, row: Row) -> list[Alarm]:
-        """Check an update's metrics → the alarms to report.
+        """Check an update's metrics. Returns the alarms to report.
 
-        A stop is reported always; a warning when it begins, and again after QUIET_UPDATES without it.
+        An alarm with action stop is always reported. One with action warn is reported the first time, and again only
+        after QUIET_UPDATES updates without it.
         """
         self.start = self.start or {key: row[key] for key in START}
         found = alarms(self.settings, row, self.start, self.bounds)
@@ -220,16 +227,16 @@ class GuardMonitor:
         return reported
 
     def state_dict(self) -> dict[str, Any]:
-        """The first update's metrics and the warnings so far."""
+        """The first update's metrics and the guards that have warned lately, for a checkpoint."""
         return {"start": dict(self.start), "quiet": dict(self.quiet)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.start, self.quiet = dict(state["start"]), dict(state["quiet"])
 
 
 def repetition(response_ids: Tensor, response_mask: Tensor, n: int = 4) -> float:
-    """Share of repeated n-grams, 1 − unique / all, averaged over responses (B, T); 0 if shorter than n."""
+    """Mean share of repeated n-grams, 1 − unique / all, over responses (B, T); 0 for those shorter than n."""
     shares = []
     for tokens, counted in zip(response_ids.tolist(), response_mask.tolist(), strict=True):
         response = list(compress(tokens, counted))

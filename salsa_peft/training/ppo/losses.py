@@ -1,7 +1,7 @@
 """GAE, KL estimators, PPO's losses and the KL controller: pure functions on tensors.
 
-Shapes: B sequences, T response tokens. Masks are True where a token counts; values elsewhere are ignored and need not
-be zero. Everything is computed in float32.
+Shapes: B sequences, T response tokens. Masks are True at the tokens of responses; values elsewhere are ignored and need
+not be zero. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Scale values (B, T) to unit variance and zero mean over the mask; 0 outside the mask.
+    """Scale values (B, T) to unit variance and zero mean over the mask. Values outside the mask become 0.
 
-    TRL 1.12's masked_whiten, with the unbiased variance. shift_mean: False keeps the mean. With fewer than two tokens
-    only the mean is subtracted.
+    As TRL 1.12's masked_whiten, with the unbiased variance. shift_mean: False keeps the mean. With fewer than two
+    tokens in the mask, the values are not scaled.
     """
     counted = values[mask]
     mean = counted.mean()
@@ -32,19 +32,20 @@ KL_ESTIMATORS = {
     "k3": lambda logprobs, reference: torch.expm1(reference - logprobs) + logprobs - reference,
     "abs": lambda logprobs, reference: (logprobs - reference).abs(),
 }
-"""Per-token estimates of KL(π ‖ reference) from the log-probs of the sampled token.
+"""Estimators of KL(π ‖ reference) per token, from both models' log-probs of the sampled token.
 
-Schulman, 2020, "Approximating KL divergence". The estimator `full`, over the vocabulary, is models.logprobs.full_kl.
+See Schulman, 2020, "Approximating KL divergence". The estimator `full`, which sums over the vocabulary, is
+models.logprobs.full_kl.
 """
 
 
 def token_rewards(
     kl: Tensor, scores: Tensor, mask: Tensor, kl_coef: float, *, per: Literal["response", "token"] = "response"
 ) -> Tensor:
-    """Per-token rewards −β · kl_t, plus the score at a response's last token.
+    """Rewards per token (B, T): −β · kl_t, plus the score at a response's last token.
 
-    kl (B, T), scores (B,), mask (B, T) → (B, T). per: "token" gives −β · kl_t / |y|, so that the penalty of a response
-    is β times its mean KL, whatever its length |y|.
+    kl, mask: (B, T). scores: (B,). per: "token" gives −β · kl_t / |y|, with the response's length |y|, so that the
+    penalty of a response is β times its mean KL per token.
     """
     if per == "token":
         kl = kl / mask.sum(-1, keepdim=True)
@@ -66,7 +67,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     """Generalized advantage estimation (Schulman et al., 2016) over the response.
 
     δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1}, returns = A + V; the value after the last token is 0. rewards,
-    values, mask: (B, T). The True values of each row of the mask are consecutive and start at its first token.
+    values, mask: (B, T). In each row of the mask the True values are consecutive, beginning at the first token.
     """
     zeros = torch.zeros_like(rewards[:, 0])
     advantages = torch.zeros_like(rewards)
@@ -81,9 +82,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 class PPOLoss(NamedTuple):
-    """Loss and logged metrics of a micro-batch: sums over its tokens, divided by the minibatch's number of tokens.
+    """Loss and metrics of a micro-batch: sums over its tokens, divided by the tokens of the minibatch.
 
-    Added up over the micro-batches of a minibatch they are means over its tokens.
+    Their sums over the micro-batches of a minibatch are means over the minibatch's tokens.
     """
 
     loss: Tensor
@@ -101,8 +102,8 @@ def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values:
     """PPO's clipped losses (Schulman et al., 2017) of a micro-batch. All tensors are (B, T).
 
     policy = mean of max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =
-    policy + vf_coef · value. Means are over `tokens`, the True values in the mask of the whole minibatch, so that the
-    gradients of its micro-batches add up to the gradient of the minibatch.
+    policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the whole minibatch,
+    so that the gradients of its micro-batches add up to the minibatch's gradient.
     """
     given = (logprobs, values, old_logprobs, old_values, advantages, returns)
     logprobs, values, old_logprobs, old_values, advantages, returns = (
@@ -133,15 +134,15 @@ def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, r
                   most: float | None = None) -> float:  # fmt: skip
     """Adapt the KL coefficient: β ← β (1 + clip(KL/target − 1, ±0.2) · n / horizon).
 
-    Ziegler et al., 2019; TRL 0.8. kl, target: nats per response. responses: n, those of the update. least, most: bounds
-    of β; most None means no upper bound.
+    As in Ziegler et al., 2019, and TRL 0.8. kl, target: in nats per response. responses: n, the number of responses in
+    the update. least, most: bounds of β; most = None means no upper bound.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return min(max(kl_coef * (1 + error * responses / horizon), least), math.inf if most is None else most)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """Explained variance of the values over the mask, 1 − Var(R − V) / Var(R); 0 if R does not vary."""
+    """Explained variance of the values, 1 − Var(R − V) / Var(R), over the mask; 0 if R does not vary."""
     target = returns[mask]
     variance = target.var(unbiased=False)
     if variance == 0:

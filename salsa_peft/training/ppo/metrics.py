@@ -1,4 +1,4 @@
-"""Metrics of an update under TRL's names, the log files, and samples on the terminal."""
+"""Metrics of an update (with TRL's names), the log files, and samples printed on the terminal."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"
 FILES = (METRICS, COMPLETIONS, EVALUATIONS)
 PIPE_WIDTH = 160
-"""Columns of the table of samples where it is not printed to a terminal."""
+"""Width in characters of the table of samples if it is not printed to a terminal."""
 
 
 def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, float]:
-    """Metrics of an update under TRL's names. KL and entropy are sums over a response, in nats.
+    """Metrics of an update, with TRL's names. KL and entropy are sums over a response, in nats.
 
-    batch_size: responses per update.
+    batch_size: number of responses in an update.
     """
     responses, mask = rollout.responses, rollout.responses.response_mask
     kl, score = rollout.kl.sum(-1).mean().item(), rollout.scores.mean().item()
@@ -74,7 +74,7 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
 def completion_rows(
     responses: Responses, columns: Mapping[str, Tensor], count: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
-    """The first `count` responses as rows with prompt, response and the values of `columns`, each (B,)."""
+    """Yield a row for each of the first `count` responses: prompt, response, and values of `columns`."""
     part = responses.rows(torch.arange(min(count, len(responses.finished))))
     prompts = decode(tokenizer, part.prompt_ids, part.prompt_mask)
     answers = decode(tokenizer, part.response_ids, part.response_mask)
@@ -83,17 +83,17 @@ def completion_rows(
 
 
 class LogFiles:
-    """The log files in an output folder, to which each update appends; earlier runs' logs are kept."""
+    """The log files in output_dir, to which each update appends. Logs of earlier runs are renamed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.begun = folder, False
         self.own: dict[str, int] = {}
-        """File name → position of this run's first line; evaluations can be logged before training begins."""
+        """File name → position of this run's first line, since evaluations can be logged before training."""
 
     def begin(self) -> str | None:
         """Start the logs of a run.
 
-        Earlier logs are kept as metrics.1.jsonl and so on. Returns a line that says so, or None.
+        Logs of an earlier run are renamed to metrics.1.jsonl and so on. Returns a message about that, or None.
         """
         if self.begun:
             return None
@@ -110,17 +110,17 @@ class LogFiles:
             if own:
                 file.write_bytes(own)
             os.truncate(kept, size)
-        return f"{self.folder}: logs of an earlier run are kept as {numbered(Path(METRICS), number)} and so on"
+        return f"{self.folder}: the logs of an earlier run are kept as {numbered(Path(METRICS), number)} and so on"
 
     def keep(self) -> str:
-        """Copy the logs before they are cut back, which the returned line says."""
+        """Copy the logs, before `cut` truncates them. Returns a message about the copies."""
         number = self._free_number()
         for file in self._existing():
             shutil.copyfile(file, numbered(file, number))
         return f"{self.folder}: a copy of the logs is kept as {numbered(Path(METRICS), number)} and so on"
 
     def take(self, folder: Path) -> str | None:
-        """Continue the logs of another folder. Returns what `begin` returns."""
+        """Continue copies of the logs in another folder. Returns the message of `begin`, or None."""
         self.own.clear()
         message = self.begin()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +133,13 @@ class LogFiles:
         return [self.folder / name for name in FILES if (self.folder / name).exists()]
 
     def _free_number(self) -> int:
-        """The first number under which no log is kept."""
+        """The smallest number that no renamed log has."""
         taken = {path.name for path in self.folder.glob("*.jsonl")}
         return next(n for n in itertools.count(1) if not any(numbered(Path(name), n).name in taken for name in FILES))
 
     def write(self, row: dict[str, float], rollout: Rollout, args: SalsaPPOConfig,
               tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:  # fmt: skip
-        """Append an update's metrics and some of its responses, and return the rows of these."""
+        """Append the metrics of an update and some of its responses. Returns the responses' rows."""
         self._append(METRICS, [row])
         if not args.logged_completions:
             return []
@@ -151,7 +151,7 @@ class LogFiles:
 
     def write_evaluation(self, update: int, responses: Responses, scores: Tensor, count: int,
                          tokenizer: PreTrainedTokenizerBase) -> None:  # fmt: skip
-        """Append some responses of an evaluation."""
+        """Append the first `count` responses of an evaluation. update: number of updates before it."""
         rows = completion_rows(responses, {"score": scores}, count, tokenizer) if count else []
         self._append(EVALUATIONS, [{"update": update, **row} for row in rows])
 
@@ -171,14 +171,14 @@ class LogFiles:
         return sizes
 
     def cut(self, sizes: Mapping[str, int]) -> list[str]:
-        """Truncate the files to these sizes (0 without one). Returns a line for each that is shorter already."""
+        """Truncate the logs to `sizes` (0 if missing). Returns a message for each log that is shorter already."""
         self.begun = True
         lines = [checkpoints.truncate_log(self.folder / name, sizes.get(name, 0)) for name in FILES]
         return [line for line in lines if line is not None]
 
 
 def numbered(file: Path, number: int) -> Path:
-    """metrics.jsonl → metrics.1.jsonl"""
+    """The path with a number in its name: metrics.jsonl becomes metrics.1.jsonl."""
     return file.with_name(f"{file.stem}.{number}{file.suffix}")
 
 
@@ -190,8 +190,8 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
 def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO | None = None) -> None:
     """Print rows of completions.jsonl as a table, to standard error by default.
 
-    The end of a prompt and the start of a response are shown. Not TRL's print_prompt_completions_sample, which shows
-    all of both and sends control characters in them to the terminal.
+    Of long texts, only the end of a prompt and the start of a response are printed. TRL's
+    print_prompt_completions_sample is not used, because it prints whole texts with their control characters.
     """
     if not rows:
         return
@@ -220,17 +220,17 @@ def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO
         table.add_row(f"{row['score']:.3f}", f"{row['kl']:.2f}", Text(prompt), Text(response))
     with console.capture() as captured:
         console.print(table)
-    # written, not printed by the console, so that progress bars of rich and tqdm stay below the table
+    # the stream is written directly, so that progress bars of rich and tqdm stay below the table
     with tqdm.external_write_mode(file=stream):
         stream.write(captured.get())
         stream.flush()
 
 
 def printable(text: str) -> str:
-    """Make text harmless to a terminal: line breaks become ⏎, special characters become escapes.
+    """Make text safe for a terminal: line breaks become ⏎, special characters become Python's escapes.
 
-    Special are control, formatting and unassigned characters: escape sequences, changes of direction, lone surrogates.
-    The two joiners, which Persian and emoji need, stay.
+    Special are control, formatting, surrogate and unassigned characters, such as those of escape sequences and changes
+    of direction. The two zero-width joiners, which Persian and emoji need, stay.
     """
     hidden, joiners = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"), "\u200c\u200d"
     return "".join(

@@ -1,4 +1,4 @@
-"""Prompts: tokenizing a dataset's rows, leaving out those that are too long, and their order in rollout batches."""
+"""Prompts: tokenizing a dataset's rows, leaving out long prompts, and the order in rollout batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from salsa_peft.training.ppo.config import SalsaPPOConfig
 
 
-OWN_BOS = "begin with {} already: the tokenizer's own is left out"
+OWN_BOS = "begin with {} already, so the tokenizer adds none"
 
 
 class Prompt(NamedTuple):
@@ -32,33 +32,33 @@ class Prompt(NamedTuple):
 
     tokens: list[int]
     row: Mapping[str, Any]
-    """The dataset's row, which reward functions get."""
+    """The dataset's row, which is passed to reward functions."""
 
 
 class PromptEncoder(NamedTuple):
-    """Turns rows into prompts that fit."""
+    """Tokenizes the prompts of a dataset's rows, and leaves out empty and long prompts."""
 
     tokenizer: PreTrainedTokenizerBase
     longest: int | None
-    """Tokens of the longest prompt that is kept; None: no limit."""
+    """Largest number of tokens of a prompt that is kept; None means no limit."""
     vocabulary: int
-    """Number of input embeddings."""
+    """Number of the policy's input embeddings."""
     quiet: bool = False
-    """Print nothing, because another process does."""
+    """Whether to print nothing, as in all processes but the main one."""
 
     @classmethod
     def of(
         cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PromptEncoder:
-        """For prompts that leave room for a response in each of `models`, of which the policy is the first.
+        """Create an encoder of prompts to which each of `models` can read a response. The policy comes first.
 
-        max_prompt_length is a limit too. Raises SalsaError for a max_new_tokens that leaves no room for a prompt.
+        args.max_prompt_length limits prompts too. Raises SalsaError if max_new_tokens leaves no room for a prompt.
         """
         lengths = [length for length in (max_positions(model.config) for model in models) if length is not None]
         require(
             not lengths or args.max_new_tokens < min(lengths),
             f"max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in the {min(lengths, default=0)}"
-            " tokens that the models can read",
+            " tokens that the models can read; lower it",
         )
         limits = [length - args.max_new_tokens for length in lengths]
         limits += [] if args.max_prompt_length is None else [args.max_prompt_length]
@@ -66,14 +66,14 @@ class PromptEncoder(NamedTuple):
         return cls(tokenizer, min(limits, default=None), len(embeddings), quiet=args.process_index > 0)
 
     def __call__(self, rows: Any, name: str) -> tuple[list[Prompt], int]:
-        """Rows → prompts, and how many were left out because they are empty or too long.
+        """Encode the prompts of `rows`. Returns those kept, and the number of empty or too long prompts.
 
-        Raises SalsaError for what are no rows and for a row without a usable prompt; the message starts with `name`.
+        Raises SalsaError if `rows` are not rows, or a row has no usable prompt. Messages start with `name`.
         """
         if isinstance(rows, Mapping):  # for example a datasets.DatasetDict
             keys = short(list(rows))
             raise SalsaError(
-                f"{name}: this is a {type(rows).__name__} with the keys {keys}. Pass the dataset of one of them"
+                f"{name}: this is a {type(rows).__name__} with the keys {keys}. Pass the dataset under one of the keys"
             )
         try:
             iterator = iter(rows)
@@ -96,43 +96,43 @@ class PromptEncoder(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """Why prompts are left out, for messages."""
-        why = "(max_prompt_length, or what the models can read less max_new_tokens)"
+        """Why prompts are left out, as text for messages."""
+        why = "(max_prompt_length, or the models' context length minus max_new_tokens)"
         return "empty" if self.longest is None else f"empty, or longer than {self.longest} tokens {why}"
 
     def tokens(self, row: Any, number: int, name: str) -> list[int]:
-        """The token ids of a row's prompt."""
+        """Token ids of a row's prompt. number: the row's, from 1. Raises SalsaError for an unusable prompt."""
         where = f"{name}, row {number}"
         require(
             isinstance(row, Mapping),
-            f"{where}: found {one_line(short(row))}, expected a mapping with `prompt` or `input_ids`",
+            f"{where}: {one_line(short(row))} must be a mapping with `prompt` or `input_ids`",
         )
         if "input_ids" not in row:
             columns = ", ".join(map(str, row))
-            require("prompt" in row, f"{where}: there is neither `prompt` nor `input_ids`, only {columns}")
+            require("prompt" in row, f"{where}: must have `prompt` or `input_ids`, but has only {columns}")
             prompt = row["prompt"]
-            require(prompt is not None, f"{where}, prompt: this is None; it must be text or messages")
+            require(prompt is not None, f"{where}, prompt: must be text or messages, but is None")
             last = prompt[-1] if isinstance(prompt, list) and prompt else None
             require(
                 not isinstance(last, Mapping) or last.get("role") != "assistant",
-                f"{where}, prompt: the last message is the assistant's; it must be the user's, since the policy"
-                " answers it",
+                f"{where}, prompt: the last message must be the user's, since the policy answers it, but is the"
+                " assistant's",
             )
         ids = [int(token) for token in prompt_tokens(row, self.tokenizer, number, name)]  # type: ignore[arg-type]
         unknown = [token for token in ids if not 0 <= token < self.vocabulary]
         require(
             not unknown,
-            f"{where}: token id {unknown[:1]} has no embedding; the model's are 0 to {self.vocabulary - 1}",
+            f"{where}: token id {unknown[:1]} has no embedding; ids must be from 0 to {self.vocabulary - 1}",
         )
         return ids
 
     def begins_with_bos(self, row: Mapping[str, Any]) -> bool:
-        """Whether a text starts with the BOS that the tokenizer adds, as texts from a chat template do."""
+        """Whether a prompt's text begins with the BOS that the tokenizer adds, as after a chat template."""
         text = row.get("prompt") if "input_ids" not in row else None
         return isinstance(text, str) and adds_bos(self.tokenizer) and text.startswith(str(self.tokenizer.bos_token))
 
     def dropped(self, row: Mapping[str, Any], number: int, name: str) -> list[str]:
-        """Parts of a row that the chat template ignores, such as a system message or `tools`."""
+        """Fields of a row's prompt that the chat template ignores, such as a system message or `tools`."""
         messages: Any = None if "input_ids" in row else row["prompt"]
         if not isinstance(messages, list):
             return []
@@ -142,9 +142,9 @@ class PromptEncoder(NamedTuple):
 
 
 class RolloutBatches(Sampler[list[int]]):
-    """Row indices of rollout batches, each repeated for its micro-steps; shuffled in every epoch.
+    """Sampler of rollout batches (row indices), which repeats each batch for its micro-steps.
 
-    Rows that do not fill the last batch of an epoch are left out of it.
+    Rows are shuffled in every epoch. Those that do not fill a last batch are left out of the epoch.
     """
 
     def __init__(self, rows: int, batch_size: int, repeats: int, seed: int) -> None:
@@ -154,7 +154,7 @@ class RolloutBatches(Sampler[list[int]]):
         return self.rows // self.batch_size * self.repeats
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by transformers.Trainer, also when it resumes within an epoch."""
+        """Set the epoch of the next iteration. Trainer calls this, also when it resumes within an epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -167,8 +167,8 @@ class RolloutBatches(Sampler[list[int]]):
 
 
 class RolloutLoader(DataLoader):
-    """A DataLoader that passes the epoch on to its batch sampler."""
+    """A DataLoader that passes the epoch to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by transformers.Trainer."""
+        """Set the batch sampler's epoch. transformers.Trainer calls this."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

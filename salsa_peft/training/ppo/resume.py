@@ -1,4 +1,4 @@
-"""Resuming PPO: the checkpoints of a run, and what must match when one is resumed."""
+"""Resuming PPO: the checkpoints of a run, and the settings that must match when a run is resumed."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ CHANGEABLE = (
     "kl_target", "kl_horizon", "kl_coef_min", "kl_coef_max", "max_ratio", "target_kl", "rollout_backend",
     "old_logprobs", "bf16",
 )  # fmt: skip
-"""Options that may change on resume; a change is logged."""
+"""Options that may change on resume; changes are printed."""
 LORA_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-"""Options of LoraConfig that must match on resume."""
+"""Options of the policy's LoraConfig that must match on resume."""
 SAMPLE = 4096
-"""Elements of each weight that a digest covers."""
+"""Number of elements of each weight that `digest` compares."""
 
 
 @dataclass
 class RunCheckpoints:
     """The checkpoints of one run, each complete or absent.
 
-    A checkpoint holds Trainer's files and PPO's: salsa_state.json, the rollout batch, and the weights of references
-    that are synced. A run is resumed only if required options, data and models match.
+    A checkpoint holds Trainer's files, salsa_state.json, the rollout batch, and the weights of references that are
+    synced. A run is resumed only if the REQUIRED options, the prompts and the models match.
     """
 
     args: SalsaPPOConfig
@@ -77,28 +77,28 @@ class RunCheckpoints:
     reward: Reward
     prompts: Any
     sharding: bool | str
-    """How weights are sharded: a checkpoint of other sharding has other optimizer files."""
+    """How weights are sharded, which must match on resume because the optimizer's files depend on it."""
     state: PPOState
     scale: RunningScale
     guards: GuardMonitor
     logs: LogFiles
     partial: Path | None = None
-    """Folder in which a checkpoint is being written."""
+    """Folder in which a checkpoint is being written; None between checkpoints."""
     saved_step: int | None = None
     """Step of this run's newest checkpoint in output_dir."""
     owns_folder: bool = False
-    """Whether the checkpoints in output_dir are those of this run."""
+    """Whether this run has claimed output_dir, so that the checkpoints in it are its own."""
     identity: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints and logs are written: output_dir."""
+        """The folder output_dir, in which checkpoints and logs are written."""
         return Path(str(self.args.output_dir))
 
     def find(self, resume: str | bool | None) -> Path | None:
-        """Find the checkpoint that `resume_from_checkpoint` names; True is the newest complete one.
+        """The checkpoint for train's `resume_from_checkpoint`; True means the newest complete one.
 
-        Raises SalsaError if there is none.
+        Raises SalsaError if the checkpoint does not exist or is incomplete.
         """
         if not resume:
             return None
@@ -115,28 +115,28 @@ class RunCheckpoints:
         require(
             newest is not None,
             f"resume_from_checkpoint: there is no complete checkpoint in {self.folder}"
-            + ". Remove the incomplete ones, or choose another output_dir" * bool(skipped),
+            + ". Remove the incomplete checkpoints, or choose another output_dir" * bool(skipped),
         )
         return newest
 
     def claim_folder(self, checkpoint: Path | None) -> None:
-        """Raise SalsaError if output_dir has checkpoints of another run, which this run's would replace."""
+        """Raise SalsaError if output_dir has checkpoints of another run, which this run would replace."""
         existing = checkpoints.checkpoints(self.folder)
         require(
             self.owns_folder or self._is_here(checkpoint) or not existing,
             f"output_dir: {self.folder} already has {existing[0].name if existing else ''} of an earlier run."
-            " Call train(resume_from_checkpoint=True) to continue that run, or choose another output_dir for a new one",
+            " Call train(resume_from_checkpoint=True) to continue that run, or choose another output_dir for a new run",
         )
         self.owns_folder, self.saved_step = True, None
 
     def settings(self) -> dict[str, Any]:
-        """What must match on resume. Called first before training, because weights may be sharded afterwards."""
+        """The settings that must match on resume. First called before training, which may shard the weights."""
         if self.identity is None:
             self.identity = identity(self.policy, self.policy_name, self.references, self.reward, self.prompts)
         return {**required_options(self.args), **self.identity, "sharded": self.sharding}
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of salsa_state.json. Flushes the logs, whose sizes are part of it, to the disk."""
+        """The content of salsa_state.json. It includes the sizes of the logs, which are flushed to the disk."""
         return {
             "setting": self.settings(),
             "options": changeable_options(self.args, self.reward),
@@ -148,10 +148,10 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def write(self, trainer_state: TrainerState, size: int | None) -> Iterator[None]:
-        """Context that writes a checkpoint: the block saves Trainer's files into `partial`.
+        """Context that writes a checkpoint. Its body saves Trainer's files in the folder `partial`.
 
-        Then PPO's files are added and the folder is renamed. size: bytes that the block will write, if known. Raises
-        SalsaError if the disk is full.
+        At the end, PPO's files are added and the checkpoint gets its name. size: number of bytes that the body will
+        write, if known. Raises SalsaError if the disk is full.
         """
         partial, main = self.folder / checkpoints.PARTIAL, self.accelerator.is_main_process
         if main:
@@ -196,9 +196,9 @@ class RunCheckpoints:
         checkpoints.rotate(self.folder, self.args.save_total_limit, kept)
 
     def restore(self, checkpoint: Path) -> None:
-        """Restore PPO's state and the logs; Trainer loads weights and optimizer.
+        """Restore PPO's state, synced references and the logs. Trainer loads the policy and the optimizer.
 
-        Raises SalsaError for a checkpoint of other settings, data or models.
+        Raises SalsaError if the checkpoint's settings, prompts or models are not those of this run.
         """
         saved = checkpoints.read_state(checkpoint, self.settings())
         has_rollout = (checkpoint / ROLLOUT).is_file()
@@ -221,7 +221,7 @@ class RunCheckpoints:
             self.saved_step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
 
     def _restore_logs(self, checkpoint: Path, sizes: dict[str, int]) -> None:
-        """Cut the logs back to the checkpoint. What is cut off and will not be made again is kept in a copy."""
+        """Truncate the logs to the checkpoint. If there are newer checkpoints, keep a copy of the logs."""
         kept = None
         if not self._is_here(checkpoint):
             kept = self.logs.take(checkpoint.parent)
@@ -240,16 +240,16 @@ class RunCheckpoints:
 
 
 def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
-    """The options of REQUIRED by name.
+    """The REQUIRED options as name → value, and whether value_head_learning_rate is set.
 
-    And whether the value head has its own learning rate, and with it its own group in the optimizer's state.
+    With that option the value head has its own parameter group in the optimizer's state.
     """
     own = args.value_head_learning_rate is not None
     return {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
 
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
-    """CHANGEABLE by name, and the names of reward functions, whose code cannot be compared."""
+    """The CHANGEABLE options as name → value, and the names of the reward functions."""
     code = [one.code for one in reward.components()]
     return {key: _as_json(vars(args)[key]) for key in CHANGEABLE} | {"reward": code}
 
@@ -261,10 +261,10 @@ def identity(
     reward: Reward,
     prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
-    """What must match on resume besides options: policy, base, references, reward models and prompts.
+    """The policy, base, references, reward models and prompts, which must match on resume.
 
-    Models are compared by digests of their weights, so that their paths may change. policy: the adapter's name; None
-    for full weights.
+    Models are compared by digests of their weights, so that their paths may change. policy: the name of the policy's
+    adapter; None for full weights.
     """
     dtype = str(causal_lm(model).dtype).removeprefix("torch.")
     weights = "weights" if dtype == "float32" else f"weights in {dtype}"
@@ -275,7 +275,7 @@ def identity(
             found |= {key: _as_json(vars(config)[key]) for key in LORA_OPTIONS}
         own = {id(weight) for name in model.peft_config for weight in lora.parameters(model, name)}
         base = (weight for weight in model.parameters() if id(weight) not in own)
-        # without 4-bit weights, whose layout depends on the machine
+        # 4-bit weights are left out, because their layout depends on the machine
         found["base"] = digest(weight for weight in base if weight.is_floating_point())
     found["references"] = [_digest_reference(model, one) for one in references]
     moves = [f"every {one.sync_every}, α {one.mixup_alpha:g}" for one in references if one.sync_every is not None]
@@ -289,9 +289,9 @@ def identity(
 
 
 def digest(weights: Iterable[Tensor]) -> str:
-    """12 hex digits that identify weights by their shapes and first elements.
+    """12 hex digits that identify weights by their shapes and the first elements of each.
 
-    Elements are compared in float32, so that the dtype does not matter.
+    The elements are converted to float32 first, so that the dtype does not matter.
     """
     found = hashlib.sha256()
     for weight in weights:
@@ -311,5 +311,5 @@ def _digest_reference(model: PeftModel, reference: FrozenReference) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """The value of an enum, as JSON stores it; any other value as it is."""
+    """The value of an enum member as text; any other object unchanged."""
     return str(value.value) if isinstance(value, Enum) else value

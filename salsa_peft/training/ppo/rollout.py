@@ -1,7 +1,7 @@
 """The rollout: prompts → responses, log-probs, values, KL, scores, rewards and advantages.
 
-Each process does its share, and all processes get the whole batch. Shapes: B responses in the prompts' order, T
-response tokens.
+Each process computes its share of the batch, and all processes get the whole batch. Shapes: B responses in the
+prompts' order, T response tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 class Rollout(NamedTuple):
-    """A scored rollout batch: what the losses need, (B, T) unless noted."""
+    """A rollout batch, with all tensors that the losses need; (B, T) each unless noted."""
 
     responses: Responses
     logprobs: Tensor
@@ -61,34 +61,34 @@ class Rollout(NamedTuple):
     kl: Tensor
     entropy: Tensor
     scores: Tensor
-    """(B,), as the reward returned them."""
+    """(B,), as returned by the reward, without the options on scores."""
     advantages: Tensor
     returns: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
+        """All tensors of the batch by name, those of the responses too."""
         named = {**self._asdict(), **self.responses._asdict()}
         return {name: tensor for name, tensor in named.items() if name != "responses"}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Rollout:
-        """A Rollout from `tensors`, on the device."""
+        """Create a Rollout on `device` from what `tensors` returned."""
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         responses = Responses(*(moved[name] for name in Responses._fields))
         return cls(responses, *(moved[name] for name in cls._fields if name != "responses"))
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors saves them: contiguous and on the CPU."""
+    """Copies of tensors that safetensors can save: contiguous and on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 class NotFinite(SalsaError):
-    """A NaN or infinite number; the batch is saved in the folder that the message names."""
+    """Raised for a NaN or infinite number. The message names the folder in which the batch is saved."""
 
 
 class RolloutMaker:
-    """Makes a Rollout from prompts with the policy's current weights."""
+    """Samples responses to prompts with the policy's current weights and scores them: returns a Rollout."""
 
     def __init__(self, model: PolicyWithValueHead, references: Sequence[FrozenReference], reward: Reward,
                  backend: Backend, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase,
@@ -104,17 +104,17 @@ class RolloutMaker:
         self.scale = RunningScale()
 
     def head(self, model: PreTrainedModel | None = None) -> Head:
-        """The output head of the policy's base, or of `model`; looked up again, because sharding replaces it."""
+        """The output head of `model`, by default the policy's. Not stored, because sharding replaces it."""
         lm = causal_lm(self.model.policy) if model is None else model
         gather_weights(lm.get_output_embeddings(), self.accelerator)
         return head_of(lm, self.args.temperature, self.ends)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], update: int, kl_coef: float, check: Callable[[], None]) -> Rollout:
-        """Sample and score responses.
+        """Sample and score responses. update: number of the update, from 1. kl_coef: β.
 
-        check: called before each token; it may raise Interrupted. Raises NotFinite for a NaN or infinite score,
-        log-prob, value or KL.
+        check: called during sampling; may raise Interrupted. Raises NotFinite for a NaN or infinite score, log-prob,
+        value or KL.
         """
         args = self.args
         self.model.eval()
@@ -129,7 +129,7 @@ class RolloutMaker:
         made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         for what, tensor in (("score", scores), ("log-prob", logprobs), ("value", values), ("KL", kl)):
             self.require_finite(what, tensor, made)
-        # 3. per-token rewards, whitened if whiten_rewards is set; advantages, whitened over the batch
+        # 3. per-token rewards, whitened if whiten_rewards is set; then advantages, always whitened
         mask = responses.response_mask
         shaped = apply_score_options(scores, responses, args, self.scale)
         rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
@@ -141,7 +141,7 @@ class RolloutMaker:
         return Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
-        """Responses to an eval set's prompts and their scores (B,), with the same seeds at every call."""
+        """Sample responses to prompts, with the same seeds in every call → responses, scores (B,)."""
         self.model.eval()
         with gathered(self.model, self.accelerator):
             responses, _ = self.micro_batch_limit.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
@@ -152,9 +152,10 @@ class RolloutMaker:
     def _sample(
         self, prompts: Sequence[Prompt], update: int, check: Callable[[], None]
     ) -> tuple[Responses, tuple[Tensor, ...] | None]:
-        """Sample in all processes → responses, and the recorded tensors with `old_logprobs: rollout`.
+        """Sample responses in all processes. Returns them, and the tensors recorded while sampling.
 
-        These are log-probs, entropies and values, (B, T) each. Interrupted in one process is raised in all.
+        With `old_logprobs: rollout` these are log-probs, entropies and values, (B, T) each; otherwise None. If one
+        process raises Interrupted, all raise it.
         """
         self.backend.sync_weights()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
@@ -177,15 +178,15 @@ class RolloutMaker:
     def _sample_part(
         self, prompts: Sequence[Prompt], rows: list[int], seeds: list[int], check: Callable[[], None]
     ) -> tuple[list[int], Responses, tuple[Tensor, ...]]:
-        """A micro-batch's rows, responses and recorded tensors."""
+        """Sample a micro-batch. Returns `rows`, the responses, and the recorded tensors if any."""
         recording = Recording(self.model.value_head) if self.args.old_logprobs == "rollout" else None
-        # the outermost autocast keeps the cast weights, so that they are cast once for all tokens
+        # the outermost autocast caches the cast weights, so that they are cast once for all tokens
         with self.accelerator.autocast():
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
 
     def _score(self, responses: Responses, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Log-probs, entropies, values and KL, each (B, T)."""
+        """Log-probs, entropies, values and KL of responses, (B, T) each. recorded: the tensors of `_sample`."""
         shares = self._by_length(responses)
         parts, own = [], []
         for share in shares:
@@ -203,7 +204,7 @@ class RolloutMaker:
         return tuple(tables)
 
     def _reward_scores(self, responses: Responses, rows: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Scores (B,); each process scores its shares in one call."""
+        """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""
         mine = sorted(row for share in self._by_length(responses) for row in share)
         index = torch.tensor(mine, device=self.accelerator.device)
         with self.accelerator.autocast():
@@ -214,10 +215,10 @@ class RolloutMaker:
         return scores
 
     def _score_part(self, part: Responses, given: list[Tensor] | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """Forward pass of a micro-batch → states, log-probs, entropies, values.
+        """Hidden states, log-probs, entropies and values of a micro-batch, from a forward pass of the policy.
 
-        The policy's states of response tokens (N, H) are kept for the KL estimator `full` only; the others are (b, t)
-        each, and `given` if they were recorded in generation.
+        The states of response tokens (N, H) are returned for the KL estimator `full` only. The other tensors are (b, t)
+        each. given: log-probs, entropies and values if they were recorded in generation.
         """
         args, kept = self.args, None
         if given is None:
@@ -236,7 +237,8 @@ class RolloutMaker:
     ) -> list[Tensor]:
         """KL averaged over the references (paper eq. 5), (b, t) for each micro-batch.
 
-        One reference after another scores all micro-batches, so that only one offloaded reference is on the device.
+        Each reference scores all micro-batches before the next one does, so that at most one offloaded reference is on
+        the device.
         """
         args, head, totals = self.args, self.head(), [torch.zeros_like(table) for table in logprobs]
         for reference, on_device in zip(self.references, self.device_contexts, strict=True):
@@ -252,7 +254,7 @@ class RolloutMaker:
         return [total / len(self.references) for total in totals]
 
     def reward_metrics(self) -> dict[str, float]:
-        """The reward's metrics for the last batch besides scores, averaged over all processes."""
+        """Metrics other than scores that the reward recorded for the last batch, averaged over all processes."""
         sums: dict[str, list[float]] = {}
         for name, (total, count) in self._gathered(list(self.reward.take_metrics().items())):
             entry = sums.setdefault(name, [0.0, 0])
@@ -260,26 +262,27 @@ class RolloutMaker:
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
 
     def _by_length(self, responses: Responses) -> list[list[int]]:
-        """This process's micro-batches of responses, as row indices."""
+        """Row indices of this process's micro-batches, sorted by the length of prompt and response."""
         return self._shares((responses.prompt_mask.sum(-1) + responses.lengths).tolist())
 
     def _shares(self, lengths: list[int]) -> list[list[int]]:
-        """This process's micro-batches of rows, sorted by length."""
+        """Row indices of this process's micro-batches, sorted by `lengths`."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = min(self.micro_batch_limit.rows, -(-min(len(lengths), self.args.batch_size) // world))
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         return [by_length[start : start + size] for start in range(0, len(lengths), size)][rank::world]
 
     def _gathered(self, parts: list[Any]) -> list[Any]:
-        """The parts of all processes, on this process's device."""
+        """Gather the parts of all processes on this process's device."""
         if self.accelerator.num_processes == 1:
             return parts
         return send_to_device(gather_object(send_to_device(parts, "cpu")), self.accelerator.device)
 
     def require_finite(self, what: str, values: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Raise NotFinite if a value is NaN or infinite. batch: responses and other tensors, which are saved then.
+        """Raise NotFinite if one of `values` is NaN or infinite. what: name of the values for the message.
 
-        The folder is <output_dir>/not-finite, with texts in batch.jsonl and the tensors in batch.safetensors.
+        batch: responses and other tensors. They are saved in <output_dir>/not-finite: texts in batch.jsonl, all tensors
+        in batch.safetensors.
         """
         bad = ~torch.isfinite(values)
         if not bool(bad.any()):
@@ -300,7 +303,7 @@ class RolloutMaker:
 
 
 def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:
-    """Apply the options on scores (B,) in TRL 0.8's order: scaling, clipping, missing_eos_penalty."""
+    """Apply normalize_scores, score_clip, missing_eos_penalty to scores (B,), in TRL 0.8's order."""
     if args.normalize_scores:
         scores = scale(scores)
     if args.score_clip is not None:
@@ -312,9 +315,9 @@ def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConf
 
 def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses,
                     head: Head, reference_head: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
-    """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its output head.
+    """Per-token KL to a reference (B, T). reference: the reference's hidden states (B, P + T, H).
 
-    policy: the policy's states of response tokens (N, H), which only the estimator `full` needs.
+    policy: the policy's hidden states of response tokens (N, H), which only the estimator `full` needs.
     """
     if estimator == "full":
         assert policy is not None

@@ -1,4 +1,4 @@
-"""PPO's state in a run, its minibatches and micro-batches, and the optimizer's state on resume."""
+"""State of a PPO run and its update, minibatches and micro-batches, and learning rates on resume."""
 
 from __future__ import annotations
 
@@ -25,32 +25,29 @@ class MicroBatch(NamedTuple):
 
     rollout: Rollout
     rows: Tensor
-    """Indices in the rollout batch."""
+    """Row indices in the rollout batch."""
     tokens: int
-    """Response tokens of the whole minibatch, over which the losses are averaged."""
+    """Number of response tokens in the whole minibatch, over which the losses are averaged."""
     earlier: Sequence[Tensor]
-    """Rows of the earlier micro-batches of the same optimizer step."""
+    """Row indices of the previous micro-batches of this optimizer step."""
 
 
 @dataclass
 class PPOState:
-    """PPO's state, of the run and of the current update.
-
-    Not included: weights and optimizer, and what Trainer keeps in its TrainerState.
-    """
+    """PPO's state of the run and of the current update, without weights, optimizer and TrainerState."""
 
     kl_coef: float
     """Current KL coefficient β."""
     sums: Tensor
-    """PPOLoss's fields, (7,), summed over the micro-steps of the current optimizer step in this process."""
+    """PPOLoss's fields (7,), summed over this process's micro-steps of the current optimizer step."""
     update: int = 0
     """Number of the current update, from 1; 0 before the first."""
     skipped: int = 0
-    """Minibatches of the run that were skipped because their mean ratio exceeded max_ratio."""
+    """Number of minibatches of the run that were skipped because their mean ratio exceeded max_ratio."""
     stopped_early: bool = False
-    """Whether the current update has moved the policy by target_kl and takes no further steps."""
+    """Whether the current update makes no further steps, because it reached target_kl."""
     totals: list[list[float]] = field(default_factory=list)
-    """PPOLoss's fields of each optimizer step of this update, summed over micro-steps and processes."""
+    """PPOLoss's fields, summed over micro-steps and processes, of each optimizer step of this update."""
     reward_metrics: dict[str, float] = field(default_factory=dict)
     """Metrics that the reward reported for the current update."""
     rollout: Rollout | None = None
@@ -58,18 +55,18 @@ class PPOState:
     minibatches: list[Tensor] = field(default_factory=list)
     """Row indices of each minibatch of the current update."""
     micro_step: int = 0
-    """Position of the next micro-step in its optimizer step."""
+    """Index of the next micro-step in its optimizer step, from 0."""
     started: float = 0.0
-    """When the current update started, in seconds of time.perf_counter."""
+    """Start time of the current update, from time.perf_counter()."""
 
     def begin_update(self, rollout: Rollout, reward_metrics: dict[str, float]) -> None:
-        """Start the update that trains on `rollout`."""
+        """Start an update, which trains on `rollout`."""
         self.update += 1
         self.rollout, self.reward_metrics = rollout, reward_metrics
         self.totals, self.stopped_early = [], False
 
     def next_micro_batch(self, args: SalsaPPOConfig, step: int, process: int, processes: int) -> MicroBatch:
-        """The next micro-batch of one process in the update's optimizer step number `step`."""
+        """The next micro-batch of process number `process`. step: index of the optimizer step in the update."""
         assert self.rollout is not None
         lengths = self.rollout.responses.lengths
         if not self.minibatches:
@@ -80,13 +77,13 @@ class PPOState:
         return MicroBatch(self.rollout, own[position], int(lengths[minibatch].sum()), own[:position])
 
     def end_update(self) -> None:
-        """Discard the rollout batch, on which training has ended."""
+        """Discard the rollout batch when the update is finished."""
         self.rollout, self.minibatches, self.totals = None, [], []
 
     def abandon_update(self) -> None:
-        """Discard an update that an error or Ctrl-C interrupted in an earlier call of train().
+        """Discard the update that an error or Ctrl-C interrupted in an earlier call of train(), if any.
 
-        It was not logged and does not count.
+        Such an update was not logged, and its number is used again.
         """
         if self.rollout is not None:
             self.update -= 1
@@ -95,16 +92,16 @@ class PPOState:
         self.take_sums()
 
     def take_sums(self) -> Tensor:
-        """Return the sums of the optimizer step that ends, and reset them."""
+        """Return `sums` at the end of an optimizer step, and reset them to 0."""
         sums, self.sums = self.sums, torch.zeros_like(self.sums)
         return sums
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as JSON, without the rollout batch; checkpoints fall between optimizer steps."""
+        """The state for salsa_state.json, between two optimizer steps. It lacks the rollout batch."""
         return {key: vars(self)[name] for key, name in SAVED.items()}
 
     def load_state_dict(self, state: dict[str, Any], rollout: Rollout | None) -> None:
-        """Continue from `state_dict` and the rollout batch of the update that was interrupted, if any."""
+        """Restore what `state_dict` returned, and the rollout batch if the checkpoint is within an update."""
         for key, name in SAVED.items():
             setattr(self, name, state[key])
         self.rollout, self.started = rollout, time.perf_counter()
@@ -116,7 +113,7 @@ SAVED["figures"] = "reward_metrics"
 
 
 def minibatches(lengths: Tensor, args: SalsaPPOConfig, update: int) -> list[Tensor]:
-    """Shuffle a rollout batch in every PPO epoch → row indices of each minibatch, sorted by length."""
+    """Row indices of each minibatch, sorted by length. The rollout batch is shuffled in every PPO epoch."""
     order = []
     for epoch in range(args.num_ppo_epochs):
         generator = torch.Generator().manual_seed(args.seed + 7919 * update + epoch)
@@ -126,9 +123,10 @@ def minibatches(lengths: Tensor, args: SalsaPPOConfig, update: int) -> list[Tens
 
 
 def update_learning_rates(optimizer: Any, scheduler: Any, saved: Mapping[str, Any], args: SalsaPPOConfig) -> None:
-    """Apply changed learning rates to the optimizer and schedule that a checkpoint restored.
+    """Apply changed learning rates to an optimizer and a schedule that were loaded from a checkpoint.
 
-    The position in the schedule stays: the new rate is scaled by what the schedule had made of the `saved` one.
+    saved: the checkpoint's options. The position in the schedule stays: the new learning rate is multiplied by the
+    schedule's current factor.
     """
     if all(saved[key] == vars(args)[key] for key in ("learning_rate", "value_head_learning_rate")):
         return
@@ -151,18 +149,18 @@ def update_learning_rates(optimizer: Any, scheduler: Any, saved: Mapping[str, An
 
 @contextlib.contextmanager
 def no_pickles(checkpoint: str | None) -> Iterator[None]:
-    """Context in which torch's refusal to load more than tensors from a pickle becomes a SalsaError."""
+    """Context that raises SalsaError if torch.load refuses a pickle that holds more than tensors."""
     try:
         yield
     except pickle.UnpicklingError as error:
         raise SalsaError(
-            f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state*.pth holds a pickle with more than tensors and"
-            " numbers, which training does not write. It was not loaded; resume from another checkpoint"
+            f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state*.pth holds more than tensors and numbers, which"
+            " training does not write, so the file was not loaded. Resume from another checkpoint"
         ) from error
 
 
 def checkpoint_size(model: nn.Module, optimizer: torch.optim.Optimizer, rollout: Rollout | None) -> int:
-    """Bytes of a checkpoint's large parts: trained weights, optimizer states and the rollout batch."""
+    """Size in bytes of a checkpoint's trained weights, optimizer states and rollout batch."""
     tensors: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tensors += [entry for state in optimizer.state.values() for entry in state.values() if isinstance(entry, Tensor)]
     if rollout is not None:
@@ -171,9 +169,9 @@ def checkpoint_size(model: nn.Module, optimizer: torch.optim.Optimizer, rollout:
 
 
 def stored_size(tensor: Tensor) -> int:
-    """Bytes of a tensor in a file.
+    """Size in bytes of a tensor in a file.
 
-    A tensor subclass (torchao's 8-bit states) has those of the tensors that it consists of.
+    For a tensor subclass (torchao's 8-bit states) it is the size of the tensors inside.
     """
     if is_traceable_wrapper_subclass(tensor):
         return sum(stored_size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

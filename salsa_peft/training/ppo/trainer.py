@@ -1,7 +1,8 @@
-"""SalsaPPOTrainer: PPO on transformers.Trainer with any list of references (PPO, SALSA, MKL).
+"""SalsaPPOTrainer: PPO on transformers.Trainer with a list of references (PPO, SALSA, MKL).
 
-TRL removed its PPOTrainer after 1.12; fields and metrics that mean the same have TRL's names. Trainer's own loop does
-accumulation, clipping, precision, schedules, processes and reporting: one of its optimizer steps is one minibatch.
+TRL removed its PPOTrainer after 1.12; options and metrics with the same meaning have TRL's names. Trainer's own loop
+does gradient accumulation, clipping, mixed precision, schedules, distribution and logging. One of its optimizer steps
+is one PPO minibatch.
 """
 
 from __future__ import annotations
@@ -51,17 +52,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LOG_HISTORY = 500
-"""Rows in Trainer's log_history, which is part of every checkpoint; metrics.jsonl has all updates."""
+"""Largest number of rows in Trainer's log_history, which every checkpoint contains."""
 
 
 class SalsaPPOTrainer(Trainer):
     """PPO with a list of references, for adapters and full weights.
 
     `SalsaPPOTrainer(model, args, train_dataset, references=[...], reward=..., processing_class=tokenizer)`. model: a
-    PeftModel whose active adapter is the policy, or a PreTrainedModel whose weights are. references: see
-    `references.as_references`; their KLs are averaged (paper eq. 5). reward: see `models.rewards.reward.as_reward`.
-    train_dataset, eval_dataset: rows with `prompt` (text, or messages for the chat template) or `input_ids`; reward
-    functions get the other columns. Raises SalsaError for arguments that do not fit together.
+    PeftModel whose active adapter is the policy, or a PreTrainedModel that is the policy. references: see
+    `references.as_references`; the KLs to them are averaged (paper eq. 5). reward: see
+    `models.rewards.reward.as_reward`. train_dataset, eval_dataset: rows with `prompt` (text, or messages for the chat
+    template) or `input_ids`; whole rows are passed to reward functions. Raises SalsaError if arguments do not fit
+    together.
     """
 
     args: SalsaPPOConfig
@@ -82,7 +84,7 @@ class SalsaPPOTrainer(Trainer):
         eval_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        args = copy.copy(args)  # max_steps is set below, and the caller's config may serve another trainer
+        args = copy.copy(args)  # max_steps is set below, and the caller may use the config again
         check_model(model)
         check_tokenizer(processing_class, model)
         self.policy_name = str(model.active_adapter) if isinstance(model, PeftModel) else None
@@ -94,7 +96,7 @@ class SalsaPPOTrainer(Trainer):
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
         policy = with_value_head(model, self.policy_name, args.value, self.reward)
-        remove_dropout(model)  # also that of adapters attached here
+        remove_dropout(model)  # also of the adapters attached above
         check_trained(model, processing_class, args)
         forward.install(model)
         frozen = [reference.model for reference in self.references if reference.model is not None]
@@ -102,8 +104,8 @@ class SalsaPPOTrainer(Trainer):
         prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
         require(
             len(prompts) >= args.batch_size,
-            f"train_dataset: found {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}), expected at"
-            f" least batch_size = {args.batch_size}. Lower batch_size or allow longer prompts",
+            f"train_dataset: {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}) are fewer than"
+            f" batch_size = {args.batch_size}. Lower batch_size, or add prompts or allow longer ones",
         )
         args.set_max_steps(len(prompts))
         eval_prompts = None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
@@ -116,11 +118,11 @@ class SalsaPPOTrainer(Trainer):
             callbacks=[UpdateCallback(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False
-        self.saved_dtype: torch.dtype | None = None  # of full weights that save_model saves; None: as they are trained
+        self.saved_dtype: torch.dtype | None = None  # in which save_model saves full weights; None: as trained
         self._set_up_engine(model)
 
     def _set_up_engine(self, model: PeftModel | PreTrainedModel) -> None:
-        """Create what samples responses, holds PPO's state, logs and writes checkpoints."""
+        """Create the objects for sampling, PPO's state, guards, logs and checkpoints."""
         args, policy = self.args, self.model
         check_sharding(self.accelerator, args)
         self.sharded = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -144,13 +146,13 @@ class SalsaPPOTrainer(Trainer):
         )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
-        """Yields the prompts of a rollout batch, once for each of its micro-steps; all processes get the same prompts."""
+        """DataLoader of rollout batches' prompts, each batch repeated for its micro-steps; for all processes."""
         prompts: Any = self.train_dataset
         batches = RolloutBatches(len(prompts), self.args.batch_size, self.args.micro_steps, self.args.seed)
         return RolloutLoader(prompts, batch_sampler=batches, collate_fn=list)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, in which the value head has its own learning rate if one is set."""
+        """Create Trainer's optimizer, with value_head_learning_rate for the value head if the option is set."""
         optimizer = super().create_optimizer(model)
         rate = self.args.value_head_learning_rate
         if rate is not None and len(optimizer.param_groups) <= 2:
@@ -165,17 +167,17 @@ class SalsaPPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as transformers.Trainer does. A resumed run ends as if it had not been interrupted.
 
-        resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's folder; if that
-        is in another output_dir, its logs are copied. Options that may change take effect from there and are logged
-        (`kl_coef` resets β). SalsaError names any other option, reference, prompts or model that differs.
+        resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's folder. If that
+        folder is in another output_dir, the logs there are copied. Options in `resume.CHANGEABLE` may have changed: the
+        changes are printed and take effect (a new `kl_coef` resets β). Raises SalsaError if another option, a
+        reference, the prompts or a model differs.
 
-        Without it a new run starts. SalsaError is raised if output_dir has checkpoints of another run; logs of a run
-        without checkpoints are kept as metrics.1.jsonl and so on. A second train() of the same trainer continues its
-        run: with a schedule that restarts at step 1, logs that grow, and checkpoints that replace those of the same
-        step.
+        By default a new run starts. Raises SalsaError if output_dir has checkpoints of another run. Logs of a run
+        without checkpoints are renamed to metrics.1.jsonl and so on. A second train() of the same trainer continues the
+        run: it appends to the logs, restarts the schedule at step 1, and replaces checkpoints of the same step.
 
-        SIGTERM saves a checkpoint and raises SystemExit(143). A guard with action stop saves one and raises SalsaError.
-        A callback's request to stop during an update takes effect at the update's end.
+        SIGTERM saves a checkpoint and raises SystemExit(143). A guard's alarm with action stop saves one and raises
+        SalsaError. If a callback asks to stop during an update, training stops at the end of the update.
         """
         checkpoint = self.checkpoints.find(resume_from_checkpoint)
         self.checkpoints.claim_folder(checkpoint)
@@ -193,7 +195,7 @@ class SalsaPPOTrainer(Trainer):
             with self.stop.handle_sigterm():
                 finished = None if checkpoint is None else self._load_finished(checkpoint)
                 result = finished or super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
-        except Interrupted:  # nothing has changed since the last optimizer step
+        except Interrupted:  # during sampling, so no weights have changed since the last optimizer step
             self.ppo.rollout = None
         finally:
             self.remove_callback(callback)
@@ -215,11 +217,11 @@ class SalsaPPOTrainer(Trainer):
     # one micro-step
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Return the prompts unchanged: they are lists of tokens, and the rollout batch is on the device."""
+        """Return the inputs unchanged: prompts are lists of tokens, and rollouts are on the device already."""
         return inputs
 
     def _next_micro_batch(self, prompts: Any) -> MicroBatch:
-        """The next rows of the rollout batch. The first micro-step of an update makes a new batch."""
+        """The next micro-batch of the rollout batch, which the first micro-step of an update creates."""
         args, ppo, step = self.args, self.ppo, self.state.global_step % self.args.steps_per_update
         if step == 0 and ppo.micro_step == 0:
             ppo.started = time.perf_counter()
@@ -228,10 +230,9 @@ class SalsaPPOTrainer(Trainer):
         return ppo.next_micro_batch(args, step, self.accelerator.process_index, self.accelerator.num_processes)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's training step on one micro-batch, split further if memory runs out.
+        """Trainer's training step on one micro-batch. If memory runs out, the micro-batch is split.
 
-        After an out-of-memory error the optimizer step starts over, because an interrupted backward leaves partial
-        gradients.
+        The optimizer step then starts over, because the interrupted backward pass leaves incomplete gradients.
         """
         micro_batch, is_retry = self._next_micro_batch(inputs), False
 
@@ -255,9 +256,9 @@ class SalsaPPOTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The loss of a micro-batch, times what Trainer and DDP divide it by: accumulation steps, processes."""
+        """Loss of a micro-batch × accumulation steps × processes, by which Trainer and DDP divide it."""
         rollout, rows, tokens, _ = inputs
-        if self.ppo.stopped_early:  # backward needs a loss; this one has a zero gradient, and the step is dropped
+        if self.ppo.stopped_early:  # a loss with gradient 0 for backward; the step is skipped
             return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
         result = self.micro_batch_loss(model, rollout, rows, tokens)
         self.rollout_maker.require_finite("loss", result.loss.detach(), rollout.tensors() | {"rows": rows})
@@ -265,13 +266,13 @@ class SalsaPPOTrainer(Trainer):
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
     def micro_batch_loss(self, model: Any, rollout: Rollout, rows: Tensor, tokens: int) -> losses.PPOLoss:
-        """PPO's losses of some rows of a rollout batch. tokens: response tokens of the whole minibatch."""
+        """PPO's losses of `rows` of a rollout batch. tokens: number of response tokens in the minibatch."""
         part = rollout.responses.rows(rows)
         width = part.response_ids.shape[1]
         old_logprobs, old_values, advantages, returns = (
             field[rows, :width] for field in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         )
-        with self.accelerator.autocast():  # the value head too, as in the rollout, so that the first ratio is 1
+        with self.accelerator.autocast():  # as in the rollout, so that the first ratio is 1
             hidden, values = model(part.input_ids, part.attention_mask)
             logprobs, _ = response_logprobs(hidden, part, self.rollout_maker.head(), self.args.min_new_tokens)
         return losses.ppo_loss(
@@ -281,7 +282,7 @@ class SalsaPPOTrainer(Trainer):
         )  # fmt: skip
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Trainer's gradient norm. Raises NotFinite for NaN or infinity, before the optimizer's step."""
+        """Trainer's gradient norm. Raises NotFinite, before the optimizer's step, if it is NaN or infinite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         assert self.ppo.rollout is not None
         number = torch.as_tensor(norm, dtype=torch.float32)
@@ -293,7 +294,7 @@ class SalsaPPOTrainer(Trainer):
     def skip_minibatch(self) -> bool:
         """Whether to skip this optimizer step.
 
-        True if its mean ratio exceeds max_ratio (TRL 0.8's ratio_threshold) or the update has reached target_kl.
+        True if the step's mean ratio exceeds max_ratio (TRL 0.8's ratio_threshold), or the update reached target_kl.
         """
         args, ppo = self.args, self.ppo
         if ppo.stopped_early:
@@ -306,7 +307,7 @@ class SalsaPPOTrainer(Trainer):
         return exceeds or ppo.stopped_early
 
     def end_update(self) -> None:
-        """Log the update, sync references, check the guards, and adapt β to the KL."""
+        """End an update: sync references, write logs, check the guards, and adapt β to the KL."""
         args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
         assert rollout is not None
         row = metrics(rollout, ppo, args.batch_size) | ppo.reward_metrics
@@ -330,7 +331,7 @@ class SalsaPPOTrainer(Trainer):
         ppo.end_update()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and keep only evaluations and the newest MAX_LOG_HISTORY rows in log_history."""
+        """Log as Trainer does. log_history keeps all evaluations and the newest MAX_LOG_HISTORY rows."""
         super().log(logs, start_time)
         rows = self.state.log_history
         older = [row for row in rows[:-MAX_LOG_HISTORY] if any(key.startswith("eval_") for key in row)]
@@ -342,10 +343,10 @@ class SalsaPPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean score, mean length and share of empty responses to the eval set's prompts.
+        """Sample responses to the eval set's prompts → mean score, mean length and share of empty responses.
 
-        Seeds are the same every time. Some responses are written to eval_completions.jsonl. Raises SalsaError if there
-        is no eval set.
+        The seeds are the same in every call. args.eval_samples responses are written to eval_completions.jsonl. Raises
+        SalsaError if there are no prompts.
         """
         prompts: Any = self.eval_dataset if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
         require(bool(prompts), "eval_dataset: there are no prompts to evaluate on. Pass rows with `prompt`")
@@ -371,11 +372,11 @@ class SalsaPPOTrainer(Trainer):
     # saving and loading
 
     def _get_output_dir(self, trial: Any) -> str:
-        """The folder in which Trainer writes: a partial one while a checkpoint is being written."""
+        """The folder in which Trainer writes; a temporary folder while a checkpoint is being saved."""
         return str(self.checkpoints.partial or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save Trainer's files and PPO's state as one checkpoint, complete or absent.
+        """Save Trainer's files and PPO's state as one checkpoint, which is complete or absent.
 
         Raises SalsaError if the disk is full.
         """
@@ -386,18 +387,18 @@ class SalsaPPOTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the policy and its value head, without pickles. state_dict: all weights, if they are sharded."""
+        """Save the policy, its value head and the tokenizer. state_dict: all weights if they are sharded."""
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             tokenizer = self.processing_class
             save_policy(self.model, self.policy_name, folder, tokenizer, state_dict, self.saved_dtype)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the policy and its value head in place."""
+        """Load the policy and its value head from a checkpoint into the model."""
         load_policy(self.model, self.policy_name, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save optimizer and scheduler; of sharded weights without a second copy of the weights."""
+        """Save optimizer and scheduler. With sharded weights, the weights are not saved a second time."""
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -407,7 +408,7 @@ class SalsaPPOTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and scheduler, then apply learning rates that were changed."""
+        """Load optimizer and scheduler, then apply learning rates that differ from the checkpoint's."""
         with no_pickles(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -415,12 +416,12 @@ class SalsaPPOTrainer(Trainer):
             update_learning_rates(self.optimizer, self.lr_scheduler, options, self.args)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load the random state. A pickle that holds more than numbers raises SalsaError."""
+        """Load the random state. Raises SalsaError for a pickle that holds more than tensors and numbers."""
         with no_pickles(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Prepare the model, and load DeepSpeed's files, whose missing frozen weights Trainer would require."""
+        """Prepare the model. DeepSpeed's files lack frozen weights, so they are loaded here, not by Trainer."""
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -432,7 +433,7 @@ class SalsaPPOTrainer(Trainer):
         return prepared
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish without rotation: with save_total_limit 1 Trainer would remove the newest checkpoint."""
+        """Finish without removing checkpoints: with save_total_limit 1 Trainer would remove the newest."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -440,9 +441,9 @@ class SalsaPPOTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _load_finished(self, checkpoint: Path) -> TrainOutput | None:
-        """Load a checkpoint that is the end of training; None if it is not.
+        """Load a checkpoint of finished training and return its result; None for any other checkpoint.
 
-        Resuming from it, Trainer would make one more step.
+        Trainer would make one more step if it resumed from such a checkpoint.
         """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step < self.args.max_steps:
@@ -451,30 +452,30 @@ class SalsaPPOTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.create_optimizer_and_scheduler(self.args.max_steps)
         self._load_optimizer_and_scheduler(str(checkpoint))
-        self.is_deepspeed_enabled = False  # the weights are whole, and save_model must not gather them
+        self.is_deepspeed_enabled = False  # the weights are not sharded, so save_model must not gather them
         self.state = state
         speed = speed_metrics("train", started, num_samples=0, num_steps=0)
         totals = {"total_flos": state.total_flos, "train_loss": 0.0, "epoch": state.epoch or 0.0}
         return TrainOutput(state.global_step, 0.0, speed | totals)
 
     def push_to_hub(self, *_: Any, **__: Any) -> Any:
-        """Not supported. Raises SalsaError."""
+        """Raise SalsaError: the PPO trainer cannot push to the Hub."""
         how = "save_model(folder), then huggingface_hub's upload_folder(repo_id=…, folder_path=folder)"
         raise SalsaError(f"push_to_hub: the PPO trainer cannot push to the Hub. Call {how}")
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Not supported. Raises SalsaError."""
-        raise SalsaError("create_model_card: the PPO trainer writes no model card. Write a README.md beside the policy")
+        """Raise SalsaError: the PPO trainer writes no model card."""
+        raise SalsaError("create_model_card: the PPO trainer writes no model card. Write a README.md yourself")
 
 
 class UpdateCallback(TrainerCallback):
-    """Skips minibatches beyond max_ratio, ends updates, and stops on SIGTERM or a guard's alarm."""
+    """Skips optimizer steps, ends updates, and stops training after SIGTERM or a guard's alarm."""
 
     def __init__(self, trainer: SalsaPPOTrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Called between gradient clipping and the optimizer's step."""
+        """Skip the optimizer's step if skip_minibatch says so. Called after gradient clipping."""
         drop = self.trainer.skip_minibatch()
         sharding.before_step(self.trainer.model, self.trainer.accelerator, drop=drop)
 

@@ -198,9 +198,7 @@ class TestBOS:
         rows = [{"prompt": "<|begin_of_text|>the cat"}, {"prompt": "the cat"}, {"prompt": said("<|begin_of_text|>")}]
         kept, _ = PromptEncoder(tokenizer, None, 500)(rows, "rows")
         assert kept[0].tokens == kept[1].tokens
-        line = (
-            "rows: 1 of 3 rows (the first: row 1) begin with <|begin_of_text|> already: the tokenizer's own is left out"
-        )
+        line = "rows: 1 of 3 rows (the first: row 1) begin with <|begin_of_text|> already, so the tokenizer adds none"
         assert capsys.readouterr().err.splitlines() == [line]
 
     def test_templates_that_start_with_a_block(self) -> None:
@@ -558,6 +556,6 @@ class TestLoading:
         recipe.model.chat_template = "tokeniser"
         with pytest.raises(
             SalsaError,
-            match=r"Use tokenizer \(the base's own\), the path of a Jinja file, or a bundled template: chatml, zephyr$",
+            match=r"Use tokenizer \(the base's template\), the path of a Jinja file, or a bundled template: chatml, zephyr$",
         ):
             paths.check_template(recipe)

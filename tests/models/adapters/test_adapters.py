@@ -151,7 +151,7 @@ class TestAttach:
         make_adapter(make_base(**options), "default", 0).save_pretrained(tmp_path / "other")
         for model in (make_base(), adapters.attach(make_base(), members[0], "policy")):
             with pytest.raises(
-                SalsaError, match=r"other: .* do not match the base's modules .*use an adapter of this base"
+                SalsaError, match=r"other: .* do not match the base's modules .*use an adapter with the same base"
             ) as refusal:
                 adapters.attach(model, tmp_path / "other", "x")
             assert "\n" not in str(refusal.value)
@@ -171,7 +171,9 @@ class TestAttach:
             adapters.attach(make_base(), members[0], "x")
         # 2. modules that this base has not
         (members[1] / adapters.CONFIG).write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
-        with pytest.raises(SalsaError, match=r"seed-1: the base has none of .*c_attn.*; use an adapter of this base"):
+        with pytest.raises(
+            SalsaError, match=r"seed-1: the base has none of .*c_attn.*; use an adapter that was trained on this base"
+        ):
             adapters.attach(make_base(), members[1], "x")
         # 3. another kind
         (members[1] / adapters.CONFIG).write_text(
@@ -183,7 +185,7 @@ class TestAttach:
         for name in (adapters.CONFIG, adapters.WEIGHTS):
             (members[2] / name).rename(members[2] / "away")
             with pytest.raises(
-                SalsaError, match=f"no {name} in this folder; use a PEFT adapter saved with safetensors"
+                SalsaError, match=f"the folder has no {name}; use a PEFT adapter saved with safetensors"
             ):
                 adapters.attach(make_base(), members[2], "x")
             (members[2] / "away").rename(members[2] / name)
@@ -319,7 +321,7 @@ class TestSave:
             with pytest.raises(OSError, match="killed"):
                 adapters.save(model, "policy", out)
         assert not (out / adapters.CONFIG).exists()
-        with pytest.raises(SalsaError, match=r"no adapter_config\.json in this folder"):
+        with pytest.raises(SalsaError, match=r"the folder has no adapter_config\.json"):
             adapters.attach(make_base(), out, "x")
         adapters.save(model, "policy", out)
         close(logits(adapters.attach(make_base(), out, "x")), logits(model))
@@ -350,7 +352,7 @@ class TestReferences:
 
     def test_a_soup_that_is_not_there(self, make_base: Any, members: dict[int, Path]) -> None:
         model = adapters.attach(make_base(), members[0], "policy")
-        with pytest.raises(SalsaError, match="reference soup: this needs the result of the soup stage"):
+        with pytest.raises(SalsaError, match="reference soup: the result of the soup stage is missing"):
             references.attach_reference(model, parse_reference("reference", "soup")[0], members, None, "x")
 
     def test_what_a_library_user_passes(self, make_base: Any, members: dict[int, Path], summed: Any) -> None:
@@ -395,7 +397,7 @@ class TestReferences:
         """'base' was the model without adapters then, whatever was meant."""
         model = adapters.attach(adapters.attach(make_base(), members[0], "policy"), members[1], "base")
         with pytest.raises(
-            SalsaError, match="'base' is the model without its adapters, and the model has an adapter of that name"
+            SalsaError, match="'base' means the model without its adapters, but the model has an adapter called 'base'"
         ):
             references.as_references(model, ["base"])
         for adapter in ("base", None):
@@ -452,7 +454,7 @@ class TestRewards:
         head = adapters.score_head(folder)
         assert torch.equal(head.weight, load_file(folder / adapters.WEIGHTS)[SCORE_HEAD])
         assert (head.bias, head.weight.requires_grad, head.weight.dtype) == (None, False, torch.float32)
-        with pytest.raises(SalsaError, match="seed-0 is an adapter without a score head"):
+        with pytest.raises(SalsaError, match="seed-0: the adapter has no score head, so it cannot be a reward"):
             adapters.score_head(members[0])
 
     @pytest.mark.parametrize("micro", [1, 3, 64])
@@ -505,5 +507,7 @@ def test_an_initialisation_that_changes_the_base_is_refused(make_base, make_adap
         if fits:
             adapters.attach(make_base(), tmp_path / "a", "b")
         else:
-            with pytest.raises(SalsaError, match="changes the weights of the base, which all roles share"):
+            with pytest.raises(
+                SalsaError, match="changes the weights of the base, which policy, references and reward share"
+            ):
                 adapters.attach(make_base(), tmp_path / "a", "b")

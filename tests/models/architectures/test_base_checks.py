@@ -54,31 +54,31 @@ def load(folder: Path, config: dict[str, Any], *sets: str, lora: str | None = "l
 @pytest.mark.parametrize(
     ("config", "sets", "lora", "line"),
     [
-        ({**LLAMA, "quantization_config": UNNAMED}, [], None, r"quantised already \(bitsandbytes, 8 bits\), and quantised weights cannot be trained. Use the model in float weights$"),
+        ({**LLAMA, "quantization_config": UNNAMED}, [], None, r"already quantised \(bitsandbytes, 8 bits\), and quantised weights cannot be trained. Use the model in float weights$"),
         ({**LLAMA, "quantization_config": BITS_4}, [], None, r"\(bitsandbytes, 4 bits\), and quantised weights cannot be trained. Use the model in float weights, or add --lora$"),
-        ({**LLAMA, "quantization_config": BITS_8}, [], "lora", r"\(bitsandbytes, 8 bits\), and adapters are trained on float weights .* --lora qlora quantises them to 4 bits"),
-        ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, [], "lora", r"\(gptq\), and adapters are trained on float weights or on bitsandbytes' 4 bits"),
+        ({**LLAMA, "quantization_config": BITS_8}, [], "lora", r"\(bitsandbytes, 8 bits\), but adapters can only be trained on float weights .* --lora qlora quantises that model to 4 bits"),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, [], "lora", r"\(gptq\), but adapters can only be trained on float weights or bitsandbytes' 4 bits"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq", "bits": 4}}, [], None, r"\(awq\), and quantised weights cannot be trained"),
-        ({**LLAMA, "quantization_config": BITS_4}, [], "qlora", r"and model.quantization nf4-double needs float weights. Use --lora lora"),
+        ({**LLAMA, "quantization_config": BITS_4}, [], "qlora", r"but model.quantization nf4-double needs float weights. Use --lora lora"),
         ({**LLAMA, "quantization_config": BITS_4}, ["export=[merged]"], "lora", r"`export: \[merged\]` needs float weights"),
-        ({"model_type": "t5", "is_encoder_decoder": True}, [], "lora", "is a t5 model, which turns one sequence into another. Use a decoder-only"),
-        ({"model_type": "t5"}, [], "lora", "is a t5 model, which turns one sequence into another"),
-        ({"model_type": "bart", "is_encoder_decoder": True}, [], "lora", "is a bart model, which turns one sequence into another"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, [], "lora", "is a t5 model, which encodes one sequence and writes another. Use a decoder-only"),
+        ({"model_type": "t5"}, [], "lora", "is a t5 model, which encodes one sequence and writes another"),
+        ({"model_type": "bart", "is_encoder_decoder": True}, [], "lora", "is a bart model, which encodes one sequence and writes another"),
         ({"model_type": "roberta"}, [], "lora", "is a roberta model, which fills in masked tokens"),
-        ({"model_type": "clip"}, [], "lora", "is a clip model, which the installed Transformers does not have as a language model"),
-        ({"model_type": "baichuan", "auto_map": {}}, [], "lora", "and the code in its repository is not run"),
-        ({**LLAMA, "model_type": "xlstm"}, [], "lora", r"is a xlstm model. Its logits are not those of its output embeddings \(a soft cap"),
-        ({**LLAMA, "model_type": "dory"}, [], None, r"is a dory model. Its logits are not"),
-        (LLAMA, ["model.max_length=512"], "lora", r"model.max_length: 512 is too long, 'base' reads 256 tokens at most. Set model.max_length=256"),
-        ({"model_type": "gpt2", "n_positions": 128}, ["model.max_length=129"], None, "reads 128 tokens at most"),
-        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}}, ["model.max_length=1025"], "lora", "reads 1024 tokens at most"),
+        ({"model_type": "clip"}, [], "lora", "is a clip model, which the installed Transformers does not support as a language model"),
+        ({"model_type": "baichuan", "auto_map": {}}, [], "lora", "code in the model's repository is never run"),
+        ({**LLAMA, "model_type": "xlstm"}, [], "lora", r"is a xlstm model, whose logits also depend on a soft cap"),
+        ({**LLAMA, "model_type": "dory"}, [], None, r"is a dory model, whose logits also depend on"),
+        (LLAMA, ["model.max_length=512"], "lora", r"model.max_length: 512 is too long, because 'base' reads at most 256 tokens. Set model.max_length=256"),
+        ({"model_type": "gpt2", "n_positions": 128}, ["model.max_length=129"], None, "reads at most 128 tokens"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}}, ["model.max_length=1025"], "lora", "reads at most 1024 tokens"),
         (LLAMA, ["adapter.target_modules=[q_proj,lm_head]"], "lora", "adapter.target_modules: lm_head is the output embeddings"),
         (LLAMA, ["adapter.target_modules=.*(q_proj|lm_head)"], "lora", "adapter.target_modules: lm_head is the output embeddings"),
         (MIXTRAL, ["adapter.lora_dropout=0.1"], "lora", r"adapter.lora_dropout: must be 0, because all-linear adapts the experts .*target_modules=\[q_proj"),
-        (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: vllm expects other names of merged experts"),
-        ({**MIXTRAL, "router_jitter_noise": 0.01}, [], "lora", "has router_jitter_noise in its config.json, which adds noise in training mode"),
-        ({**LLAMA, "model_type": "falcon", "hidden_dropout": 0.1}, [], None, "has hidden_dropout in its config.json"),
-        ({**LLAMA, "model_type": "rwkv"}, [], None, r"is a rwkv model, whose implementation in Transformers reads the padding .* Use another base"),
+        (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: vllm cannot load merged experts"),
+        ({**MIXTRAL, "router_jitter_noise": 0.01}, [], "lora", "sets router_jitter_noise in its config.json, which adds noise in training mode"),
+        ({**LLAMA, "model_type": "falcon", "hidden_dropout": 0.1}, [], None, "sets hidden_dropout in its config.json"),
+        ({**LLAMA, "model_type": "rwkv"}, [], None, r"is a rwkv model, whose implementation in Transformers reads the padding .* Use a base of another architecture"),
         ({**LLAMA, "model_type": "recurrent_gemma"}, [], "lora", "is a recurrent_gemma model, whose implementation in Transformers reads the padding"),
         ({**LLAMA, "model_type": "xlstm"}, ["policies={dpo: {algorithm: dpo, reference: soup}}"], "lora", "is a xlstm model, whose implementation"),
         ({**LLAMA, "model_type": "mamba"}, [], "lora", r"LoRA on out_proj has no effect, .* read that module's weight directly. Set adapter.target_modules=\[in_proj\], or train full"),
@@ -172,7 +172,7 @@ def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None
         [sys.executable, "-c", code, str(path), "--dry-run"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("r.json: model.base: 'base' is quantised already") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("r.json: model.base: 'base' is already quantised") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_adapters_on_other_parameters_of_one_base(family: Family) -> None:
     other = family.adapter("b", 2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
     with pytest.raises(
         SalsaError,
-        match=r"b: it adapts the parameters experts.down_proj, and adapter 'a' on the same base adapts down_proj,",
+        match=r"b: this adapter has the target_parameters experts.down_proj, but adapter 'a' on the same base has down_proj,",
     ):
         adapters.attach(model, other, "b")
 

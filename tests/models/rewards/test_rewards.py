@@ -134,7 +134,7 @@ class TestFunction:
     def test_a_column_that_is_not_there_is_named(self, answered: Any, tokenizer: Any) -> None:
         responses, rows = answered
         with pytest.raises(
-            SalsaError, match=r"it takes solution, which is no column of the data \(columns: answer, level, prompt\)"
+            SalsaError, match=r"the data has no column for its argument solution \(columns: answer, level, prompt\)"
         ):
             FunctionReward(lambda completions, solution: [0.0] * 3, tokenizer)(responses, rows)
 
@@ -193,11 +193,11 @@ class TestFunction:
     @pytest.mark.parametrize(
         ("name", "value", "line"),
         [
-            ("objective/kl", 1.0, "log_metric: 'objective/kl' is the name of a metric of training"),
-            ("score", 1.0, "log_metric: 'score' is the name of a metric of training"),
-            ("rewards/f/mean", 1.0, "is the name of a metric of training"),
+            ("objective/kl", 1.0, "log_metric: training logs a metric 'objective/kl'; use another name"),
+            ("score", 1.0, "log_metric: training logs a metric 'score'; use another name"),
+            ("rewards/f/mean", 1.0, "training logs a metric 'rewards/f/mean'; use another name"),
             ("x", None, "log_metric: the value None of 'x' is not a number"),
-            (3, 1.0, "log_metric: the name 3 is not text"),
+            (3, 1.0, "log_metric: the name 3 is not a string"),
         ],
     )
     def test_what_log_metric_does_not_take(
@@ -229,7 +229,7 @@ class TestFunction:
         """It took the place of ours. A function that takes neither does not mind."""
         responses, rows = answered
         rows = [{**row, "finished": "no"} for row in rows]
-        with pytest.raises(SalsaError, match="the data has a column `finished`"):
+        with pytest.raises(SalsaError, match="the data's column `finished` has the name of an argument"):
             FunctionReward(lambda completions, finished: [0.0] * 3, tokenizer)(responses, rows)
         assert FunctionReward(lambda completions: [1.0] * 3, tokenizer)(responses, rows).tolist() == [1.0] * 3
 
@@ -251,7 +251,9 @@ class TestFunction:
         def placed(prompts: Any, completions: Any, /) -> list[float]:
             return [0.0] * len(prompts)
 
-        with pytest.raises(SalsaError, match="reward function placed: it takes prompts, completions by position only"):
+        with pytest.raises(
+            SalsaError, match="reward function placed: prompts, completions can be passed by position only"
+        ):
             FunctionReward(placed, tokenizer)
 
 
@@ -310,9 +312,7 @@ class TestLoad:
         with pytest.raises(SalsaError, match=r"cannot be imported: KeyError: 'no'"):
             load_function(f"{tmp_path}/{name}:f")
         (tmp_path / "json.py").write_text("def f(): pass\n")
-        with pytest.raises(
-            SalsaError, match=r"another module json is already imported from .*; give .*json.py another name"
-        ):
+        with pytest.raises(SalsaError, match=r"another module json is already imported, from .*; rename .*json.py"):
             load_function(f"{tmp_path}/json:f")
 
 
@@ -388,9 +388,11 @@ class TestClassifier:
         assert own.decode(reward.encode(responses, [{"prompt": "copy owl"}])[0]) == "<s> copy owl saw fig"
         expected = single(classifier, own("copy owl saw fig")["input_ids"])
         assert reward(responses, [{"prompt": "copy owl"}]).item() == pytest.approx(expected, abs=1e-5)
-        with pytest.raises(SalsaError, match="its tokenizer has no chat template, and the prompts are messages"):
+        with pytest.raises(
+            SalsaError, match="the prompts are messages, but the classifier's tokenizer has no chat template"
+        ):
             reward(responses, [{"prompt": [{"role": "user", "content": "copy owl"}]}])
-        with pytest.raises(SalsaError, match="the data has input_ids without `prompt`"):
+        with pytest.raises(SalsaError, match="the data has the column input_ids but not `prompt`"):
             reward(responses, [{"input_ids": ids}])
 
     def test_the_policys_own_tokenizer_means_token_ids_as_they_are(
@@ -420,19 +422,19 @@ class TestClassifier:
         assert found.tolist() == pytest.approx([single(classifier, ids) for ids in cut], abs=1e-5)
         reward(responses, rows)
         assert reward.take_metrics() == {"rewards/small/truncated": (4.0, 6)}
-        assert capsys.readouterr().err.count("longer than the 7 tokens that it reads") == 1
+        assert capsys.readouterr().err.count("longer than 7 tokens, the classifier's maximum") == 1
 
     def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
-        with pytest.raises(SalsaError, match="the classifier has 3 labels, and a reward is one number"):
+        with pytest.raises(SalsaError, match="the classifier has 3 labels, but a reward needs a single number"):
             load_classifier_reward(str(saved(tmp_path / "three", labels=3)), tokenizer, 4)
-        with pytest.raises(SalsaError, match="the classifier has 2 labels, and a reward is one number"):
+        with pytest.raises(SalsaError, match="the classifier has 2 labels, but a reward needs a single number"):
             ClassifierReward(own_classifier(own_tokenizer(), labels=2), own_tokenizer(), tokenizer)
         base = make_base()
         base.config.num_labels = 1
         base.save_pretrained(tmp_path / "lm")
         tokenizer.save_pretrained(tmp_path / "lm")
         with pytest.raises(
-            SalsaError, match=r"lm: it has no weights for score.weight; use a trained sequence classifier"
+            SalsaError, match=r"lm: the weights score.weight are missing; use a trained sequence classifier"
         ):
             load_classifier_reward(str(tmp_path / "lm"), tokenizer, 4)
         folder = saved(tmp_path / "pickled")
@@ -440,13 +442,13 @@ class TestClassifier:
         with pytest.raises(SalsaError, match=r"this folder has no safetensors file"):
             load_classifier_reward(str(folder), tokenizer, 4)
         with pytest.raises(
-            SalsaError, match=rf"the tokenizer has {len(tokenizer)} tokens, and the classifier 19 embeddings"
+            SalsaError, match=rf"the tokenizer has {len(tokenizer)} tokens, but the classifier has only 19 embeddings"
         ):
             ClassifierReward(own_classifier(own_tokenizer()), tokenizer, tokenizer)
 
     def test_a_template_that_refuses(self, answered: Any, tokenizer: Any) -> None:
         own = own_tokenizer(template="{{ raise_exception('no user') }}")
-        with pytest.raises(SalsaError, match="its chat template rejects a conversation: no user"):
+        with pytest.raises(SalsaError, match="the classifier's chat template rejects a conversation: no user"):
             ClassifierReward(own_classifier(own), own, tokenizer)(*answered)
 
     def test_an_encoder(self, answered: Any, tokenizer: Any) -> None:
@@ -491,7 +493,9 @@ class TestSum:
         none, other = (FunctionReward(fixed(*s), tokenizer) for s in ((None, None, 3), (None, 2, 3)))
         zero = FunctionReward(fixed(7, 7, 7), tokenizer)
         reward = rewards.WeightedReward([(none, 1.0, "a"), (other, 1.0, "b"), (zero, 0.0, "c")])
-        with pytest.raises(SalsaError, match="none of a, b applies to 1 of 3 responses"):
+        with pytest.raises(
+            SalsaError, match="1 of 3 responses get no score, because none of the rewards a, b applies to them"
+        ):
             reward(*answered)
         nan = FunctionReward(fixed(float("nan"), 1, 1), tokenizer)
         found = rewards.WeightedReward([(nan, 1.0, "a"), (zero, 1.0, "b")])(*answered)
@@ -499,9 +503,9 @@ class TestSum:
 
     def test_names(self, tokenizer: Any) -> None:
         one = FunctionReward(fixed(1), tokenizer)
-        with pytest.raises(SalsaError, match="2 parts have the name a; give each a name of its own"):
+        with pytest.raises(SalsaError, match="2 rewards have the name a; give each reward a name of its own"):
             rewards.WeightedReward([(one, 1.0, "a"), (one, 1.0, "a")])
-        with pytest.raises(SalsaError, match="the weighted sum has no parts"):
+        with pytest.raises(SalsaError, match="the weighted sum has no rewards"):
             rewards.WeightedReward([])
 
 
@@ -603,7 +607,7 @@ class TestAsReward:
     @pytest.mark.parametrize(
         ("given", "line"),
         [
-            (3, "reward: an object of type int is not a reward; pass the folder or Hub id of a reward adapter"),
+            (3, "reward: an object of type int is not a reward; pass a folder or Hub id, a sequence classifier"),
             ([], "reward: the list is empty; pass"),
             ([("a", 1.0, "n", 2)], "a tuple in the list has 4 entries"),
             ("nowhere_to_be_found:f", "there is no module nowhere_to_be_found"),
@@ -620,7 +624,10 @@ class TestAsReward:
     def test_a_reward_adapter_needs_the_base_under_a_peft_model(
         self, make_base: Any, tokenizer: Any, reward_folder: Path
     ) -> None:
-        with pytest.raises(SalsaError, match="this is a reward adapter, and the policy is a LlamaForCausalLM"):
+        with pytest.raises(
+            SalsaError,
+            match="needs a policy that is an adapter on the same base, but the policy is a LlamaForCausalLM with full weights",
+        ):
             rewards.as_reward(reward_folder, make_base(), tokenizer)
 
 
@@ -714,27 +721,27 @@ class TestRecipe:
             ("reward: ./gone", "recipes/gone'; give the folder or Hub id of a sequence classifier"),
             (
                 "reward: []",
-                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, but this list is empty",
+                r"reward\.model: must be adapter, module:name \(a function\), the folder or Hub id of a sequence classifier, or a list of these, but this list is empty",
             ),
             (
                 "reward: 3",
-                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3",
+                r"reward\.model: must be adapter, module:name \(a function\), the folder or Hub id of a sequence classifier, or a list of these, not 3",
             ),
             (
                 "reward: {model: {model: adapter}}",
-                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not \{'model': 'adapter'\}",
+                r"reward\.model: must be adapter, module:name \(a function\), the folder or Hub id of a sequence classifier, or a list of these, not \{'model': 'adapter'\}",
             ),
             (
                 "reward: [adapter, 3]",
-                r"reward\.model\[1\]: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3",
+                r"reward\.model\[1\]: must be adapter, module:name \(a function\), the folder or Hub id of a sequence classifier, or a list of these, not 3",
             ),
             (
                 "reward: [{weight: 2}]",
-                r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found weight",
+                r"reward\.model\[0\]: must have the key model, and may have weight and name, but it has: weight",
             ),
             (
                 "reward: [{model: adapter, weigth: 2}]",
-                r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found model, weigth",
+                r"reward\.model\[0\]: must have the key model, and may have weight and name, but it has: model, weigth",
             ),
             (
                 "reward: [{model: adapter, weight: x}]",
@@ -746,7 +753,7 @@ class TestRecipe:
             ),
             (
                 "reward: [{model: adapter, name: a b}]",
-                "name: must consist of letters, digits, dots, - and _, at most 64, not 'a b'",
+                "name: must consist of letters, digits, dots, - and _, at most 64 characters, not 'a b'",
             ),
             (
                 "reward: [org/rm, other/rm]",
@@ -755,7 +762,7 @@ class TestRecipe:
             ("reward: {modl: adapter}", "reward.modl: unknown key; did you mean model"),
             (
                 "reward: own_score:f\nppo: {value: adapter}",
-                r"ppo\.value: adapter is initialized from the reward adapter, but reward\.model trains none; set ppo\.value=head, or add adapter to reward\.model",
+                r"ppo\.value: `adapter` is initialized from the reward adapter, but reward\.model trains none; set ppo\.value=head, or add adapter to reward\.model",
             ),
         ],
     )

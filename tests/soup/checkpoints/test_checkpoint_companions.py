@@ -58,8 +58,8 @@ def test_a_tokenizer_and_a_template_that_only_one_member_has(
     assert (found.get_vocab(), found.chat_template) == ({"<unk>": 0, "one": 1, "two": 2}, TEMPLATE)
     assert (said["tokenizer"], said["chat_template"]) == (name, name)
     assert caplog.messages == [
-        f"tokenizer: taken from {name}, since {other} has none or fewer tokens",
-        f"chat template: taken from {name}, since {other} has none or another",
+        f"tokenizer: taken from {name}; missing or with fewer tokens in {other}",
+        f"chat template: taken from {name}; missing or different in {other}",
     ]
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.5}'
 

@@ -92,8 +92,8 @@ def other_rope(folder: Path) -> None:
 
 REFUSED = {
     "other key": (again(lambda t: t.update(extra=t.pop("scale"))), r"/model.safetensors: (scale|extra) has no place in LlamaForCausalLM"),
-    "other shape": (again(lambda t: t.update({"model.norm.weight": torch.zeros(2).bfloat16()})), r"b: model.norm.weight has shape \[2\], but .* has \[16\] by config.json"),
-    "other kind": (again(lambda t: t.update({"model.norm.weight": torch.ones(16).long()})), r"b/model.safetensors: the values of model.norm.weight are I64, but BF16"),
+    "other shape": (again(lambda t: t.update({"model.norm.weight": torch.zeros(2).bfloat16()})), r"b: model.norm.weight has shape \[2\], but .* has \[16\] according to config.json"),
+    "other kind": (again(lambda t: t.update({"model.norm.weight": torch.ones(16).long()})), r"b/model.safetensors: model.norm.weight has dtype I64, but BF16"),
     "architecture": (edit_config(model_type="qwen2"), r"b/config.json: model_type is 'qwen2', but 'llama' in .*a/config.json"),
     "heads": (edit_config(num_attention_heads=4), r"b/config.json: num_attention_heads is 4, but 2 in"),
     "vocabulary": (edit_config(vocab_size=41), r"b/config.json: vocab_size is 41, but 40 in .*resize_token_embeddings"),
@@ -101,19 +101,19 @@ REFUSED = {
     "a number's token": (renamed_token, r"b/tokenizer.json: the token of id 1 is 'c', but 'b' in"),
     "rotary embeddings": (other_rope, r"b/config.json: rope_parameters is {'rope_theta': 10000.0, .*}, but {'rope_theta': 500000.0"),
     "quantised": (edit_config(quantization_config={"quant_method": "awq"}), r"b/config.json has a quantization_config \(awq\): .*dequantize"),
-    "FP8": (again(lambda t: t.update(scale=t["scale"].float().to(torch.float8_e4m3fn))), r"scale is F8_E4M3, of a quantised model"),
-    "packed": (again(lambda t: t.update(w=torch.zeros(4, 1, dtype=torch.uint8))), r"b/model.safetensors: w is U8, of a quantised model"),
+    "FP8": (again(lambda t: t.update(scale=t["scale"].float().to(torch.float8_e4m3fn))), r"scale is F8_E4M3, as in quantised models"),
+    "packed": (again(lambda t: t.update(w=torch.zeros(4, 1, dtype=torch.uint8))), r"b/model.safetensors: w is U8, as in quantised models"),
     "NaN": (poison(math.nan), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight has a value that is not finite"),
     "infinity": (poison(-math.inf), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight has a value that is not finite"),
-    "truncated": (truncate, r"b/model.safetensors: truncated or damaged: \d+ bytes, expected \d+"),
+    "truncated": (truncate, r"b/model.safetensors: truncated or damaged: it has \d+ bytes, not \d+"),
     "missing shard": (lose_shard, r"b/model-00002-of-00002.safetensors: cannot be read \(No such file or directory\); copy or download the weights again"),
     "index": (rename_in_index, r"model.safetensors.index.json: model.norm.bias is in none of the shards that the index names; save"),
-    "escape": (escape, r"b/model.safetensors.index.json: there is no weight_map of plain file names"),
-    "pickled": (pickled, r"b: this folder has neither model.safetensors nor .*; it holds pytorch_model.bin, which is a pickle and never read"),
+    "escape": (escape, r"b/model.safetensors.index.json: weight_map is missing, empty or has values other than file names"),
+    "pickled": (pickled, r"b: this folder has neither model.safetensors nor .*; it holds pytorch_model.bin, which is a pickle, and pickles are never read"),
     "no weights": (lambda folder: (folder / SINGLE).unlink(), r"b: this folder has neither model.safetensors nor model.safetensors.index.json; load"),
     "two layouts": (lambda folder: (folder / INDEX).write_text("{}"), r"b: this folder holds both model.safetensors and model.safetensors.index.json"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), r"b/config.json: no such file"),
-    "bad config": (lambda folder: (folder / CONFIG).write_text("[1]"), r"b/config.json: this is a list, not a mapping"),
+    "bad config": (lambda folder: (folder / CONFIG).write_text("[1]"), r"b/config.json: the JSON is a list, but must be a mapping"),
     "adapter": (lambda folder: (folder / CONFIG).rename(folder / "adapter_config.json"), r"b: this is a PEFT adapter, not a full checkpoint"),
 }  # fmt: skip
 
@@ -133,10 +133,10 @@ def test_every_refusal_names_file_and_tensor_and_leaves_nothing(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("weights", "line"),
     [
-        ([1.0], r"weights: 1 \(1.0\) for 2 members; give one for each member"),
+        ([1.0], r"weights: 1 weights \(1.0\) for 2 members; give one for each member"),
         ([0.5, math.nan], "weights: 0.5, nan are not all finite numbers"),
-        ([0.0, 0.0], "weights: all of them are 0; give at least one member another weight"),
-        ([], r"weights: 0 \(\) for 2 members"),
+        ([0.0, 0.0], "weights: all of them are 0; give at least one member a weight other than 0"),
+        ([], r"weights: 0 weights \(\) for 2 members"),
     ],
 )
 def test_weights_are_checked(tmp_path: Path, weights: list[float], line: str) -> None:
@@ -170,14 +170,14 @@ def test_a_manifest_tells_a_flipped_bit(tmp_path: Path) -> None:
     (b / SINGLE).write_bytes(raw)
     with pytest.raises(
         SalsaError,
-        match=r"b/model.safetensors: the file changed: it has \d+ bytes and SHA-256 .*; copy or make it again",
+        match=r"b/model.safetensors: the file changed: it has \d+ bytes and SHA-256 .*; copy or make the checkpoint again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     listed[CONFIG]["size"] = 1
     (b / "manifest.json").write_text(json.dumps({"files": listed}))
     with pytest.raises(
         SalsaError,
-        match=r"b/config.json: the file changed: it has \d+ bytes and SHA-256 .*, but in manifest.json it has 1 and .*; copy or make it again",
+        match=r"b/config.json: the file changed: it has \d+ bytes and SHA-256 .*, but manifest.json lists 1 bytes and .*; copy or make the checkpoint again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     assert not (tmp_path / "none").exists()
@@ -188,8 +188,8 @@ def test_only_a_soup_is_written_over(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1))
     os.symlink(a, tmp_path / "link")
     for out, line in (
-        (a, "this folder is a member of the soup; choose another one"),
-        (tmp_path / "link", "this folder is a member of the soup; choose another one"),
+        (a, "this folder is a member or the base of the soup; choose another folder"),
+        (tmp_path / "link", "this folder is a member or the base of the soup; choose another folder"),
     ):
         with pytest.raises(SalsaError, match=line):
             average(out, [a, b], [0.5, 0.5])
@@ -274,7 +274,7 @@ def test_a_refusal_leaves_an_earlier_soup_as_it_was(tmp_path: Path, monkeypatch:
     assert files(out, ()) == before
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: (10**9, 10**9 - 10, 10))
-        with pytest.raises(SalsaError, match=r"out: the soup beside the earlier one: .* free on the disk of"):
+        with pytest.raises(SalsaError, match=r"out: the soup beside the earlier soup: .* free on the disk of"):
             average(out, [a, c], [0.5, 0.5])
     assert files(out, ()) == before
     average(out, [a, c], [0.5, 0.5])

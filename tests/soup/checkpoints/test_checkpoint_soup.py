@@ -211,7 +211,7 @@ def test_whole_numbers_must_agree(tmp_path: Path) -> None:
     wrong = buffers["ids"].clone()
     wrong[299] = 0
     c = write(tmp_path / "c", values(1) | buffers | {"ids": wrong})
-    with pytest.raises(SalsaError, match=r"c/model\.safetensors: ids has other integers than in"):
+    with pytest.raises(SalsaError, match=r"c/model\.safetensors: the integers in ids differ from those in"):
         average(tmp_path / "none", [a, c], [0.5, 0.5])
     average(tmp_path / "out", [a, c], [1, 0])  # not read
 

@@ -98,5 +98,5 @@ def test_weights_in_8_bits_are_refused(tmp_path: Path) -> None:
         config = json.loads((member / "config.json").read_text())
         del config["quantization_config"]
         (member / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SalsaError, match=r"(SCB|weight) is (F32|I8), of a quantised model"):
+    with pytest.raises(SalsaError, match=r"(SCB|weight) is (F32|I8), as in quantised models"):
         average(tmp_path / "out", members, [0.5, 0.5])

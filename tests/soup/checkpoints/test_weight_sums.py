@@ -266,7 +266,7 @@ def test_of_several_faults_the_first_is_named(tmp_path: Path, monkeypatch: pytes
 def test_a_file_of_more_or_fewer_bytes_than_its_header_says(tmp_path: Path, count: int) -> None:
     """Room was taken for all of them, so its size says nothing; no file is left."""
     with (
-        pytest.raises(SalsaError, match=f"{count} bytes were written, expected 4"),
+        pytest.raises(SalsaError, match=f"{count} bytes were written instead of 4"),
         safetensors_writer(tmp_path / SINGLE, make_header([("w", "BF16", (2,))])) as write_next,
     ):
         write_next(b"x" * count)

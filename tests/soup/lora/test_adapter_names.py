@@ -116,7 +116,7 @@ def test_wrappers_parts_are_taken_off_and_said(kind: str, tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         soup(tmp_path / "soup", members, W)
     assert_is(llama, tmp_path / "soup", expected)
-    assert sum("which PEFT's names do not; it is removed" in message for message in caplog.messages) == 1
+    assert sum("which is ignored because PEFT's names have no such part" in message for message in caplog.messages) == 1
 
 
 def test_a_name_of_the_models_own_is_kept(tmp_path: Path) -> None:
@@ -504,7 +504,7 @@ class TestTokenizers:
     def test_other_ids_are_refused(self, pair: list[Path], tmp_path: Path) -> None:
         self.write(pair[0], ["<s>", "a", "b"])
         for tokens, line in (
-            (["<s>", "b", "a"], "token 'b' has id 1, but 2 in .*a"),
+            (["<s>", "b", "a"], "token 'b' has id 1, but id 2 in .*a"),
             (["<s>", "a", "c"], "id 2 is token 'c', but 'b' in .*a"),
         ):
             self.write(pair[1], tokens)
@@ -528,7 +528,7 @@ class TestTokenizers:
         for member, added in zip(pair, ({"<x>": 2}, {"<y>": 3}), strict=True):
             vocabulary = {"<s>": 0, "a": 1} | added
             (member / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
-        with pytest.raises(SalsaError, match="no member's tokenizer has all tokens"):
+        with pytest.raises(SalsaError, match="no member's tokenizer has the tokens of all members"):
             soup(tmp_path / "soup", pair)
 
     def test_templates_by_name_go_along_and_another_eos_is_told(
@@ -541,7 +541,9 @@ class TestTokenizers:
             (member / "additional_chat_templates" / "rag.jinja").write_text(f"of {member.name}")
         soup(tmp_path / "soup", pair)
         assert (tmp_path / "soup" / "additional_chat_templates" / "rag.jinja").read_text() == "of a"
-        assert "tokenizer: eos_token is '</s>' as in a, but '<|im_end|>' in b" in caplog.messages
+        assert (
+            "the soup's tokenizer comes from a, where eos_token is '</s>'; in b it is '<|im_end|>'" in caplog.messages
+        )
         shutil.rmtree(pair[0] / "additional_chat_templates")
         soup(tmp_path / "soup", pair)
         assert not (tmp_path / "soup" / "additional_chat_templates").exists()

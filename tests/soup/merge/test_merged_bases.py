@@ -160,7 +160,7 @@ def test_a_scaled_delta_and_what_has_none(tmp_path: Path) -> None:
         assert torch.allclose(tensor, start[name] + 0.4 * (end[name] - start[name]), rtol=0, atol=2e-6), name
     longer = train(opened(base, rows=44), tmp_path / "b", 1)
     for members, weights, line in (
-        ([longer], [0.4], "weights: they sum to 0.4, but must sum to 1: .* the tokens that were added"),
+        ([longer], [0.4], "weights: they sum to 0.4, but must sum to 1, because .* the tokens that were added"),
         ([member, longer], [0.5, 0.5], "b was trained with 44 rows of embeddings, .*a with 40"),
     ):
         with pytest.raises(SalsaError, match=line):
@@ -180,7 +180,7 @@ def test_prefixes_of_wrappers_and_tensors_without_a_place(tmp_path: Path) -> Non
         assert file.read_bytes() == (tmp_path / "compiled" / file.name).read_bytes()
     first = min(tensors)
     for given, line in (
-        (tensors | {"base_model.model.other.lora_A.weight": torch.ones(2, 2)}, r"other.lora_A.weight has no place in Llama"),
+        (tensors | {"base_model.model.other.lora_A.weight": torch.ones(2, 2)}, r"other.lora_A.weight is not in Llama"),
         ({name: t for name, t in tensors.items() if name != first}, r"there are no values for .*lora_A.default.weight"),
         (tensors | {first: tensors[first] * float("inf")}, rf"{first} has values that are not finite"),
     ):  # fmt: skip

@@ -227,7 +227,7 @@ def test_refusals(tmp_path: Path) -> None:
     base = llama()
     folder, plain = save(base, tmp_path / "base"), train(base, tmp_path / "plain", 1)
     deep = train(llama(num_hidden_layers=3), tmp_path / "deep", 1)
-    line = r"deep/adapter_model.safetensors: .*layers.2.self_attn.q_proj.lora_A.weight has no place in LlamaForCausalLM"
+    line = r"deep/adapter_model.safetensors: .*layers.2.self_attn.q_proj.lora_A.weight is not in LlamaForCausalLM"
     refused(tmp_path, line, folder, deep)
     wide = train(llama(hidden_size=32), tmp_path / "wide", 1)
     refused(
@@ -237,7 +237,7 @@ def test_refusals(tmp_path: Path) -> None:
         wide,
     )
     (plain / "fingerprint.json").write_text(json.dumps({"base": "5e" * 32}))
-    line = r"plain was trained on another base than .*/base: .* says 5e5e5e5e5e5e…, .* assert with --same-base"
+    line = r"plain was trained on another base than .*/base: .* has 5e5e5e5e5e5e…, .* assert with --same-base"
     refused(tmp_path, line, folder, plain)
     merge(tmp_path / "asserted", folder, [plain], [1.0], same_base=True)
     (plain / "fingerprint.json").write_text(json.dumps({"base": base_fingerprint(folder)}))

@@ -269,7 +269,7 @@ class TestPaged:
 
     def test_min_new_tokens_is_refused(self, make_base: Any, tokenizer: Any, paged_options: Any) -> None:
         """Transformers drops it without a word: EOS would come first."""
-        with pytest.raises(SalsaError, match="min_new_tokens: paged would ignore it"):
+        with pytest.raises(SalsaError, match="min_new_tokens: paged ignores it"):
             Paged(make_base(), paged_options(min_new_tokens=3), tokenizer, None)
 
     def test_an_older_transformers_is_refused(
@@ -359,7 +359,9 @@ class TestPaged:
         assert not any(seen)
         with (
             torch.autocast("cpu", torch.bfloat16),
-            pytest.raises(SalsaError, match=r"needs the base in the dtype of mixed precision, torch\.bfloat16, not in"),
+            pytest.raises(
+                SalsaError, match=r"needs a base in torch\.bfloat16, the dtype of mixed precision, but this base is in"
+            ),
         ):
             Paged(make_base(), paged_options(), tokenizer, None)(prompts, range(12))
 
@@ -640,17 +642,17 @@ class TestVLLM:
         def make(args: SalsaPPOConfig, processes: Accelerator | SimpleNamespace | None = None) -> VLLM:
             return VLLM(model, args, tokenizer, processes or Accelerator(cpu=True))  # type: ignore[arg-type]
 
-        with pytest.raises(SalsaError, match=r"temperature: vllm samples at 0\.01 to 2, not at 3"):
+        with pytest.raises(SalsaError, match=r"temperature: vllm needs a temperature from 0\.01 to 2, not 3"):
             make(vllm_options(options, with_vllm, temperature=3.0))
-        with pytest.raises(SalsaError, match="mode: server works with one process, not 2"):
+        with pytest.raises(SalsaError, match="mode: server works with one process only, not with 2"):
             make(vllm_options(options, with_vllm), SimpleNamespace(num_processes=2))
         model.config.eos_token_id = [EOS, 9]
         make(vllm_options(options, with_vllm))
-        with pytest.raises(SalsaError, match=r"has EOS tokens \[9\] besides those that end a response"):
+        with pytest.raises(SalsaError, match=r"has the EOS tokens \[9\] besides .*, which end a response"):
             make(vllm_options(options, with_vllm, min_new_tokens=2))
         model.config.eos_token_id, model.name_or_path = EOS, str(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 8]}))
-        with pytest.raises(SalsaError, match=r"has EOS tokens \[8\] besides those"):
+        with pytest.raises(SalsaError, match=r"has the EOS tokens \[8\] besides"):
             make(vllm_options(options, with_vllm, min_new_tokens=2))
         nobody = {"mode": "server", "server_base_url": "http://127.0.0.1:9", "server_timeout": 0.0}
         with pytest.raises(

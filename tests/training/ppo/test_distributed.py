@@ -249,7 +249,7 @@ def sharded(**options: Any) -> Any:
         (
             {"state_dict_type": "SHARDED_STATE_DICT"},
             {},
-            "fsdp_state_dict_type: checkpoints need FULL_STATE_DICT, not SHARDED_STATE_DICT",
+            "fsdp_state_dict_type: SHARDED_STATE_DICT is not supported; set FULL_STATE_DICT",
         ),
         ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: true is not supported"),
         ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing: .*set gradient_checkpointing"),
@@ -290,7 +290,7 @@ def deepspeed(precision: str = "no", more: dict[str, Any] | None = None, **optio
     ("options", "arguments", "message"),
     [
         ({"zero_stage": 2}, {}, "zero_stage: 2 is not supported, only 3"),
-        ({"zero3_save_16bit_model": False}, {}, "zero3_save_16bit_model: checkpoints need true"),
+        ({"zero3_save_16bit_model": False}, {}, "zero3_save_16bit_model: false is not supported; set it to true"),
         ({"offload_optimizer_device": "cpu"}, {}, "offload_optimizer_device: cpu is not supported"),
         ({"offload_param_device": "cpu"}, {}, "offload_param_device: cpu is not supported"),
         ({"precision": "fp16"}, {}, "fp16: true is not supported with DeepSpeed"),

@@ -201,9 +201,9 @@ def test_refusals(make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
     """One line each: what was found, what was expected."""
     with pytest.raises(SalsaError, match="batch_size: 8 is not a multiple of num_mini_batches 3"):
         make_trainer(num_mini_batches=3)
-    with pytest.raises(SalsaError, match="micro_batch_size: 3 does not divide the minibatch of 8 / 1"):
+    with pytest.raises(SalsaError, match="micro_batch_size: 3 must divide 8, the number of responses in a minibatch"):
         make_trainer(micro_batch_size=3)
-    with pytest.raises(SalsaError, match=r"found 16 prompts .* expected at least batch_size = 64"):
+    with pytest.raises(SalsaError, match=r"train_dataset: 16 prompts .* are fewer than batch_size = 64"):
         make_trainer(batch_size=64)
     with pytest.raises(SalsaError, match="references: 'policy' is the adapter that is trained"):
         make_trainer(["policy"])
@@ -221,7 +221,7 @@ def test_training_is_whole_updates(make_trainer: Any) -> None:
     trainer = make_trainer(num_train_epochs=0.6, num_ppo_epochs=2)
     trainer.train()
     assert (trainer.ppo.update, trainer.state.global_step) == (2, 4)
-    with pytest.raises(SalsaError, match="max_steps: found 3, expected a multiple of 2"):
+    with pytest.raises(SalsaError, match="max_steps: 3 is not a multiple of 2"):
         make_trainer(max_steps=3, num_ppo_epochs=2)
     trainer = make_trainer(max_steps=2, num_ppo_epochs=2)
     trainer.train()

@@ -18,14 +18,14 @@ CHAT = PROMPTS[0]["prompt"]
     ("rows", "line"),
     [
         (None, "data: pass rows with `prompt` or `input_ids`, not None"),
-        ({"train": PROMPTS}, r"data: this is a dict with the keys \['train'\]. Pass the dataset of one of them"),
-        (["a b"], "data, row 1: found 'a b', expected a mapping"),
-        ([PROMPTS[0], {"prompt": None, "id": 1}], "data, row 2, prompt: this is None; it must be text or messages"),
-        ([{"text": "a"}], "data, row 1: there is neither `prompt` nor `input_ids`, only text"),
+        ({"train": PROMPTS}, r"data: this is a dict with the keys \['train'\]. Pass the dataset under one of the keys"),
+        (["a b"], "data, row 1: 'a b' must be a mapping"),
+        ([PROMPTS[0], {"prompt": None, "id": 1}], "data, row 2, prompt: must be text or messages, but is None"),
+        ([{"text": "a"}], "data, row 1: must have `prompt` or `input_ids`, but has only text"),
         ([{"prompt": [{"role": "system", "content": "be good"}, *CHAT]}], r"data, row 1, prompt: the tokenizer's chat template rejects these messages: the embedded world knows the roles user and assistant, not system; remove the system turn, or set model\.chat_template to a template with system turns"),
-        ([{"prompt": [*CHAT, {"role": "assistant", "content": "owl"}]}], "data, row 1, prompt: the last message is the assistant's"),
-        ([{"input_ids": [1, 9999]}], r"data, row 1: token id \[9999\] has no embedding; the model's are 0 to 64"),
-        ([{"input_ids": [1, -1]}], r"data, row 1: token id \[-1\] has no embedding; the model's are 0 to 64"),
+        ([{"prompt": [*CHAT, {"role": "assistant", "content": "owl"}]}], "data, row 1, prompt: the last message must be the user's"),
+        ([{"input_ids": [1, 9999]}], r"data, row 1: token id \[9999\] has no embedding; ids must be from 0 to 64"),
+        ([{"input_ids": [1, -1]}], r"data, row 1: token id \[-1\] has no embedding; ids must be from 0 to 64"),
     ],
 )  # fmt: skip
 def test_what_is_no_prompt(tokenizer: Any, rows: Any, line: str) -> None:

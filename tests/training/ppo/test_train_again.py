@@ -86,7 +86,7 @@ class TestFolder:
         with pytest.raises(SalsaError, match=r"output_dir: .*/run already has checkpoint-1 of an earlier run"):
             make().train()
         make("other", max_steps=2).train()
-        with pytest.raises(SalsaError, match="or choose another output_dir for a new one"):
+        with pytest.raises(SalsaError, match="or choose another output_dir for a new run"):
             make().train(resume_from_checkpoint=tmp_path / "other" / "checkpoint-2")
         assert contents(tmp_path / "run") == before
         make(max_steps=2).train(resume_from_checkpoint=True)
@@ -106,7 +106,7 @@ class TestFolder:
         assert updates(tmp_path / "run", "metrics.1.jsonl") == [1]
         assert updates(tmp_path / "run", "metrics.2.jsonl") == [1, 2]
         assert updates(tmp_path / "run", "eval_completions.2.jsonl") == [0, 0, 0]
-        assert "run: logs of an earlier run are kept as metrics.2.jsonl" in capsys.readouterr().err
+        assert "run: the logs of an earlier run are kept as metrics.2.jsonl" in capsys.readouterr().err
 
     def test_going_on_in_another(self, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """With the logs so far; where they are lost that is said, and the run goes on."""
@@ -120,7 +120,10 @@ class TestFolder:
         (tmp_path / "run" / "metrics.jsonl").unlink()
         make("third").train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")
         assert updates(tmp_path / "third") == [4]
-        assert "metrics.jsonl: lines from before the checkpoint are missing (0 bytes;" in capsys.readouterr().err
+        assert (
+            "metrics.jsonl: lines from before the checkpoint are missing: the file has 0 bytes, and had"
+            in capsys.readouterr().err
+        )
 
     def test_going_on_from_an_earlier_checkpoint_keeps_the_later_lines(
         self, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
