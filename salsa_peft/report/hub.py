@@ -133,7 +133,7 @@ def with_retries(call: Callable[[], Result], what: str) -> Result:
     for wait in (*WAITS, None):
         try:
             return call()
-        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # last: no JSON
+        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # last: body is no JSON
             if is_local(error):
                 raise SalsaError(f"{what}: {error}") from error
             status, after = status_of(error)

@@ -51,7 +51,7 @@ class RewardJudge:
     def _verdict(self, comparison: Comparison) -> Verdict:
         if comparison.scores is None:
             raise SalsaError(
-                f"{WHERE}: the answers have no scores of the recipe's reward, which the judge reward compares;"
+                f"{WHERE}: the answers have no scores of the recipe's reward, which a judge of kind reward compares;"
                 f" set {WHERE}.kind to openai, local or function"
             )
         a, b = comparison.scores
