@@ -122,7 +122,7 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
 def repository(api: Any, to: str) -> str:
     """Id of the repository; /name gets the user's namespace. Raises SalsaError if the id is invalid."""
     repo = f"{with_retries(api.whoami, 'the login')['name']}{to}" if to.startswith("/") else to
-    require(REPO_ID.match(repo) is not None, f"--to: {short(repo)} is no repository id; {REPO_EXPECTED}")
+    require(REPO_ID.match(repo) is not None, f"--to: found {short(repo)}, {REPO_EXPECTED}")
     return repo
 
 

@@ -448,7 +448,7 @@ def test_a_recipe_says_what_is_pushed_and_no_token(sets: list[str], message: str
 def test_pending_that_can_not_be_read_is_said(tmp_path: Path, text: str) -> None:
     """Never dropped in silence."""
     runs.write_atomic(tmp_path / hub_push.PENDING, text)
-    with pytest.raises(SalsaError, match="cannot be read as a list of pending pushes"):
+    with pytest.raises(SalsaError, match="is not a list of pending pushes; remove the file"):
         hub_push.pending(tmp_path)
 
 
