@@ -167,7 +167,7 @@ class OverSeeds:
     rates: list[float]
     """Adjusted win rate of each run."""
     spread: float | None
-    """Standard deviation of the runs' rates; None with one run."""
+    """Standard deviation of the runs' win rates; None with one run."""
 
 
 def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:

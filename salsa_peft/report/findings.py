@@ -45,7 +45,7 @@ def short_conclusion(difference: Row, a: str, b: str) -> str:
 
 
 def order(evaluation: Row, policies: Row) -> list[str]:
-    """Sort the evaluated models: seeds, base, soup, other references, PPO, SALSA, controls, other policies."""
+    """Sort the models: seeds, base, soup, other references, PPO, SALSA, controls, other policies."""
     names = list(dict.fromkeys([*evaluation.get("models", []), *policies]))
     rank = {"base": 1, "soup": 2, "ppo": 4, "salsa": 5, "shrunk": 6}
 
@@ -162,7 +162,7 @@ def _aside(one: Row, policies: Row) -> str:
         return text
     text += f"; “{b}” is the control without averaging"
     if undecided(one):
-        return f"{text}, so this run is no evidence that averaging helps"
+        return f"{text} and not distinguishable from {one['a']} here, so this run is no evidence that averaging helps"
     return f"{text} and scored higher, so this run is no evidence that averaging helps" if one["high"] < 0 else text
 
 

@@ -139,7 +139,7 @@ def _temperature(recipe: Recipe, answers: list[dict[str, Any]]) -> str:
     if chosen != "category":
         return f"{chosen:g}"
     by_category = any(row["category"] in TEMPERATURES for row in answers)
-    return f"{otherwise:g}" + (", for MT-Bench’s categories FastChat’s temperatures" if by_category else "")
+    return f"{otherwise:g}" + (", and at FastChat’s temperatures for MT-Bench’s categories" if by_category else "")
 
 
 def identity(recipe: Recipe) -> tuple[str, str]:

@@ -122,7 +122,7 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
 def repository(api: Any, to: str) -> str:
     """Id of the repository; /name gets the user's namespace. Raises SalsaError if the id is invalid."""
     repo = f"{with_retries(api.whoami, 'the login')['name']}{to}" if to.startswith("/") else to
-    require(REPO_ID.match(repo) is not None, f"--to: {short(repo)} is no repository id; {REPO_EXPECTED}")
+    require(REPO_ID.match(repo) is not None, f"--to: found {short(repo)}, {REPO_EXPECTED}")
     return repo
 
 
@@ -133,7 +133,7 @@ def with_retries(call: Callable[[], Result], what: str) -> Result:
     for wait in (*WAITS, None):
         try:
             return call()
-        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # last: no JSON
+        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # last: body is no JSON
             if is_local(error):
                 raise SalsaError(f"{what}: {error}") from error
             status, after = status_of(error)

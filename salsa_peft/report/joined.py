@@ -35,7 +35,10 @@ class Run(NamedTuple):
 
 
 def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
-    """Write the report's pages, figures and summary.json; returns the summary. Raises SalsaError."""
+    """Write the report's pages, figures and summary.json; returns the summary.
+
+    Raises SalsaError if no run compares a pair of models, or a run is given twice.
+    """
     groups = replicates(runs)
     rows = table(groups)
     require(

@@ -55,7 +55,7 @@ def judged(run: ReportInput) -> dict[str, Any] | None:
 
 
 def judge_name(judge: Row) -> str:
-    """Kind and model of a judge."""
+    """Kind and model of a judge, as text."""
     return " ".join(filter(None, (judge["kind"], last_part(judge["model"]) if judge["model"] else None)))
 
 

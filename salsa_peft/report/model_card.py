@@ -50,9 +50,9 @@ class Item:
     """A result of a run that can be published."""
 
     name: str
-    """soup, reward, seed-0 …, or the name of a policy."""
+    """Name of the result: soup, reward, seed-0 …, or the name of a policy."""
     kind: str
-    """soup | policy | seed | reward"""
+    """Kind of the result: soup, policy, seed or reward."""
     folder: Path
     recipe: Recipe
     base: str
@@ -150,7 +150,8 @@ def published_files(item: Item, card: str) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {path.name: path for path in there}
     require(
         any(name.endswith(".safetensors") and name != "value_head.safetensors" for name in files),
-        f"{item.folder}: has no weights in safetensors, the only format that is published",
+        f"{item.folder}: has no weights in safetensors, the only format that is published; delete the folder and run"
+        " again",
     )
     for path in there:
         if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):

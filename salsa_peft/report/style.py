@@ -130,7 +130,7 @@ def _inline(svg: str) -> str:
 
 
 def variables() -> dict[str, str]:
-    """Colour of a drawing → the CSS variable that replaces it, for the page's dark mode."""
+    """Colour in a figure → the CSS variable that replaces the colour, so that a dark page can change it."""
     palette = {look.color: f"--series-{index}" for index, look in enumerate((*KNOWN.values(), *SPARE))}
     return {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | palette
 

@@ -67,7 +67,10 @@ def test_what_is_published_is_somebody_s_seeds_reward_and_reference(tmp_path: Pa
         server.faults.append(Fault("POST", "tester/run-salsa/commit/", 403, times=99))
         done = run_recipe(server, home, str(recipe), "--lora", "--output-dir", str(run))
         assert done.returncode == 1, done.stderr[-3000:]
-        assert "1 of 1 not pushed (salsa: tester/run-salsa: the Hub answers 403" in done.stderr.splitlines()[-1]
+        assert (
+            "1 of 1 results were not pushed (salsa: tester/run-salsa: the Hub answers 403"
+            in done.stderr.splitlines()[-1]
+        )
         assert (run / "report.html").is_file() and (run / hub_push.PENDING).is_file()
         (seed,) = run.glob("sft/seed-0/*/adapter_model.safetensors")
         assert seed.read_bytes() == files(server, "tester/r-seed-0")["adapter_model.safetensors"]
@@ -88,7 +91,7 @@ def test_what_is_published_is_somebody_s_seeds_reward_and_reference(tmp_path: Pa
         assert again.returncode == 0, again.stderr[-3000:]
         assert (
             again.stderr.count("cached") == 7
-            and "again in 2 s" in (run / "logs" / "hub.log").read_text() + again.stderr
+            and "next try in 2 s" in (run / "logs" / "hub.log").read_text() + again.stderr
         )
         assert server.repos["tester/run-salsa"].private and not (run / hub_push.PENDING).exists()
         card = files(server, "tester/run-salsa")["README.md"].decode()

@@ -258,8 +258,11 @@ def test_a_push_that_fails_is_pending_and_made_up_for(server: Hub, run: Path, tm
     done = command(server, tmp_path / "home", "push", str(run), "soup", "salsa", "--to", "tester/tiny")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("1 of 2 not pushed (soup: tester/tiny-soup: the Hub answers 503)") and "tries again" in last
-    assert done.stderr.count("again in") == len(hub_push.WAITS)
+    assert (
+        last.startswith("1 of 2 results were not pushed (soup: tester/tiny-soup: the Hub answers 503)")
+        and "to push again: salsa hub push" in last
+    )
+    assert done.stderr.count("next try in") == len(hub_push.WAITS)
     assert len(server.repos["tester/tiny-soup"].commits) == 1 and len(server.repos["tester/tiny-salsa"].commits) == 2
     (left,) = json.loads((run / hub_push.PENDING).read_text())
     assert left == {"item": "soup", "to": "tester/tiny-soup", "private": True, "base_model": None}
@@ -288,7 +291,7 @@ def test_no_login_a_wrong_token_and_another_s_namespace_are_said_at_once(
     ):
         done = command(server, tmp_path / "home", "push", str(run), "soup", "--to", to, token=token)
         assert done.returncode == 1 and message in done.stderr, done.stderr
-        assert "again in" not in done.stderr and "Traceback" not in done.stderr and token not in done.stderr
+        assert "next try in" not in done.stderr and "Traceback" not in done.stderr and token not in done.stderr
         (run / hub_push.PENDING).unlink()
     done = command(server, tmp_path / "home", "pull", "tester/none")
     assert done.returncode == 1 and "tester/none: the Hub answers 404; check the name" in done.stderr
@@ -445,7 +448,7 @@ def test_a_recipe_says_what_is_pushed_and_no_token(sets: list[str], message: str
 def test_pending_that_can_not_be_read_is_said(tmp_path: Path, text: str) -> None:
     """Never dropped in silence."""
     runs.write_atomic(tmp_path / hub_push.PENDING, text)
-    with pytest.raises(SalsaError, match="cannot be read as a list of pending pushes"):
+    with pytest.raises(SalsaError, match="is not a list of pending pushes; remove the file"):
         hub_push.pending(tmp_path)
 
 

@@ -114,7 +114,10 @@ def test_the_finding_counts(runs: list[Run]) -> None:
     cells = [{"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.04, "runs": 1}, {"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.06, "runs": 1},
              {"low": 0.4, "high": 0.6, "adjusted_win_rate": 0.5, "p_holm": 1.0, "runs": 1}, {"low": 0.3, "high": 0.4, "adjusted_win_rate": 0.35, "p_holm": 0.01, "runs": 1}]  # fmt: skip
     (said,) = finding([{"cells": {PAIR: cell}} for cell in cells], [PAIR])
-    assert "above 50% in 2 of 4 cells, below in 1; above with p < 0.05 after Holm’s correction over them in 1." in said
+    assert (
+        "above 50% in 2 of 4 cells, below in 1; in 1 the rate is above 50% with p < 0.05 after Holm’s correction over these cells."
+        in said
+    )
 
 
 def test_other_judges_have_other_rows(runs: list[Run], tmp_path: Path) -> None:
@@ -341,5 +344,5 @@ def test_what_a_page_says_of_the_temperature(tmp_path: Path) -> None:
         return _temperature(recipe, [{"category": category}])
 
     assert told(None) == told("arena-hard-v0.1") == "0.9"
-    assert told("math") == "0.9, MT-Bench’s categories at FastChat’s"
+    assert told("math") == "0.9, and at FastChat’s temperatures for MT-Bench’s categories"
     assert told("math", "evaluate.temperature=0.3") == "0.3"

@@ -101,7 +101,7 @@ def test_what_to_know_of_the_judge(run: ReportInput) -> None:
     }
     told = report_judge.warnings(replace(run, verdicts=other))
     assert (
-        "so it favours them" in told[0]
+        "so it favours the policies" in told[0]
         and "60% of judgments" in told[1]
         and "80% of the verdicts" in told[2]
         and len(told) == 3

@@ -64,7 +64,7 @@ def test_what_does_not_agree() -> None:
         "Table 3, Mistral-7B, UltraFeedback, PPO over SFT: adjusted win rate printed 50.65, the counts give 50.12 (the same as Llama2-7B's in Table 2)",
         "Table 3, Mistral-7B, UltraFeedback, SFT over PPO: win rate printed 20.89, the counts give 22.50; adjusted win rate printed 49.35, the counts give 49.88"
         " (the same as Llama2-7B's in Table 2)",
-        "Table 5, Mistral-7B, labelled MT-Bench: 494 judgments can't be MT-Bench's 160; the labels of Table 5 are swapped",
+        "Table 5, Mistral-7B, labelled MT-Bench: 494 judgments where MT-Bench has 160; the labels of Table 5 are swapped",
         "Table 5, Mistral-7B, labelled Arena-Hard: 160 judgments are those of another set; the labels of Table 5 are swapped",
     ]
 

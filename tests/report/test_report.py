@@ -139,7 +139,9 @@ def test_the_words_follow_the_interval() -> None:
 
 
 def test_the_control_is_spoken_of_however_it_comes_out() -> None:
-    assert "cannot be told apart from it here, so this run is no evidence" in compared(-0.004, -0.02, 0.012, b="shrunk")
+    assert "not distinguishable from salsa here, so this run is no evidence" in compared(
+        -0.004, -0.02, 0.012, b="shrunk"
+    )
     assert "scored higher, so this run is no evidence" in compared(-0.04, -0.06, -0.02, b="shrunk")
     better = compared(0.04, 0.02, 0.06, b="shrunk")
     assert "control without averaging" in better

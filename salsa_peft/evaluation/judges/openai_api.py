@@ -37,7 +37,7 @@ the request."""
 RETRIES = "x-stainless-retry-count"
 """Header in which the client counts the retries of a request."""
 NEW_LIMIT = "max_completion_tokens"
-"""The name of max_tokens for OpenAI's newer models."""
+"""Name of the parameter max_tokens in the API of OpenAI's newer models."""
 TRY = "check that the endpoint is up, then run again: the replies received so far are kept"
 TOO_LONG = re.compile(
     r"context[ _]?(length|window|size)|maximum (context|sequence|input|model)|too (long|many tokens|large)|exceeds? .{0,40}(tokens|length)",
@@ -68,7 +68,7 @@ class Endpoint:
         require(
             self.key.isascii() and self.key.isprintable() and " " not in self.key,
             f"{WHERE}.api_key_env: the key in {section.api_key_env} must be printable ASCII without spaces, as HTTP"
-            " headers require",
+            " headers require; correct this environment variable",
         )
         self.base_url = section.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT
         base = urlsplit(self.base_url)

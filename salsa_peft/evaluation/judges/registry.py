@@ -51,7 +51,7 @@ class RewardJudge:
     def _verdict(self, comparison: Comparison) -> Verdict:
         if comparison.scores is None:
             raise SalsaError(
-                f"{WHERE}: the answers have no scores of the recipe's reward, which the judge reward compares;"
+                f"{WHERE}: the answers have no scores of the recipe's reward, which a judge of kind reward compares;"
                 f" set {WHERE}.kind to openai, local or function"
             )
         a, b = comparison.scores
@@ -171,5 +171,5 @@ memory), and a function that prints a line."""
 
 
 def judge_of(section: Judge, *, cache: Path | None, say: Say) -> PairwiseJudge:
-    """Create a recipe's judge. Raises SalsaError, before any request, for an unusable model, key or function."""
+    """Create the recipe's judge. Raises SalsaError if the model, key or function is unusable."""
     return JUDGES[section.kind](section, cache, say)

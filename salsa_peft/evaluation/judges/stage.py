@@ -26,7 +26,7 @@ from salsa_peft.utils.statistics import holm
 CACHE = "judge_cache.sqlite"
 Pairs = list[tuple[str, str]]
 BOTH = {"A": ("a", "b"), "B": ("b", "a"), "tie": ("tie", "tie"), None: ("missing", "missing")}
-"""Winner of a comparison → the winning model if a's answer was shown first, and if b's was."""
+"""Winner of a comparison → (winning model if a's answer was shown first, winning model if b's was)."""
 
 
 @dataclass(frozen=True)

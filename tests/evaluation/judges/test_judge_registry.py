@@ -123,7 +123,10 @@ class TestFunction:
     @pytest.mark.parametrize("said", ["A", ["A"], ["A", "B", "C"], {"A": 1, "B": 2}, None, 3, ["A", "a"], ["A", "[[B]]"], ["A", 1], ["A", ["B"]], ["A", ""]])  # fmt: skip
     def test_what_is_no_list_of_verdicts_is_refused(self, said: Any) -> None:
         """In one line that names the function."""
-        with pytest.raises(SalsaError, match=r"^judge j: returned .*expected"):
+        with pytest.raises(
+            SalsaError,
+            match=r"^judge j: the function returned .*, but (must return a list of 2 verdicts|a verdict must be A, B, C, tie or None)",
+        ):
             ruled(FunctionJudge("j", lambda first: said, 8), [ONE, TWO])
 
     @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ class TestFunction:
         [
             (
                 lambda questions, frist: None,
-                r"parameter frist is unknown; it can take the keyword arguments categories, conversations_first",
+                r"parameter frist is unknown; the function can take the keyword arguments categories, conversations_first",
             ),
             (lambda first, /: None, "parameter first is positional-only"),
         ],

@@ -263,7 +263,9 @@ class TestVerdicts:
                 "Neither",
                 asked,
             )
-            assert said == ["1 of 3 comparisons have no verdict and count as missing (1: no verdict in its answer)"]
+            assert said == [
+                "1 of 3 comparisons have no verdict and count as missing (1: no verdict in the judge's reply)"
+            ]
             before = len(server.seen)
             assert (
                 judging(server, games(3), temperature=0.3, ask_again=ask_again)[0] == verdicts
@@ -276,7 +278,8 @@ class TestVerdicts:
         with serving(lambda request, times: Fault(body=completion(text, "length"))) as server:
             verdicts, _, _ = judging(server, games(1))
             assert (
-                len(server.seen) == 2 and verdicts[0].why == "no verdict in its answer, which was cut off at max_tokens"
+                len(server.seen) == 2
+                and verdicts[0].why == "no verdict in the judge's reply, which was cut off at max_tokens"
             )
 
     def test_lone_surrogates_are_no_trouble(self, judging: Any) -> None:
@@ -362,7 +365,7 @@ class TestRefusals:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        with one_line(f"http://127.0.0.1:{port}/v1", "no connection", "check that it is up"):
+        with one_line(f"http://127.0.0.1:{port}/v1", "no connection", "check that the endpoint is up"):
             judging(f"http://127.0.0.1:{port}/v1", games(3), retries=1)
 
     def test_max_tokens_by_its_newer_name(self, judging: Any) -> None:
