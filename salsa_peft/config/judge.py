@@ -140,11 +140,15 @@ def check_ready(judge: Judge, where: str) -> None:
     )
 
 
+ONE_TURN = {"question", "answer_a", "answer_b"}
+TWO_TURNS = {"question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2"}
 PROMPT_FIELDS = {
-    "pair-v2": {"question", "answer_a", "answer_b"},
-    "pair-v2-multi-turn": {"question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2"},
+    "pair-v2": ONE_TURN,
+    "pair-v2-multi-turn": TWO_TURNS,
+    "pair-math-v1": ONE_TURN | {"ref_answer_1"},
+    "pair-math-v1-multi-turn": TWO_TURNS | {"ref_answer_1", "ref_answer_2"},
 }
-"""FastChat's prompts without reference answers → fields of the template. The judges' module adds the others."""
+"""Name of a pairwise prompt of FastChat → the fields of its template."""
 
 
 def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:

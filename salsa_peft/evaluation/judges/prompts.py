@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from salsa_peft.config.judge import PROMPT_FIELDS, Judge, read_prompts
+from salsa_peft.config.judge import Judge, read_prompts
 from salsa_peft.utils.errors import require
 
 NEED_REFERENCES = ("math", "reasoning", "coding", "arena-hard-200")
@@ -112,11 +112,6 @@ def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
         digest = hashlib.sha256("\0".join(sorted(texts)).encode()).hexdigest()
         tag = " " + next(digest[at : at + 8] for at in range(57) if not any(digest[at : at + 8] in text for text in texts))  # fmt: skip
     return lambda name, text: f"=== Begin{tag}: {name} ===\n{text}\n=== End{tag}: {name} ==="
-
-
-PROMPT_FIELDS["pair-math-v1"] = PROMPT_FIELDS["pair-v2"] | {"ref_answer_1"}
-PROMPT_FIELDS["pair-math-v1-multi-turn"] = PROMPT_FIELDS["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"}
-"""Name of a pairwise prompt of FastChat → its fields."""
 
 
 def fastchat(prompts: Mapping[str, Mapping[str, str]], comparison: Comparison) -> JudgePrompt:
