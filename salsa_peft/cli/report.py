@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = _names(words)
         if names is not None and len(names) > 1:
             return _joined(names, words)
-        if names is not None and names and not _is_recipe(names[0]):
+        recipes = bundled_names("recipes")
+        if names and not os.path.isfile(names[0]) and names[0].removesuffix(".yaml") not in recipes:
             require(_is_run(names[0]), f"{names[0]}: {NO_RUN}")
             require(
                 "--output-dir" not in words,
@@ -69,11 +70,6 @@ def _names(words: Sequence[str]) -> list[str] | None:
         else:
             names.append(word)
     return names
-
-
-def _is_recipe(word: str) -> bool:
-    """Whether a word is a recipe's file, or the name of a bundled recipe."""
-    return os.path.isfile(word) or word.removesuffix(".yaml") in bundled_names("recipes")
 
 
 def _is_run(word: str) -> bool:

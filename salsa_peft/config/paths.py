@@ -213,7 +213,4 @@ def check_path(where: str, path: str, what: str, file: str) -> None:
 
 def check_hub_id(where: str, value: str, expected: str) -> None:
     """Raise SalsaError unless `value` can be a Hub id. expected: what to give instead, for the message."""
-    require(
-        HUB_ID.match(value) is not None,
-        f"{where}: {short(value)} is no file, folder or Hub id; give {expected}",
-    )
+    require(HUB_ID.match(value) is not None, f"{where}: {short(value)} is no file, folder or Hub id; give {expected}")

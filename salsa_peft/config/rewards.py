@@ -61,10 +61,7 @@ def parse_reward(where: str, value: Any) -> list[RewardPart]:
     require(bool(value), f"{where}: {ACCEPTED_MODELS}, but this list is empty")
     parts = [_weighted_part(f"{where}[{index}]", entry) for index, entry in enumerate(value)]
     name, times = Counter(part.name for part in parts).most_common(1)[0]
-    require(
-        times == 1,
-        f"{where}: {times} parts have the name {name}; give each its own name: {{model: …, name: …}}",
-    )
+    require(times == 1, f"{where}: {times} parts have the name {name}; give each its own name: {{model: …, name: …}}")
     return parts
 
 
@@ -77,8 +74,7 @@ def _weighted_part(where: str, value: Any) -> RewardPart:
     fits = "model" in value and set(value) <= {"model", "weight", "name"}
     require(fits, f"{where}: must have the key model, and may have weight and name, but it has: {keys:.60}")
     require(
-        is_number(weight),
-        f"{where}.weight: must be a number (0: logged, but not part of the sum), not {weight!r:.60}",
+        is_number(weight), f"{where}.weight: must be a number (0: logged, but not part of the sum), not {weight!r:.60}"
     )
     part = _part(f"{where}.model", value["model"])
     fits = name is None or (isinstance(name, str) and NAME.match(name) is not None)

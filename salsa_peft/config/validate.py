@@ -285,15 +285,11 @@ def _check_landscape(recipe: Recipe) -> None:
 
 
 def _check_prompt_set(recipe: Recipe, where: str, name: str | None) -> None:
-    sets = _prompt_sets(recipe)
+    sets = list(recipe.evaluate.prompts) or (list(TOY_PROMPTS) if recipe.toy else [])
     require(
         name is None or name in sets,
         f"{where}: evaluate.prompts has no {short(name)}; its sets are {', '.join(sets) or 'none'}",
     )
-
-
-def _prompt_sets(recipe: Recipe) -> list[str]:
-    return list(recipe.evaluate.prompts) or (list(TOY_PROMPTS) if recipe.toy else [])
 
 
 def _check_evaluate(recipe: Recipe) -> None:

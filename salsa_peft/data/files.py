@@ -204,8 +204,7 @@ def read_table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
     tab = "\t" if data_suffix(str(path)) == ".tsv" else ","
     for number, row in enumerate(csv.DictReader(text, delimiter=tab, strict=True), 1):
         require(
-            None not in row,
-            f"{path}, row {number}: has more fields than the header; put text with commas in quotes",
+            None not in row, f"{path}, row {number}: has more fields than the header; put text with commas in quotes"
         )
         yield row
 

@@ -62,8 +62,7 @@ def role_of(message: dict[str, Any], where: str) -> str:
     key = "from" if "from" in message and "role" not in message else "role"
     given = message.get(key)
     require(
-        key in message,
-        f"{where}: a message must have role and content, or from and value, but is {describe(message)}",
+        key in message, f"{where}: a message must have role and content, or from and value, but is {describe(message)}"
     )
     require(isinstance(given, str), f"{where}: {key} must be text, not {describe(given)}")
     known = ROLES.get(str(given).lower())

@@ -218,8 +218,7 @@ def _several_turns(row: Row, name: str, where: str) -> Prompt:
     """User turns without answers, as texts (MT-Bench) or {content} (arena-hard-auto)."""
     value = row[name]
     require(
-        isinstance(value, list) and bool(value),
-        f"{where}, {name}: must be a list of user turns, not {describe(value)}",
+        isinstance(value, list) and bool(value), f"{where}, {name}: must be a list of user turns, not {describe(value)}"
     )
     turns = []
     for turn in value:

@@ -134,8 +134,7 @@ def with_system(row: Row, messages: Messages, where: str) -> Messages:
     if messages and messages[0]["role"] == "system":
         same = messages[0]["content"].strip() == words.strip()
         require(
-            same,
-            f"{where}, {name}: differs from the system turn at the start of the messages; remove one of the two",
+            same, f"{where}, {name}: differs from the system turn at the start of the messages; remove one of the two"
         )
         return messages
     return [{"role": "system", "content": words}, *messages]

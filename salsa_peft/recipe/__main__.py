@@ -80,13 +80,7 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     add("--dry-run", action="store_true", help="print the plan and write nothing")
     add("--gpu", type=_gpu, metavar="GIB", help="with --dry-run: GPU memory to plan for (default: this machine's GPU)")
     add("--stages", type=_words, metavar="A,B", help="run only these stages or units, such as sft,ppo/salsa")
-    add(
-        "--force",
-        action="append",
-        default=[],
-        metavar="STAGE",
-        help="run a stage or unit and its dependents again",
-    )
+    add("--force", action="append", default=[], metavar="STAGE", help="run a stage or unit and its dependents again")
     add("--output-dir", metavar="DIR", help="folder of the results (default: runs/<name>-<preset>)")
     add("--prune", action="store_true", help="at the end, remove results that this recipe does not use")
     add("--debug", action="store_true", help="show the traceback of an error")

@@ -199,11 +199,11 @@ def _blocks(numbers: Any, starts: list[tuple[int, str, int]]) -> tuple[Block, ..
 
 def of_config(config: Mapping[str, Any], where: str) -> ModelNames:
     """The ModelNames of a configuration's content; `where` is the file, for errors."""
-    return _made(json.dumps(config, sort_keys=True), where)
+    return _of_json(json.dumps(config, sort_keys=True), where)
 
 
 @functools.lru_cache(maxsize=8)
-def _made(content: str, where: str) -> ModelNames:
+def _of_json(content: str, where: str) -> ModelNames:
     return ModelNames(meta_model(read_config(json.loads(content), where)))
 
 

@@ -51,8 +51,7 @@ class LocalModel:
         self.identity = fingerprint(self.folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
         require(
-            self.tokenizer.chat_template is not None,
-            f"{WHERE}: {section.model} has no chat template; use a chat model",
+            self.tokenizer.chat_template is not None, f"{WHERE}: {section.model} has no chat template; use a chat model"
         )
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.special = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)

@@ -151,7 +151,7 @@ def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
         other = next(member for member in known if odd in vocabularies[member.name])
         raise SalsaError(
             f"{other.folder / VOCABULARY}: token {odd!r:.40} is missing in {first.folder}, and no member's tokenizer"
-            " has the tokens of all members; put one tokenizer with all tokens into every member's folder",
+            " has the tokens of all members; put one tokenizer with all tokens into every member's folder"
         )
     templates = {member.name: found for member in have if (found := template_of(member.folder)) is not None}
     source = chosen.name if chosen.name in templates else next(iter(templates), None)

@@ -94,10 +94,7 @@ class AdapterModel:
             except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
                 raise SalsaError(f"{self.path}: {_error_line(error, type(model).__name__)}") from error
         odd = next((key for key in sorted(result.unexpected_keys) if not _is_copy(key, tensors)), None)
-        require(
-            odd is None,
-            f"{self.path}: {odd} is not in {type(model).__name__}, the model of the base: {ANOTHER}",
-        )
+        require(odd is None, f"{self.path}: {odd} is not in {type(model).__name__}, the model of the base: {ANOTHER}")
         now = dict(loaded.named_parameters(remove_duplicate=False))
         empty = next((name for name, parameter in now.items() if parameter.is_meta), None)
         require(

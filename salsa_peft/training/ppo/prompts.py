@@ -104,8 +104,7 @@ class PromptEncoder(NamedTuple):
         """Token ids of a row's prompt. number: the row's, from 1. Raises SalsaError for an unusable prompt."""
         where = f"{name}, row {number}"
         require(
-            isinstance(row, Mapping),
-            f"{where}: {one_line(short(row))} must be a mapping with `prompt` or `input_ids`",
+            isinstance(row, Mapping), f"{where}: {one_line(short(row))} must be a mapping with `prompt` or `input_ids`"
         )
         if "input_ids" not in row:
             columns = ", ".join(map(str, row))

@@ -255,11 +255,7 @@ def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
 
 
 def identity(
-    model: Any,
-    policy: str | None,
-    references: Iterable[FrozenReference],
-    reward: Reward,
-    prompts: Sequence[Prompt],
+    model: Any, policy: str | None, references: Iterable[FrozenReference], reward: Reward, prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
     """The policy, base, references, reward models and prompts, which must match on resume.
 
