@@ -109,7 +109,9 @@ class TestTheCommand:
     def test_a_folder_that_is_no_run(self, capsys: Any, tmp_path: Path) -> None:
         """One line, code 2, at once."""
         assert cli.main(["doctor", str(tmp_path)]) == 2
-        assert capsys.readouterr().err == f"{tmp_path}: not a run's folder, since it has no recipe.yaml\n"
+        assert (
+            capsys.readouterr().err == f"{tmp_path}: not a run's folder, since it has no recipe.yaml; check the path\n"
+        )
         assert cli.main(["doctor", "NONSENSE"]) == 2
         assert (
             capsys.readouterr().err == "NONSENSE: no such folder; name a run's folder, such as runs/quickstart-lora\n"

@@ -168,7 +168,7 @@ def test_memory_is_of_the_machine_and_of_a_gpu(tmp_path: Path) -> None:
     [
         (["sft.batch_size=9"], r"sft.batch_size: 9 is not a multiple of num_processes 2; set sft.batch_size=10"),
         (["reward.batch_size=24", "reward.micro_batch_size=8"],
-         r"reward.batch_size: 24 is not a multiple of micro_batch_size 8 × num_processes 2; set reward.batch_size=32 or another"),
+         r"reward.batch_size: 24 is not a multiple of micro_batch_size 8 × num_processes 2; set reward.batch_size=32 or change micro_batch_size"),
         (["ppo.batch_size=6", "ppo.num_mini_batches=2"], r"ppo.batch_size: 6 is not a multiple of num_mini_batches 2 × 2 processes; set ppo.batch_size=8"),
         (["ppo.batch_size=8", "ppo.micro_batch_size=8"], r"ppo.micro_batch_size: 8 must divide 4, the number of responses in a minibatch \(8 / 1 / 2 processes\)"),
         (["ppo.batch_size=12", "ppo.rollout_batch_size=4"], r"ppo.rollout_batch_size: 4 must divide 6, the number of responses that each of 2 processes generates for a rollout batch"),

@@ -161,7 +161,7 @@ def _inline() -> Iterator[dict[str, Any]]:
 
     def listened(self: Any, *args: Any, **options: Any) -> Any:
         rollout = made(self, *args, **options)
-        rollouts.setdefault(self.folder.parent.name, rollout)
+        rollouts.setdefault(Path(self.args.output_dir).parent.name, rollout)
         return rollout
 
     processes.run_job, RolloutMaker.__call__ = in_here, listened  # type: ignore[method-assign]
