@@ -1,7 +1,5 @@
 """Field types of the recipe's sections, and the check for unknown keys."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """Unit, Job (the argument of a stage's function), and the names of a run's results. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The recipe's `evaluate.judge`, and FastChat's judge prompts and reference answers. Imports no torch."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

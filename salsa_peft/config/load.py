@@ -8,8 +8,6 @@ Each layer is checked for unknown keys separately. An error is one line and name
 torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

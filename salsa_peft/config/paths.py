@@ -3,8 +3,6 @@
 Repositories on the Hub are not checked here. Imports no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 To add a kind of reference that is written as a mapping, add a function and an entry of REFERENCE_KINDS.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Any, Literal
 

@@ -3,8 +3,6 @@
 A function is only looked up in its source file. Reading a recipe imports and runs no code of the user's.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import os

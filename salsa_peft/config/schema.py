@@ -4,8 +4,6 @@
 rejected within two seconds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Any, Literal
 

@@ -4,8 +4,6 @@ Each check raises a SalsaError that starts with the key; config/load.py adds the
 before the first stage, not here. Imports no torch.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from pathlib import Path

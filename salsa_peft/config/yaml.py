@@ -4,8 +4,6 @@ The loader rejects anchors, aliases, tags, duplicate keys, keys that are not tex
 Scalars follow YAML 1.2's core schema, in decimal only: 2e-6 is a number, 010 is ten, and `no`, `on` and dates are text.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from typing import Any

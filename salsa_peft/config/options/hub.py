@@ -3,8 +3,6 @@
 The token comes from `hf auth login` or HF_TOKEN, never from a recipe.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -1,7 +1,5 @@
 """PPO options, with defaults, that the recipe's `ppo` section and SalsaPPOConfig share."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """Keys of `rollout_options` for each `rollout_backend`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The recipe's `search:`, which tries several KL coefficients for each policy. Imports no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Literal
 

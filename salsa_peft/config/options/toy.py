@@ -1,7 +1,5 @@
 """The `toy` section: sizes of the embedded world."""
 
-from __future__ import annotations
-
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import STRICT, Count, Positive, Seed, Share

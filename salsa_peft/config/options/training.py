@@ -1,7 +1,5 @@
 """Settings that all training stages share, under the names of Transformers' TrainingArguments."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

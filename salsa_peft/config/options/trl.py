@@ -3,8 +3,6 @@
 To add another option of a TRL trainer, add a field here and a keyword in training/trl_stages.py.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field
