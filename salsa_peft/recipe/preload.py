@@ -28,6 +28,7 @@ from salsa_peft.config import load  # noqa: F401
 from salsa_peft.data import toy  # noqa: F401
 from salsa_peft.evaluation import evaluate, landscape  # noqa: F401
 from salsa_peft.recipe import small_stages, worker  # noqa: F401
+from salsa_peft.report import page  # noqa: F401
 from salsa_peft.training import ppo_stage, reward_model, sft  # noqa: F401
 
 datasets.disable_progress_bars()

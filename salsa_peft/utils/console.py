@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -68,10 +69,19 @@ def progress_bar(total: int, description: str, *, interval: float = INTERVAL) ->
     outer = sys.stderr if isinstance(sys.stderr, DummyTqdmFile) else None
     above: Any = outer or DummyTqdmFile(sys.stderr)
     with (
-        tqdm(**options, file=above.wrapper_getattr("_wrapped"), dynamic_ncols=True, leave=outer is None) as bar,
+        tqdm(**options, file=above.wrapper_getattr("_wrapped"), leave=outer is None, **_width()) as bar,
         contextlib.redirect_stderr(above),
     ):
         yield bar
+
+
+def _width() -> dict[str, Any]:
+    """tqdm's options for the width of a bar. Some terminals have no size (0 × 0), which tqdm would take literally."""
+    try:
+        known = all(os.get_terminal_size(sys.__stderr__.fileno()))  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        known = False
+    return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
 
 class _Lines(io.StringIO):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from salsa_peft.utils.console import progress_bar, say
 
@@ -73,3 +76,15 @@ def test_what_is_printed_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -
         say("a warning")
         cleared, _, below = stream.getvalue()[before:].partition("a warning\n")
     assert cleared.startswith("\r") and cleared.strip() == "" and below.startswith("\rsft:")
+
+
+def test_a_terminal_without_a_size_has_a_bar() -> None:
+    """A new pseudo-terminal is 0 × 0, as under `docker exec -t` and some CI systems."""
+    script = (
+        "from salsa_peft.utils.console import progress_bar\nwith progress_bar(2, 'outer') as bar:\n    bar.update(2)"
+    )
+    main, terminal = os.openpty()
+    subprocess.run([sys.executable, "-c", script], stderr=terminal, check=True, cwd=ROOT)
+    os.close(terminal)
+    assert b"2/2" in os.read(main, 10_000)
+    os.close(main)

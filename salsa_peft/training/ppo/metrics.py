@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"
 FILES = (METRICS, COMPLETIONS, EVALUATIONS)
 PIPE_WIDTH = 160
-"""Width in characters of the table of samples if it is not printed to a terminal."""
+"""Largest width in columns of a sample's line if samples are not printed to a terminal."""
 
 
 def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, float]:
@@ -188,24 +188,49 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO | None = None) -> None:
-    """Print rows of completions.jsonl as a table, to standard error by default.
+    """Print rows of completions.jsonl, to standard error by default: as a table on a terminal, else one line each.
 
     Of long texts, only the end of a prompt and the start of a response are printed. TRL's
     print_prompt_completions_sample is not used, because it prints whole texts with their control characters.
     """
-    if not rows:
-        return
+    from tqdm import tqdm
+
+    stream = sys.stderr if stream is None else stream
+    if stream.isatty():
+        text = _table(rows, update, stream) if rows else ""
+    else:
+        text = "".join(_line(row, update) for row in rows)
+    # the stream is written directly, so that progress bars of rich and tqdm stay below the text
+    with tqdm.external_write_mode(file=stream):
+        stream.write(text)
+        stream.flush()
+
+
+def _line(row: Mapping[str, Any], update: int) -> str:
+    start = f"update {update}  score {row['score']:.3f}  KL {row['kl']:.2f}  "
+    room = (PIPE_WIDTH - len(start) - len("… → …")) // 3
+    prompt, response = printable(str(row["prompt"])), printable(str(row["response"]))
+    return f"{start}{_cut(prompt[::-1], room)[::-1]} → {_cut(response, 2 * room)}\n"
+
+
+def _cut(text: str, cells: int) -> str:
+    """The start of a text that takes at most this many columns of a terminal, with … if text is left out."""
+    from rich.cells import chop_cells
+
+    most = 4 * cells  # characters: marks above letters take no column
+    start = (chop_cells(text[:most], cells) or [""])[0]
+    return start if start == text else f"{start}…"
+
+
+def _table(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    from tqdm import tqdm
 
-    stream = sys.stderr if stream is None else stream
-    console = Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
-    table = Table(
-        title=Text(f"update {update}"), title_justify="left", box=box.SIMPLE_HEAD, expand=True, show_lines=True
-    )
+    console = Console(file=stream, highlight=False)
+    title = Text(f"update {update}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, expand=True, show_lines=True)
     for name in ("score", "KL"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("prompt", ratio=1, overflow="fold")
@@ -220,10 +245,7 @@ def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO
         table.add_row(f"{row['score']:.3f}", f"{row['kl']:.2f}", Text(prompt), Text(response))
     with console.capture() as captured:
         console.print(table)
-    # the stream is written directly, so that progress bars of rich and tqdm stay below the table
-    with tqdm.external_write_mode(file=stream):
-        stream.write(captured.get())
-        stream.flush()
+    return captured.get()
 
 
 def printable(text: str) -> str:
