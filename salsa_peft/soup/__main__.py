@@ -74,18 +74,11 @@ def parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the weights are chosen (default: linear)")
     add("--rank", type=positive_integer, help="adapters: reduce to this rank (default: the sum of the members' ranks)")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="adapters: dtype of the soup (default: the adapters')",
-    )
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the soup (default: the adapters')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="folder or Hub id of the base (default: the one that the adapters name)")
-    add(
-        "--quantized-base",
-        choices=["nf4", "nf4-double"],
-        help="--merge: quantize and dequantize the base first, as in QLoRA",
-    )
+    add("--quantized-base", choices=["nf4", "nf4-double"],
+        help="--merge: first quantize and dequantize the base, as in QLoRA")  # fmt: skip
     add("--same-base", action="store_true", help="adapters: assert that all have one base, even if named differently")
     add("--untie", action="store_true", help="--merge: untie tied embeddings that have LoRA")
     add_measure(made)
@@ -103,12 +96,8 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     add("--reward", metavar="REWARD", help="measure reward: folder or Hub id of a reward adapter or classifier")
     add("--limit", type=positive_integer, default=128, help="use the first LIMIT rows of --data (default: 128)")
     add("--max-length", type=positive_integer, default=1024, help="maximum tokens of a chat (default: 1024)")
-    add(
-        "--max-new-tokens",
-        type=positive_integer,
-        default=128,
-        help="measure reward: maximum tokens of a response (default: 128)",
-    )
+    add("--max-new-tokens", type=positive_integer, default=128,
+        help="measure reward: maximum tokens of a response (default: 128)")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

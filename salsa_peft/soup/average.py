@@ -140,7 +140,7 @@ class _Request(NamedTuple):
 
 
 def _requested_weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
-    """One weight per member, by default uniform. Raises SalsaError if a weight or their sum is not allowed."""
+    """One weight per member, by default uniform. Raises SalsaError if a weight or the sum is not allowed."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)
     require(any(given), "weights: all are 0, so no member is left; give at least one member a weight other than 0")

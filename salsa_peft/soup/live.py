@@ -65,8 +65,7 @@ class LiveAdapters:
     def slopes(self) -> list[float]:
         """The measure's derivative by each weight w_i, from the gradients of the measure's backward pass.
 
-        Each module adds the sum of B.grad ∘ (scaling_i · B_i) over member i's columns, plus bias_i · bias.grad if B has
-        a bias.
+        Each module adds the sum of B.grad ∘ (scaling_i · B_i) over member i's columns, plus bias_i · bias.grad.
         """
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
         stacks = self.stacked.stacks

@@ -56,8 +56,8 @@ def slerp(given: StrategyInput) -> Choice:
     """Spherical interpolation of two task vectors: (sin((1−t)ω) δ_0 + sin(tω) δ_1) / sin ω, ω their angle.
 
     All tensors count as one vector, and t is the second weight. If both vectors have the same norm, the result has that
-    norm too, unlike their mean. For 0 < t < 1, the weights sum to more than 1. Vectors of the same direction are averaged
-    linearly. Raises SalsaError unless there are two members, and for zero or opposite task vectors.
+    norm too, unlike their mean. For 0 < t < 1, the weights sum to more than 1. Vectors of the same direction are
+    averaged linearly. Raises SalsaError unless there are two members, and for zero or opposite task vectors.
     """
     n = len(given.weights)
     require(n == 2, f"strategy slerp: there are {n} members, but slerp needs exactly two; use strategy linear")

@@ -55,8 +55,8 @@ def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
     """Find the tensors of the soup in every checkpoint.
 
     The soup has the layout of the first checkpoint. But if some checkpoints tie the embeddings and others have separate
-    output embeddings, the soup has the layout of the first with separate ones. Raises SalsaError naming the file and the field
-    or tensor if architectures, vocabularies, tensors, shapes, or dtypes other than floats differ.
+    output embeddings, the soup has the layout of the first with separate ones. Raises SalsaError naming
+    the file and the field or tensor if architectures, vocabularies, tensors, shapes or dtypes (except floats) differ.
     """
     head = checkpoints[0]
     for other in checkpoints[1:]:
@@ -133,7 +133,8 @@ def _align_by_model(views: Sequence[ModelTensors]) -> Alignment:
         require(
             not name.endswith(HEADS),
             f"{chosen.checkpoint.folder}: no member has {name}, so {chosen.names} would initialise it at random; save"
-            f" the models again with {name}, or, if it equals the input embeddings, set tie_word_embeddings in config.json",
+            f" the models again with {name}, or, if it equals the input embeddings, set tie_word_embeddings to true in"
+            " config.json",
         )
     rows: list[dict[str, Place]] = [{} for _ in views]
     files = {}
@@ -162,7 +163,7 @@ def _check_same_tensors(chosen: ModelTensors, view: ModelTensors) -> None:
         require(
             other == shape,
             f"{view.checkpoint.folder}: {name} has shape {list(other)}, but {list(shape)} in"
-            f" {chosen.checkpoint.folder}; members of a soup must have the same shapes: leave one of the two out",
+            f" {chosen.checkpoint.folder}; all shapes must be equal: leave out one of these two members",
         )
 
 

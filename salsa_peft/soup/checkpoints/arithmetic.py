@@ -7,7 +7,8 @@ and odd elements are kept apart until they are rounded, because sums and product
 
 The sum Σ w_i x_i is computed in float64, in the order of the members, and rounded once to the dtype that is written. If
 that dtype is float64, the sum is computed as one member, the pivot, minus the weighted differences of the others from
-it, so that the soup of equal members equals them bit for bit. The differences, which also give the distances, are float32 if all values have 16 bits, else float64.
+it, so that the soup of equal members equals them bit for bit. The differences, which also give the distances, are
+float32 if all values have 16 bits, else float64.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ class SumPlan:
         self.pairs = [(i, j) for at, i in enumerate(self.others) for j in self.others[: at + 1]]
         self.sum = 1.0 if weights is None else math.fsum(weights)
         self.mean = weights is not None and min(weights) >= 0 and self.sum <= 1 + 1e-6
-        """Whether the weights are at least 0 and sum to at most 1. The soup of finite members is then finite in the
-        members' dtype."""
+        """Whether the weights are at least 0 and sum to at most 1.
+
+        The soup of finite members is then finite in the members' dtype.
+        """
 
     def table(self, products: Sequence[float]) -> list[list[float]]:
         """The matrix (members, members) of products given in the order of `pairs`; zeros for the pivot."""

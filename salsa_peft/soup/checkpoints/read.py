@@ -1,7 +1,7 @@
 """Reads configurations and headers of full checkpoints; rejects checkpoints that cannot be averaged.
 
-This module reads config.json, the index, the headers of the safetensors files and a manifest that this package wrote. It never
-reads pickles and never runs code. Formats other than safetensors are not supported.
+This module reads config.json, the index, the headers of the safetensors files and a manifest that this package wrote.
+It never reads pickles and never runs code. Formats other than safetensors are not supported.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ class Plan:
         found = self.loaded.result.resolve(shapes, str(folder))
         for name in found.unknown[:1]:
             logger.warning(
-                "warning: %s: %s and %d other tensors are not part of %s; these tensors are copied unchanged", folder, name,
-                len(found.unknown) - 1, self.names,
+                "warning: %s: %s and %d other tensors are not part of %s; these tensors are copied unchanged",
+                folder, name, len(found.unknown) - 1, self.names,
             )  # fmt: skip
         present = {self.first[name] for name in found.blocks if name in self.first}
         lacking = (n for n, first in self.first.items() if first not in present and n not in self.names.tied)
@@ -191,7 +191,7 @@ class Plan:
         return sorted({name for unit in self.units if own & set(unit.names) for name in unit.sources})
 
     def _keep(self, unit: Unit, values: Mapping[str, torch.Tensor], figures: Figures, alone: str | None = None) -> None:
-        """Store a unit's values in `done` as tensors of files. alone: name of a tensor not in the base's files."""
+        """Store a unit's values in `done` as tensors of files. alone: a tensor that the base's files lack."""
         found: dict[str, torch.Tensor] = {} if alone is None else {alone: values[alone]}
         shares = Counter(block.source for name in unit.names for block in self.resolved.blocks.get(name, ()))
         for name in unit.names:
