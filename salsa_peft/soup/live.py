@@ -54,7 +54,7 @@ class LiveAdapters:
         return lora.active(self.model, self.name)
 
     def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-        """Each module's name, its B in the model (of a convolution with shape (out, R, 1, …)) and B's bias."""
+        """Each module's name, its B in the model ((out, R), in convolutions (out, R, 1, …)) and its bias."""
         stacks = self.stacked.stacks
         return [(name, *live_factors(self.model, stacks, name, self.name)[1:]) for name in stacks]
 

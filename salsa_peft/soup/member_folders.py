@@ -28,7 +28,7 @@ def member_names(members: Sequence[Path | str]) -> list[str]:
 
 
 def kind_of(folders: Sequence[Path]) -> str:
-    """Whether all members are "adapters" or "checkpoints". Raises SalsaError for a mix, or anything else."""
+    """Whether all members are "adapters" or "checkpoints". Raises SalsaError for a mix, or other folders."""
     kinds = [next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), "") for folder in folders]
     if "" in kinds:
         folder = folders[kinds.index("")]
@@ -46,7 +46,7 @@ def kind_of(folders: Sequence[Path]) -> str:
 
 
 def local_members(members: Sequence[Path | str]) -> list[Path]:
-    """The members' local folders. Raises SalsaError that lists members that are no folder or Hub id."""
+    """The members' local folders. Raises SalsaError that lists those that are no folder or Hub id."""
     unknown = [str(m) for m in members if not Path(m).is_dir() and not ("/" in str(m) and HUB_ID.match(str(m)))]
     files = [str(member) for member in members if Path(member).is_file()]
     require(

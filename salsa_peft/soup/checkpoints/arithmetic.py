@@ -49,7 +49,7 @@ class BlockDtypes(NamedTuple):
 
 
 class NotFinite(Exception):
-    """Raised if element `element` of a block is not finite in member `member`, or (None) in the sum."""
+    """Raised if element `element` of a block is not finite in `member`, or in the sum (`member` is None)."""
 
     def __init__(self, member: int | None, element: int) -> None:
         super().__init__(member, element)
@@ -57,7 +57,7 @@ class NotFinite(Exception):
 
 
 class SumPlan:
-    """Plan for a block: the sum with `weights` (None: no sum), and products of differences from `pivot`."""
+    """What to compute: Σ w_i x_i unless `weights` is None, and products of differences from `pivot`."""
 
     def __init__(self, members: int, weights: Sequence[float] | None, pivot: int) -> None:
         self.members, self.weights, self.pivot = members, weights, pivot

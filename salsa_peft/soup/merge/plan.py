@@ -191,7 +191,7 @@ class Plan:
         return sorted({name for unit in self.units if own & set(unit.names) for name in unit.sources})
 
     def _keep(self, unit: Unit, values: Mapping[str, torch.Tensor], figures: Figures, alone: str | None = None) -> None:
-        """Store a unit's values in `done` as tensors of files. alone: a tensor that the base's files lack."""
+        """Store a unit's values in `done` as tensors of files. alone: a tensor that is not in the base."""
         found: dict[str, torch.Tensor] = {} if alone is None else {alone: values[alone]}
         shares = Counter(block.source for name in unit.names for block in self.resolved.blocks.get(name, ()))
         for name in unit.names:
