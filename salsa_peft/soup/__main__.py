@@ -23,7 +23,7 @@ EPILOG = """members are folders or Hub ids of LoRA adapters of one base, or of f
 
   salsa soup OUT SEED_0 SEED_1                       the exact mean of two adapters, as an ordinary PEFT adapter
   salsa soup OUT SEED_0 SEED_1 --weights 1.5 -0.5    extrapolation
-  salsa soup OUT SEED_0 SEED_1 --rank 16             recompressed to rank 16; soup.json has the error
+  salsa soup OUT SEED_0 SEED_1 --rank 16             reduced to rank 16; soup.json has the relative error
   salsa soup OUT SEED_0 SEED_1 --merge --base BASE   added to the base, as a full checkpoint
   salsa soup OUT CHECKPOINT_0 CHECKPOINT_1           the mean of two checkpoints
   salsa soup OUT A B C --strategy greedy --measure sft_loss --data held_out.jsonl
@@ -47,7 +47,7 @@ def join_weights(argv: Sequence[str], options: Collection[str] = ("--weights",))
 
 
 def parse_weights(text: str, option: str = "--weights") -> list[float]:
-    """Comma-separated numbers. Raises SalsaError, which begins with the option, for anything else."""
+    """Parse comma-separated numbers. Raises SalsaError, which names the option, for anything else."""
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
@@ -74,15 +74,16 @@ def parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the weights are chosen (default: linear)")
     add("--rank", type=positive_integer, help="adapters: reduce to this rank (default: the sum of the members' ranks)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: dtype of the soup (default: theirs)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the soup (default: the adapters')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="folder or Hub id of the base (default: the one that the adapters name)")
-    add("--quantized-base", choices=["nf4", "nf4-double"], help="--merge: first quantize the base, as QLoRA does")
-    add("--same-base", action="store_true", help="adapters: assert that all share one base, even if its name differs")
+    add("--quantized-base", choices=["nf4", "nf4-double"],
+        help="--merge: first quantize and dequantize the base, as in QLoRA")  # fmt: skip
+    add("--same-base", action="store_true", help="adapters: assert that all have one base, even if named differently")
     add("--untie", action="store_true", help="--merge: untie tied embeddings that have LoRA")
     add_measure(made)
-    add("--steps", type=positive_integer, default=20, help="strategy learned: number of Adam steps (default: 20)")
-    add("--step-size", type=float, default=0.1, help="strategy learned: Adam's learning rate (default: 0.1)")
+    add("--steps", type=positive_integer, default=20, help="number of Adam steps of strategy learned (default: 20)")
+    add("--step-size", type=float, default=0.1, help="Adam's learning rate in strategy learned (default: 0.1)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return made
 
@@ -93,9 +94,10 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     add("--measure", metavar="M", help="sft_loss, reward, or module:name (a function of the model)")
     add("--data", metavar="FILE", help="chats (sft_loss) or prompts (reward): jsonl, json, parquet or a Hub id")
     add("--reward", metavar="REWARD", help="measure reward: folder or Hub id of a reward adapter or classifier")
-    add("--limit", type=positive_integer, default=128, help="number of rows of --data, from the first (default: 128)")
+    add("--limit", type=positive_integer, default=128, help="use the first LIMIT rows of --data (default: 128)")
     add("--max-length", type=positive_integer, default=1024, help="maximum tokens of a chat (default: 1024)")
-    add("--max-new-tokens", type=positive_integer, default=128, help="reward: tokens per response (default: 128)")
+    add("--max-new-tokens", type=positive_integer, default=128,
+        help="measure reward: maximum tokens of a response (default: 128)")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,8 +111,8 @@ def run_command(
 ) -> int:
     """Run `work`. Returns 0, or 2 after an error (printed in one line), or 130 after an interruption.
 
-    `work` gets the arguments and a function to call when it has accepted them. Warnings are printed only after that
-    call, so that the error for a rejected argument is the only line.
+    `work` is called with the arguments and with a function that it calls once the arguments are accepted. Warnings are
+    printed only from that call on, so that for a rejected argument only the error is printed.
     """
     silence_import_warnings()
     warnings, package = DeferredWarnings(logging.WARNING), logging.getLogger("salsa_peft")
@@ -193,7 +195,7 @@ def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
 
 
 def print_summary(summary: SoupSummary) -> None:
-    """Print the soup's size, the members with their weights, distances and what the strategy tried."""
+    """Print the soup's size, the members' weights and distances, and the weights that were tried."""
     kind = summary.get("kind", "adapters")
     if kind == "adapters":
         size = f"{summary['modules']} modules, rank {rank_range(summary['ranks'])}"
@@ -224,7 +226,7 @@ def print_summary(summary: SoupSummary) -> None:
 
 
 def rank_range(ranks: Sequence[int]) -> str:
-    """Ranks in ascending order as text: `8`, or `4 to 8` for several."""
+    """Text for ranks in ascending order: `8` for one rank, `4 to 8` for several."""
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 

@@ -1,7 +1,7 @@
-"""Floats of safetensors files as NumPy arrays: reading, widening, rounding.
+"""Reads float tensors of safetensors files as NumPy arrays, and converts them between dtypes.
 
 This module uses NumPy and not torch, because importing torch takes longer than averaging a 7B model's adapters. NumPy
-has no bfloat16, which is the upper half of a float32; values are rounded to nearest, ties to even, as in torch.
+has no bfloat16, so its bits are taken as the upper half of a float32. Values are rounded to nearest, ties to even.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from salsa_peft.utils.safetensors_io import Buffer, SafetensorsFile
 
 Array = NDArray[Any]
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""Safetensors' name of a float dtype → NumPy's name; bfloat16 is kept as its bits, unsigned integers."""
+"""Safetensors' name of a float dtype → NumPy's name; bits of bfloat16 are kept as unsigned integers."""
 
 
 def read(file: SafetensorsFile, name: str) -> Array:
-    """Read a tensor as float32 (float64 if saved so). Raises SalsaError if a value is not finite."""
+    """Read a tensor as float32, or float64 if saved so. Raises SalsaError if a value is not finite."""
     entry = file.entries[name]
     raw = np.empty(entry.size, np.uint8)
     file.read_into(raw.data, entry.begin)
@@ -56,7 +56,7 @@ def narrow(values: Array, dtype: str) -> Array:
 
 
 def round_to_odd(values: Array) -> Array:
-    """Round float64 to float32 by round-to-odd, so that rounding on to 16 bits equals a single rounding."""
+    """Round float64 to float32 by round-to-odd. Rounding the result to 16 bits equals rounding once."""
     found = values.astype(np.float32)
     back, bits = found.astype(np.float64), found.view(np.uint32)
     bits -= np.abs(back) > np.abs(values)

@@ -51,11 +51,11 @@ class Options:
     merge: bool = False
     """Adapters: add the soup to `base` and save a checkpoint."""
     base: str | Path | None = None
-    """Folder or Hub id of the base. None: what adapters name. Needed for slerp, cosines of checkpoints."""
+    """Folder or Hub id of the base; None: the adapters' own. Checkpoints need it for slerp and cosines."""
     quantized_base: str | None = None
-    """With merge: first quantize the base to nf4 or nf4-double and back, as in QLoRA training."""
+    """With merge: nf4 or nf4-double, in which the base is first quantized and dequantized."""
     same_base: bool = False
-    """Adapters: assert that they share a base, even if its name or fingerprint differs."""
+    """Adapters: assert that all have one base, even if they give it different names or fingerprints."""
     untie: bool = False
     """With merge: untie tied embeddings that have LoRA. By default they stay one tensor, as in PEFT."""
 
@@ -124,7 +124,7 @@ class _Request(NamedTuple):
     def choose(self, gram: Callable[[], Any], keep_zeros: bool = False) -> tuple[list[Path], list[str], list[float]]:
         """Folders, names and weights of the soup's members, after the strategy has chosen the weights.
 
-        Members of weight 0 are left out, unless keep_zeros: in a stacked adapter they would only add rank.
+        Members of weight 0 would only add rank to a stacked adapter. They are left out unless `keep_zeros`.
         """
         options = self.options
         given = StrategyInput(self.weights, gram, options.measure, options.steps, options.step_size)
@@ -140,7 +140,7 @@ class _Request(NamedTuple):
 
 
 def _requested_weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
-    """One weight per member, by default uniform. Raises SalsaError for weights that are not allowed."""
+    """One weight per member, by default uniform. Raises SalsaError if a weight or the sum is not allowed."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)
     require(any(given), "weights: all are 0, so no member is left; give at least one member a weight other than 0")
@@ -156,9 +156,10 @@ def _requested_weights(weights: Sequence[float] | None, members: int, normalize:
 
 
 def check(out: Path, folders: Sequence[Path], options: Options, stacked: StackedAdapter | None = None) -> Path | None:
-    """Check options, output folder and members without reading tensors. Returns the base's folder, if any.
+    """Check options, output folder and members without reading tensors.
 
-    stacked: the members, if they are adapters that are already loaded. Raises SalsaError for what is wrong.
+    stacked: the members, if they are adapters that are already loaded. Returns the base's folder if the soup reads a
+    base. Raises SalsaError if an option, the output folder or a member is not valid.
     """
     strategies = ", ".join(STRATEGIES)
     require(options.strategy in STRATEGIES, f"strategy: {options.strategy!r} is unknown; use one of {strategies}")

@@ -1,7 +1,7 @@
-"""Models that can be set to any weighted mean of the members, and derivatives by the members' weights.
+"""Models that can be set to any weighted mean of a soup's members, with derivatives by the weights.
 
-Adapters are the blocks of one stacked adapter, which the weights scale. For checkpoints, every parameter is computed
-again from the members' files, one tensor at a time. Greedy and learned soups and landscapes measure such models.
+Adapters are the blocks of one stacked adapter; each member's weight scales its block. For checkpoints, every parameter
+is computed again from the members' files, one tensor at a time. Greedy and learned soups and landscapes use them.
 """
 
 from __future__ import annotations
@@ -54,16 +54,19 @@ class LiveAdapters:
         return lora.active(self.model, self.name)
 
     def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-        """Each module's name, its B in the model, (out, R) or for a convolution (out, R, 1, …), and B's bias."""
+        """Each module's name, its B in the model ((out, R), in convolutions (out, R, 1, …)) and its bias."""
         stacks = self.stacked.stacks
         return [(name, *live_factors(self.model, stacks, name, self.name)[1:]) for name in stacks]
 
     def differentiable(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which every B, and its bias if it has one, requires a gradient, for `slopes`."""
+        """Context in which every B, and its bias if it has one, requires the gradient that `slopes` reads."""
         return _with_gradients([weight for _, *weights in self._live() for weight in weights if weight is not None])
 
     def slopes(self) -> list[float]:
-        """Derivative by each w_i after a backward pass: Σ ∂/∂B ∘ (scaling_i · B_i) over member i's columns."""
+        """The measure's derivative by each weight w_i, from the gradients of the measure's backward pass.
+
+        Each module adds the sum of B.grad ∘ (scaling_i · B_i) over member i's columns, plus bias_i · bias.grad.
+        """
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
         stacks = self.stacked.stacks
         for name, B, bias in self._live():
@@ -121,7 +124,7 @@ class LiveCheckpoints:
         return _with_gradients(list(self.parameters.values()))
 
     def slopes(self) -> list[float]:
-        """Derivative by each w_i after a backward pass: ⟨∂/∂θ, θ_i⟩, with all tensors as one vector."""
+        """The measure's derivative by each weight w_i: ⟨θ.grad, θ_i⟩ after the measure's backward pass."""
         found = [0.0] * len(self.members)
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:

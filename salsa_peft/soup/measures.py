@@ -1,7 +1,7 @@
 """Measures that greedy and learned soups maximize: SFT loss, reward score, or a Python function.
 
-A measure is called with the members' weights and evaluates their weighted mean on a model (soup/live.py). Only the SFT
-loss has a gradient, which the strategy learned needs. To add a measure, write a class here and add a case to
+A measure is called with the members' weights, sets a model to the weighted mean (soup/live.py) and evaluates it. Only
+the SFT loss has a gradient, which the strategy learned needs. To add a measure, write a class here and add a case to
 `recipe_measure` and `command_measure`.
 """
 
@@ -64,7 +64,7 @@ class SFTLoss:
         chats = ({**row, "messages": messages_for_template(row["messages"], tokenizer)} for row in rows)
         encoded = [[part[:max_length] for part in trained_tokens(chat, tokenizer)] for chat in chats]
         self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
-        """Token ids of each chat, and for each token whether it is an assistant token of SFT."""
+        """Token ids of each chat, and for each token whether SFT trains it."""
         self.left_out = len(encoded) - len(self.chats)
         require(
             bool(self.chats),
@@ -165,7 +165,7 @@ class FunctionMeasure(_WithoutGradient):
             return float(found)
         except (TypeError, ValueError) as error:
             raise SalsaError(
-                f"measure {self.name}: it returned {found!r:.60}; the function must return a number (higher is better)"
+                f"measure {self.name}: the function returned {found!r:.60}, but must return a number (higher is better)"
             ) from error
 
 
@@ -192,7 +192,7 @@ def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
 
 
 def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = False) -> LiveAdapters:
-    """LiveAdapters of the adapters in `folders` on their base, in eval mode and with dropout removed."""
+    """The adapters in `folders`, attached to `base`, in eval mode and with dropout removed."""
     model = lora.attach(base, folders[0], "start")
     live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
     remove_dropout(model)
@@ -201,7 +201,7 @@ def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = F
 
 
 def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpoints:
-    """LiveCheckpoints of the checkpoints in `folders`, in a model of their architecture, in eval mode."""
+    """The checkpoints in `folders`, whose weighted mean is set as the parameters of `model`, in eval mode."""
     read = [read_checkpoint(folder) for folder in folders]
     align(read)
     return LiveCheckpoints(model.eval(), read)

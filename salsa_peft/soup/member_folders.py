@@ -16,9 +16,10 @@ CONFIGS = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
 
 
 def member_names(members: Sequence[Path | str]) -> list[str]:
-    """Names of the members in summaries: for a member that a run made, stage and seed (sft/seed-0).
+    """The members' names in summaries: for a member that a run made, its stage and seed (sft/seed-0).
 
-    Other members have the last part of the path or id. If the names are not unique, all have the full path or id.
+    Any other member is named by the last part of its path or Hub id. If two names are equal, all members are named by
+    their full paths or ids.
     """
     units = [(read_manifest(Path(member)) or {}).get("unit") for member in members]
     paths = [str(member) for member in members]
@@ -27,7 +28,7 @@ def member_names(members: Sequence[Path | str]) -> list[str]:
 
 
 def kind_of(folders: Sequence[Path]) -> str:
-    """Whether the members are "adapters" or "checkpoints". Raises SalsaError if a folder is another kind."""
+    """Whether all members are "adapters" or "checkpoints". Raises SalsaError for a mix, or other folders."""
     kinds = [next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), "") for folder in folders]
     if "" in kinds:
         folder = folders[kinds.index("")]
@@ -45,7 +46,7 @@ def kind_of(folders: Sequence[Path]) -> str:
 
 
 def local_members(members: Sequence[Path | str]) -> list[Path]:
-    """The members' local folders. Raises SalsaError that lists all that are neither folders nor Hub ids."""
+    """The members' local folders. Raises SalsaError that lists those that are no folder or Hub id."""
     unknown = [str(m) for m in members if not Path(m).is_dir() and not ("/" in str(m) and HUB_ID.match(str(m)))]
     files = [str(member) for member in members if Path(member).is_file()]
     require(

@@ -58,7 +58,7 @@ def folder_origin(given: Path | str, folder: Path) -> Origin:
 
 
 def _file(path: Path, known: Mapping[str, Any], hashed: bool) -> dict[str, Any]:
-    """Size and SHA-256 of a file. A hash that is not known is computed if `hashed`, else None."""
+    """Size and SHA-256 of a file. The hash is the Hub cache's, else computed if `hashed`, else `known`."""
     blob = path.resolve().name
     if DIGEST.fullmatch(blob):  # the Hub's cache names a large file by its SHA-256
         digest: str | None = blob

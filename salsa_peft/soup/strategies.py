@@ -23,7 +23,7 @@ class Measure(Protocol):
     def __call__(self, weights: Sequence[float]) -> float: ...
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """The measure and its derivative by each weight. Raises SalsaError if it has no derivatives."""
+        """The measure and its derivative by each weight. Raises SalsaError if the measure has no gradient."""
 
 
 class StrategyInput(NamedTuple):
@@ -32,7 +32,7 @@ class StrategyInput(NamedTuple):
     weights: list[float]
     """The requested weight of each member, by default uniform."""
     gram: Callable[[], torch.Tensor]
-    """Returns ⟨δ_i, δ_j⟩, (n, n), float64, where δ_i is member i's task vector (change from the base)."""
+    """Returns ⟨δ_i, δ_j⟩ as (n, n), float64. δ_i is member i's task vector (its change from the base)."""
     measure: Measure | None
     steps: int
     """Number of Adam steps of the strategy `learned`."""
@@ -55,9 +55,9 @@ def linear(given: StrategyInput) -> Choice:
 def slerp(given: StrategyInput) -> Choice:
     """Spherical interpolation of two task vectors: (sin((1−t)ω) δ_0 + sin(tω) δ_1) / sin ω, ω their angle.
 
-    All tensors count as one vector, and t is the second weight. If both vectors have the same norm, so has the result,
-    unlike their mean; the weights then sum to more than 1. Vectors of the same direction are averaged linearly. Raises
-    SalsaError unless there are two members, and for zero or opposite task vectors.
+    All tensors count as one vector, and t is the second weight. If both vectors have the same norm, the result has that
+    norm too, unlike their mean. For 0 < t < 1, the weights sum to more than 1. Vectors of the same direction are
+    averaged linearly. Raises SalsaError unless there are two members, and for zero or opposite task vectors.
     """
     n = len(given.weights)
     require(n == 2, f"strategy slerp: there are {n} members, but slerp needs exactly two; use strategy linear")
@@ -77,7 +77,7 @@ def slerp(given: StrategyInput) -> Choice:
 
 
 def greedy(given: StrategyInput) -> Choice:
-    """Add members to a uniform mean, best first, if the measure does not fall (Wortsman et al., Recipe 1)."""
+    """Add to a uniform mean, best member first, each member that does not lower the measure (Recipe 1)."""
     measure, n = _measure(given, "greedy"), len(given.weights)
     tried: list[dict[str, Any]] = []
 
@@ -134,7 +134,8 @@ def _measure(given: StrategyInput, strategy: str) -> Measure:
 def _finite(value: float, weights: Sequence[float]) -> float:
     shown = ", ".join(f"{weight:g}" for weight in weights)
     require(
-        math.isfinite(value), f"measure: its value is {value} at the weights {shown}, but it must be a finite number"
+        math.isfinite(value),
+        f"measure: the value at the weights {shown} is {value}, but a measure must return finite numbers",
     )
     return float(value)
 

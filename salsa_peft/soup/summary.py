@@ -24,13 +24,13 @@ class Origin(TypedDict):
     revision: str | None
     """The commit in that repository, if the folder is in the Hub's cache."""
     files: dict[str, dict[str, Any]]
-    """File name → size and SHA-256 of the configuration and weights. An unknown hash is None."""
+    """Name of each configuration or weight file → its size and SHA-256 (None if unknown)."""
     fingerprint: str | None
     """Checkpoints: the fingerprint of their weights (fingerprints.base_fingerprint)."""
     base_fingerprint: str | None
-    """Fingerprint of the base that the model was trained on, if the folder has this fingerprint."""
+    """Fingerprint of the base that the model was trained on; None if the folder does not have it."""
     peft_version: str | None
-    """Adapters: the PEFT version in adapter_config.json; None if there is none."""
+    """Adapters: the PEFT version that adapter_config.json names; None if it names none."""
 
 
 class MemberOrigin(Origin):
@@ -58,7 +58,7 @@ class MemberSummary(TypedDict, total=False):
     norm: float | None
     """Norm of the member's change from the base; None if unknown, as for checkpoints without a base."""
     ranks: list[int]
-    """Adapters: the different ranks of the member's modules, ascending."""
+    """Adapters: the distinct ranks of the member's modules, ascending."""
     modules: int
     rslora: bool
     folder: str
@@ -91,11 +91,11 @@ class SoupSummary(TypedDict, total=False):
     """The weights that were requested."""
     normalized: bool
     sum: float
-    """Sum of the requested weights. If it is not 1, the result is a scaled delta, not a mean."""
+    """Sum of the requested weights (checkpoints: of `weights`). If not 1, the result is a scaled delta."""
     tried: list[dict[str, Any]]
     """The weights that the strategy tried, with their measures; for slerp the angle."""
     left_out: list[str]
-    """Members of weight 0."""
+    """Adapters and merged adapters: names of the members that were left out, as their weight is 0."""
     members: list[MemberSummary]
     pairs: list[PairSummary]
     norm: float | None
@@ -105,23 +105,23 @@ class SoupSummary(TypedDict, total=False):
     seconds: float
     dtype: str
     rounding: float
-    """Adapters, merged: norm of the change by rounding to the saved dtype, relative to the soup's delta."""
+    """Adapters and merged adapters: norm of the change by rounding / norm of the soup's delta."""
     modules: int
-    """Adapters, merged: number of modules with LoRA."""
+    """Adapters and merged adapters: number of modules with LoRA."""
     ranks: list[int]
-    """Adapters, merged: the different ranks of the modules, ascending."""
+    """Adapters and merged adapters: the distinct ranks of the soup's modules, ascending."""
     rank: int | None
-    """Adapters: the rank that was requested."""
+    """Adapters: the requested rank; None if the soup is exact."""
     error: dict[str, Any] | None
-    """Adapters: the relative error of the recompression."""
+    """Adapters: relative errors of the recompression to `rank`; None if the soup is exact."""
     averaged: list[str]
-    """Adapters: parameters that were averaged directly because they have no delta."""
+    """Adapters: parameters without LoRA, whose values were averaged directly."""
     base: str
     """Merged: the base's folder."""
     replaced: list[str]
     """Merged: names of the base's tensors that a member replaces with trained values."""
     rows: int | None
-    """Merged: number of rows of the embeddings, if training changed it."""
+    """Merged: number of rows of the embeddings; None if it is the base's."""
     untied: bool
     """Merged: whether input and output embeddings are two tensors, though they are one in the base."""
     tokenizer: dict[str, Any] | str | None
@@ -153,9 +153,9 @@ class Totals:
     norms: dict[str, float] = field(default_factory=dict)
     """Module → squared norm of the soup's delta."""
     lost: dict[str, float] = field(default_factory=dict)
-    """Module → squared norm of what recompression cut off."""
+    """Module → squared norm of the part of the delta that recompression cut off."""
     rounding: float = 0.0
-    """Squared norm of the change by rounding to the file's dtype."""
+    """Squared norm, over all modules, of the change by rounding to the file's dtype."""
 
 
 def relative_norm(part: float, whole: float) -> float:
@@ -164,7 +164,7 @@ def relative_norm(part: float, whole: float) -> float:
 
 
 def recompression_errors(totals: Totals) -> dict[str, Any]:
-    """Relative Frobenius errors of the recompression: over all modules, of the worst and of each module."""
+    """Relative Frobenius errors of the recompression: of all modules together, the worst, and each one."""
     layers = {module: relative_norm(totals.lost.get(module, 0.0), norm) for module, norm in totals.norms.items()}
     worst = max(layers, key=lambda module: layers[module])
     overall = relative_norm(sum(totals.lost.values()), sum(totals.norms.values()))

@@ -138,7 +138,7 @@ def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path,
     bar = re.compile(r"soup:? +\d.*")
     lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
     assert lines == [
-        "warning: nowhere-known has no fingerprint.json, so it was not checked that it was trained on base; its config names the base someone/llama"
+        "warning: nowhere-known has no fingerprint.json, so it was not checked that this adapter was trained on base; its config names the base someone/llama"
     ]
     numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert done.stdout.startswith(

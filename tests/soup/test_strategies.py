@@ -109,7 +109,7 @@ def test_without_a_measure_or_with_nan_it_is_refused(strategy: str) -> None:
     with pytest.raises(SalsaError, match=f"strategy {strategy}: a measure on held-out data is required"):
         ask(strategy, [0.5, 0.5])
     with pytest.raises(
-        SalsaError, match=r"measure: its value is nan at the weights .*, but it must be a finite number"
+        SalsaError, match=r"measure: the value at the weights .* is nan, but a measure must return finite numbers"
     ):
         ask(strategy, [0.5, 0.5], Hill([math.nan, 0.0]))
 
@@ -238,5 +238,5 @@ def test_a_function_sees_the_model_at_the_point(members: Any, tokenizer: Any) ->
     with live.at_point():
         expected = live.model(input_ids=ids).logits[0, -1, 7].item()
     assert measure([1.0, 0.0, 0.0]) == pytest.approx(expected) != pytest.approx(measure([0.0, 1.0, 0.0]))
-    with pytest.raises(SalsaError, match="measure mine:none: it returned None; the function must return a number"):
+    with pytest.raises(SalsaError, match="measure mine:none: the function returned None, but must return a number"):
         FunctionMeasure(live, lambda model: None, "mine:none")(WEIGHTS)  # type: ignore[arg-type, return-value]

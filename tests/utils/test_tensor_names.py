@@ -143,7 +143,7 @@ def test_wrappers_and_untied_heads_are_said_once(tmp_path: Path, caplog: pytest.
     found = [message for message in caplog.messages if str(tmp_path) in message]
     assert found == [
         f"{a}: prefixes of wrappers are removed, as from _orig_mod.lm_head.weight",
-        f"{untied} has output embeddings of its own, so the soup has them too",
+        f"{untied} has separate output embeddings, so the soup has them too",
     ]
     embeddings = [load(folder)["model.embed_tokens.weight"] for folder in (tied, untied)]
     loaded = load(tmp_path / "heads")

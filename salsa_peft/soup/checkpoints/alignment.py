@@ -3,8 +3,8 @@
 If the tensor names in the files agree, the files are compared without torch. If names differ (the Hub's GPT-2 and what
 Transformers saves, separate or fused experts, prefixes of wrappers, tied output embeddings that are saved or not), each
 name is resolved to a name in the model that Transformers makes of the checkpoint (utils/tensor_names.py). A tensor that
-is no parameter of the model (rotary frequencies, causal masks) is averaged too; for a checkpoint that lacks the tensor,
-that of the checkpoint whose layout is written is used.
+is no parameter of the model (rotary frequencies, causal masks) is averaged too; if a checkpoint lacks the tensor, the
+tensor of the checkpoint whose layout is written takes its place.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
     """Find the tensors of the soup in every checkpoint.
 
     The soup has the layout of the first checkpoint. But if some checkpoints tie the embeddings and others have separate
-    output embeddings, it has the layout of the first of those others. Raises SalsaError naming the file and the field
-    or tensor if architectures, vocabularies, tensors, shapes, or dtypes other than floats differ.
+    output embeddings, the soup has the layout of the first with separate ones. Raises SalsaError naming
+    the file and the field or tensor if architectures, vocabularies, tensors, shapes or dtypes (except floats) differ.
     """
     head = checkpoints[0]
     for other in checkpoints[1:]:
@@ -96,7 +96,7 @@ def _lacks_head(checkpoint: Checkpoint) -> bool:
 
 
 def _differing_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """Names of output and input embeddings that have the same shape but different values; None if equal."""
+    """Names of output and input embeddings of the same shape but different values; None if there are none."""
     inputs = {name: place for name, place in checkpoint.tensors.items() if name.endswith(EMBEDDINGS)}
     for name, head in checkpoint.tensors.items():
         if name == HEAD or name.endswith(f".{HEAD}"):
@@ -126,14 +126,15 @@ def _align_by_model(views: Sequence[ModelTensors]) -> Alignment:
     own = next((v for v in views if any(t in v.untied or (t in v.parts and t not in v.names.tied) for t in tied)), None)
     chosen = own or views[0]
     if own is not None and any(not view.untied and view.names.tied for view in views):
-        logger.warning("%s has output embeddings of its own, so the soup has them too", own.checkpoint.folder)
+        logger.warning("%s has separate output embeddings, so the soup has them too", own.checkpoint.folder)
     for view in views:
         _check_same_tensors(chosen, view)
     for name in chosen.names.parameters - chosen.parts.keys():
         require(
             not name.endswith(HEADS),
             f"{chosen.checkpoint.folder}: no member has {name}, so {chosen.names} would initialise it at random; save"
-            f" the models again with {name}, or set tie_word_embeddings in config.json if it is the input embeddings",
+            f" the models again with {name}, or, if it equals the input embeddings, set tie_word_embeddings to true in"
+            " config.json",
         )
     rows: list[dict[str, Place]] = [{} for _ in views]
     files = {}
@@ -155,14 +156,14 @@ def _check_same_tensors(chosen: ModelTensors, view: ModelTensors) -> None:
         raise SalsaError(
             f"{lacks.checkpoint.folder}: its model ({lacks.names}) has no {name}, which is in"
             f" {has.parts[name][0].place.file.path} ({has.names}); members of a soup must have the same tensors: leave"
-            f" out one of these two members, or save the first again with {name}"
+            f" out one of these two members, or save {lacks.checkpoint.folder} again with {name}"
         )
     for name in chosen.parts:
         shape, other = chosen.names.shapes[name], view.names.shapes[name]
         require(
             other == shape,
             f"{view.checkpoint.folder}: {name} has shape {list(other)}, but {list(shape)} in"
-            f" {chosen.checkpoint.folder}; members of a soup must have the same shapes: leave out one of these two",
+            f" {chosen.checkpoint.folder}; all shapes must be equal: leave out one of these two members",
         )
 
 
@@ -194,7 +195,7 @@ def _pieces(chosen: ModelTensors, name: str, views: Sequence[ModelTensors]) -> I
 
 
 def _no_parameter(view: ModelTensors, name: str, place: Place) -> Place:
-    """Where to read a tensor that is no parameter: in this checkpoint if it has floats, else at `place`."""
+    """The place of a tensor that is no parameter: this checkpoint's if it fits and is float, else `place`."""
     found = view.checkpoint.tensors[name] if view.spans.get(name) == [] else place
     return found if found.entry.shape == place.entry.shape and found.entry.dtype in FLOATS else place
 

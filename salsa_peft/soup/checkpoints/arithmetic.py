@@ -3,11 +3,12 @@
 This module uses NumPy and not torch, because importing torch takes longer than averaging 2 GB. NumPy has no bfloat16,
 and converting with astype would take most of the time, so bfloat16 values are widened in pairs: in a little-endian
 32-bit word u, u << 16 is the float32 of the even element, and u & 0xFFFF0000 is the float32 of the odd element. Even
-and odd elements are kept apart, since order does not matter to sums and products, and are joined when rounded.
+and odd elements are kept apart until they are rounded, because sums and products do not depend on the order.
 
 The sum Σ w_i x_i is computed in float64, in the order of the members, and rounded once to the dtype that is written. If
-that dtype is float64, the sum is the pivot minus weighted differences, so that equal members give their own values, bit
-for bit. The differences, which also give the distances, are float32 if all values have 16 bits, else float64.
+that dtype is float64, the sum is computed as one member, the pivot, minus the weighted differences of the others from
+it, so that the soup of equal members equals them bit for bit. The differences, which also give the distances, are
+float32 if all values have 16 bits, else float64.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class BlockDtypes(NamedTuple):
 
 
 class NotFinite(Exception):
-    """Raised for a value that is not finite. member: None for the sum. element: the index in the block."""
+    """Raised if element `element` of a block is not finite in `member`, or in the sum (`member` is None)."""
 
     def __init__(self, member: int | None, element: int) -> None:
         super().__init__(member, element)
@@ -56,7 +57,7 @@ class NotFinite(Exception):
 
 
 class SumPlan:
-    """The computation of a block: the sum with `weights`, one per member (None: no sum), and products."""
+    """What to compute: Σ w_i x_i unless `weights` is None, and products of differences from `pivot`."""
 
     def __init__(self, members: int, weights: Sequence[float] | None, pivot: int) -> None:
         self.members, self.weights, self.pivot = members, weights, pivot
@@ -64,10 +65,13 @@ class SumPlan:
         self.pairs = [(i, j) for at, i in enumerate(self.others) for j in self.others[: at + 1]]
         self.sum = 1.0 if weights is None else math.fsum(weights)
         self.mean = weights is not None and min(weights) >= 0 and self.sum <= 1 + 1e-6
-        """Whether weights are at least 0 and sum to at most 1: the sum is then finite in the members' dtype."""
+        """Whether the weights are at least 0 and sum to at most 1.
+
+        The soup of finite members is then finite in the members' dtype.
+        """
 
     def table(self, products: Sequence[float]) -> list[list[float]]:
-        """Arrange products in the order of `pairs` as (members, members), with zeros for the pivot."""
+        """The matrix (members, members) of products given in the order of `pairs`; zeros for the pivot."""
         found = [[0.0] * self.members for _ in range(self.members)]
         for (i, j), product in zip(self.pairs, products, strict=True):
             found[i][j] = found[j][i] = product
@@ -145,12 +149,12 @@ class BlockSums:
         np.bitwise_and(pairs, UPPER, out=bits[:, padded // 2 :])
 
     def _given(self, dtypes: BlockDtypes, count: int) -> Iterator[Array]:
-        """The members' values, widened one member at a time."""
+        """Yield the values of each member, widened to float32 or float64."""
         for row, dtype in zip(self._raw, dtypes.members, strict=True):
             yield widen(row[: count * BITS[dtype] // 8].view(DTYPES[dtype]), dtype)
 
     def _sum(self, values: Array) -> None:
-        """Compute the sum in the pivot's row. Differences are subtracted, not added: −0.0 − 0.0 is −0.0."""
+        """Compute the sum in the pivot's row. Subtracting zeros keeps the sign of −0.0; adding does not."""
         plan, total = self.plan, values[self.plan.pivot]
         assert plan.weights is not None
         if abs(plan.sum - 1) > 1e-6:
@@ -161,7 +165,7 @@ class BlockSums:
                 np.subtract(total, values[i], out=total)
 
     def _direct_sum(self, values: Array) -> Array:
-        """Σ w_i x_i in float64, in the order of the members, in memory apart from `values`."""
+        """Σ w_i x_i in float64, in the order of the members. `values` is not changed."""
         assert self.plan.weights is not None
         total, term = self._direct[:, : values.shape[1]]
         np.multiply(values[0], self.plan.weights[0], out=total, dtype=np.float64)
@@ -170,7 +174,7 @@ class BlockSums:
         return total
 
     def _keep_zeros(self, total: Array, values: Array) -> Array:
-        """Where all members are zero, take the pivot's zero with its sign. values: pivot and differences."""
+        """Where all members are 0, use the pivot's 0.0 or −0.0. values: the pivot and its differences."""
         if not self.plan.mean:
             zeros = np.flatnonzero(total == 0)
             same = zeros[(values[:, zeros] == 0).all(0)]

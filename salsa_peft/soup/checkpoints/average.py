@@ -52,7 +52,7 @@ def average(
 ) -> dict[str, Any]:
     """Write Σ w_i θ_i into the folder `out` and return the summary, which is also in out/soup.json.
 
-    Weights may have any sum. Of a member of weight 0, the headers are checked, but the values are not used. With
+    Weights may have any sum. Of a member of weight 0, only the headers are checked; its values are not used. With
     `base`, the summary has the norms and cosines of the members' changes from the base; without `base`, only distances.
     `more` is added to the summary. Raises SalsaError naming file and tensor; then nothing is written.
     """
@@ -102,7 +102,7 @@ def _write_shards(
 ) -> list[list[float]]:
     """Write all shards. Returns the products of the differences from the member of the largest weight.
 
-    The rows of the result are the members whose weight is not 0, then the base, whose weight in the sum is 0.
+    The result has a row and a column for each member whose weight is not 0, then for the base, if there is one.
     """
     used = [i for i in range(len(aligned.rows)) if i >= len(numbers) or numbers[i] != 0]
     rows, weights = [aligned.rows[i] for i in used], [weight for weight in numbers if weight != 0]
@@ -156,8 +156,8 @@ def _figures(
 ) -> dict[str, Any]:
     """The summary's members, pairs and norms. The base, if there is one, is the last row of `products`.
 
-    `products` has ⟨a, b⟩ for differences from one of the members. For differences from the base o, the product is
-    ⟨a, b⟩ − ⟨a, o⟩ − ⟨b, o⟩ + ⟨o, o⟩.
+    `products` has ⟨a, b⟩, where a and b are the differences of two models from one member. For the base's difference o,
+    the inner product of their differences from the base is ⟨a, b⟩ − ⟨a, o⟩ − ⟨b, o⟩ + ⟨o, o⟩.
     """
     used = [i for i, weight in enumerate(weights) if weight != 0]
     o = len(used)

@@ -43,8 +43,8 @@ def has_vocabulary(names: Iterable[str]) -> bool:
 def copy_companions(output: Output, members: Sequence[Checkpoint], base: Checkpoint | None) -> dict[str, str | None]:
     """Copy the files that go with the weights, and warn where the members differ in them.
 
-    If no member has a tokenizer, the base is one more source. Returns the names of the sources of tokenizer and chat
-    template.
+    If no member has a tokenizer, the base's files may be copied too. Returns the names of the models that the tokenizer
+    and the chat template come from.
     """
     found = {member: companion_files(member.folder) for member in members}
     if base is not None and not any(map(has_vocabulary, found.values())):

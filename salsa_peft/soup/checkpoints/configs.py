@@ -27,8 +27,8 @@ WITHOUT_EFFECT = frozenset(
      "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout", "dropout", "activation_dropout", "classifier_dropout", "layerdrop",
      "summary_first_dropout", "max_position_embeddings", "max_window_layers", "use_sliding_window", "sliding_window_pattern")
 )  # fmt: skip
-"""Fields that do not change the results of a model in evaluation mode, or that are compared elsewhere:
-positions by the rotary embeddings or the shape of learned ones, windows by `layer_types`, tying by the tensors."""
+"""Fields that do not change a model's results in evaluation mode, or that are compared by other means:
+positions by rotary embeddings or the shape of learned ones, windows by `layer_types`, tying by the tensors."""
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 DERIVED = ("head_dim", "layer_types", "num_key_value_heads")
 """Fields that Transformers derives from other fields if the file lacks them."""
@@ -37,7 +37,7 @@ LENGTHS = ("dynamic", "longrope")
 
 
 def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Path, other_path: Path) -> None:
-    """Raise SalsaError naming the first field by which two config.json make models compute differently."""
+    """Raise SalsaError if two config.json give different results; the error names the first such field."""
     if _plain(head) == _plain(other):
         return
     kinds = [config.get("model_type") for config in (head, other)]
@@ -69,7 +69,7 @@ def _line(field: str, second: Any, first: Any, other_path: Path, head_path: Path
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration, with the parts of a multimodal model, without the fields that have no effect."""
+    """A configuration without the fields that have no effect, also in its nested configurations."""
     return {
         key: _plain(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()
@@ -148,7 +148,7 @@ def _same_rope(head: PreTrainedConfig, other: PreTrainedConfig) -> bool:
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """rope_parameters without synonyms and nulls, with max_position_embeddings if they depend on it."""
+    """rope_parameters without synonyms and nulls, with max_position_embeddings if the values use it."""
     content = config.to_dict()
     given = content.get("rope_parameters") or {}
     flat = {

@@ -43,7 +43,7 @@ class ModelTensors:
     parts: dict[str, list[Part]]
     """Name in the model → the tensor's parts in order. Tied embeddings have the same parts."""
     spans: dict[str, list[Span]]
-    """Name in the files → ranges of the model's tensors that it holds; empty if it is in no model tensor."""
+    """Name of a tensor in the files → the ranges of the model's tensors that it holds; may be empty."""
     untied: set[str]
     """Names of output embeddings that the configuration ties, though the files have other values for them."""
 
@@ -82,7 +82,7 @@ class ModelTensors:
         return cls(checkpoint, names, parts, spans, untied)
 
     def at(self, name: str, start: int, stop: int) -> Place:
-        """Where elements of a tensor of the model lie in the files. They must be within one part of it."""
+        """Where elements `start` to `stop` of a model's tensor lie. All must be in one of its parts."""
         parts = self.parts[name]
         part = parts[bisect.bisect_right([part.start for part in parts], start) - 1]
         return _slice(part.place, start - part.start, stop - part.start)

@@ -1,7 +1,7 @@
-"""Reads configurations and headers of full checkpoints, and rejects those that cannot be averaged.
+"""Reads configurations and headers of full checkpoints; rejects checkpoints that cannot be averaged.
 
-It reads config.json, the index, the headers of the safetensors files and a manifest that this package wrote. It never
-reads pickles and never runs code. Formats other than safetensors are not supported.
+This module reads config.json, the index, the headers of the safetensors files and a manifest that this package wrote.
+It never reads pickles and never runs code. Formats other than safetensors are not supported.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def check_manifest(checkpoint: Checkpoint) -> None:
 
 
 def default_names(folders: Sequence[Path], names: Sequence[str] | None) -> list[str]:
-    """The members' names: `names`, or by default the folders' names, or paths if these are not distinct."""
+    """The members' names: `names`, else the folders' names, or their paths if two names are equal."""
     if names is None:
         short = [folder.resolve().name for folder in folders]
         return short if len(set(short)) == len(short) else [str(folder) for folder in folders]

@@ -26,7 +26,7 @@ from salsa_peft.utils.safetensors_io import BITS, NAMES, Writer, read_exactly
 PIECE = 2**21
 """The size of a piece that one thread computes, in bytes of the member with the widest dtype."""
 BLOCK = 2**18
-"""Number of elements added at once: enough that threads seldom wait for the GIL, but within the cache."""
+"""Number of elements added at once: large, so threads seldom wait for the GIL, yet within the cache."""
 THREADS = 2
 
 
@@ -140,7 +140,7 @@ def stream(
 def _in_order(
     pool: ThreadPoolExecutor, work: Callable[[Piece], list[float]], tasks: Iterator[Piece]
 ) -> Iterator[tuple[Piece, list[float]]]:
-    """Yield pieces and results in order, while later pieces are computed; an error cancels these."""
+    """Yield pieces and results in order, while later pieces are computed. An error cancels the later ones."""
     ahead: collections.deque[tuple[Piece, Future[list[float]]]] = collections.deque()
     try:
         for piece in tasks:

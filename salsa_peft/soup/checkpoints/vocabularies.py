@@ -105,7 +105,8 @@ def vocabulary(path: Path) -> dict[str, int]:
 def _pieces(path: Path) -> dict[str, int]:
     """Token → id of a tokenizer.model.
 
-    The file is a ModelProto of SentencePiece: field 1 has the pieces in the order of ids; field 1 of a piece, its text.
+    The file is a ModelProto of SentencePiece. Field 1 holds the pieces in the order of ids; field 1 of a piece, its
+    text.
     """
     refusal = (
         f"{path}: cannot be read as a SentencePiece model and compared with the other members' tokenizers; save each"

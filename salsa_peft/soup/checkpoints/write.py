@@ -84,7 +84,7 @@ def open_output(folder: Path, sources: Sequence[Path], size: int) -> Iterator[Ou
 
 @contextlib.contextmanager
 def locked_output(folder: Path) -> Iterator[None]:
-    """Context that locks an output folder, then removes the lock file, and the folder if new and empty."""
+    """Context in which a folder is locked. At the end, the lock file and a new, empty folder are removed."""
     new = not folder.exists()
     with locked(folder):
         try:
@@ -96,7 +96,7 @@ def locked_output(folder: Path) -> Iterator[None]:
 
 
 def byte_counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A function that takes the size of each piece and calls `progress` with the sum so far and `total`."""
+    """A function that takes a piece's size and calls `progress` with the sum of sizes so far and `total`."""
     done = 0
 
     def count(size: int) -> None:

@@ -1,7 +1,7 @@
 """Lets PEFT merge an adapter a few modules at a time, in a model whose base weights take no memory.
 
 The base's values are put into the modules to merge, PEFT merges the modules, and the merged values are taken out again.
-So names, tied weights, DoRA, fused attention projections and experts are merged exactly as PEFT merges them.
+So tied weights, DoRA, fused attention projections and experts are merged exactly as PEFT merges them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INSIDE = "base_model.model."
 
 
 def blank_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without memory for parameters: each is one float32 zero, expanded to the parameter's shape."""
+    """A model whose parameters take no memory: each is one float32 zero, expanded to its shape."""
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
@@ -149,7 +149,7 @@ class AdapterModel:
         return bool(firsts & self.replaced.keys()) or bool(self._inside(firsts))
 
     def low_rank(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Factors (rows, r) and (r, columns) whose product is all that the merge adds; None if it does more."""
+        """Factors (rows, r), (r, columns) whose product is all that the merge adds; None if it changes more."""
         firsts = {self.first[name] for name in names}
         inside = list(self._inside(firsts).values())
         if len(names) != 1 or len(inside) != 1 or firsts & self.replaced.keys() or not _is_plain(inside[0].module):
@@ -212,7 +212,7 @@ class AdapterModel:
 
 
 def _address(parameter: torch.Tensor) -> int:
-    """The address of a parameter's memory, which stays if PEFT makes a new object. 0 for a meta tensor."""
+    """The address of a parameter's memory, which a new object for it keeps. 0 for a meta tensor."""
     return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 

@@ -65,8 +65,8 @@ def merge(
 
     members: folders of PEFT adapters. weights: may have any sum. quantized_base: nf4 or nf4-double, as in
     quantised_bases.py. same_base: assert that the members were trained on `base`, even if their fingerprints differ. If
-    tied embeddings have LoRA, PEFT adds the deltas of input and output embeddings to the one tensor; with `untie`, the
-    two become separate tensors, so that the result computes what the adapters compute. more: further entries of the
+    tied embeddings have LoRA, PEFT adds the deltas of input and output embeddings to one tensor; with `untie`, the two
+    become separate tensors, so that the result computes what the adapters compute. more: further entries of the
     summary. progress: called with (bytes written, bytes in all). Raises SalsaError naming file and tensor; then nothing
     is written.
     """
@@ -120,7 +120,8 @@ def _check_fingerprints(checkpoint: Checkpoint, members: Sequence[Member], same_
     for member in members:
         if member.fingerprint is None:
             logger.warning(
-                "warning: %s has no %s, so it was not checked that it was trained on %s; its config names the base %s",
+                "warning: %s has no %s, so it was not checked that this adapter was trained on %s; its config names the"
+                " base %s",
                 member.folder, FINGERPRINT, checkpoint.folder, member.config["base_model_name_or_path"] or "(no name)",
             )  # fmt: skip
     found = base_fingerprints(checkpoint.folder) if known else []

@@ -36,7 +36,7 @@ class Layout:
         return json.dumps(new, indent=2) + "\n"
 
     def config(self) -> bytes | str:
-        """The base's config.json; vocab_size and tie_word_embeddings are changed if the merge changes them."""
+        """The content of config.json: the base's, with a new vocab_size or tie_word_embeddings if needed."""
         rows, untied = self.plan.loaded.rows, self.plan.untied
         given = self.plan.source.config()
         if rows is None and untied is None:

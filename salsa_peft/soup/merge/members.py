@@ -41,7 +41,7 @@ class LoadedMembers(NamedTuple):
     result: ModelNames
     """Parameter names and shapes of the merged model, whose embeddings may have more or fewer rows."""
     rows: int | None
-    """Number of rows of the embeddings after training; None if it is that of the base."""
+    """Number of rows of the embeddings after training; None if it is the base's number."""
 
 
 def read_members(folders: Sequence[Path], names: Sequence[str] | None) -> list[Member]:
@@ -123,7 +123,7 @@ def _tensors(member: Member) -> dict[str, torch.Tensor]:
     found = {}
     names = plain_names(member.file.entries, member.config, member.file.path)
     known, own = set(names.values()), own_module(member.config)
-    # with added tokens, PEFT reads the rows of the original
+    # if tokens were added, PEFT also reads the copies that plain_names leaves out
     names |= {unwrap(key, own): key for key in member.file.entries if key not in known}
     for name, key in names.items():
         values = member.file.read(key)

@@ -49,7 +49,7 @@ class Plan:
         self.done: dict[str, tuple[torch.Tensor, Figures]] = {}
         """Tensors that are computed but not yet written, with the statistics of their unit."""
         self.untied: str | None = None
-        """Name of output embeddings that are tied in the base, but not in the result; else None."""
+        """Name of the output embeddings that are tied in the base but not in the result; None if none are."""
         self.layout = {
             file: [(name, source.dtype(name), self._written(name)) for name in source.names(file)] for file in files
         }
@@ -123,8 +123,8 @@ class Plan:
         found = self.loaded.result.resolve(shapes, str(folder))
         for name in found.unknown[:1]:
             logger.warning(
-                "warning: %s: %s and %d other tensors have no place in %s; all are copied unchanged", folder, name,
-                len(found.unknown) - 1, self.names,
+                "warning: %s: %s and %d other tensors are not part of %s; these tensors are copied unchanged",
+                folder, name, len(found.unknown) - 1, self.names,
             )  # fmt: skip
         present = {self.first[name] for name in found.blocks if name in self.first}
         lacking = (n for n, first in self.first.items() if first not in present and n not in self.names.tied)
@@ -191,7 +191,7 @@ class Plan:
         return sorted({name for unit in self.units if own & set(unit.names) for name in unit.sources})
 
     def _keep(self, unit: Unit, values: Mapping[str, torch.Tensor], figures: Figures, alone: str | None = None) -> None:
-        """Store a unit's values in `done` as tensors of files. alone: a tensor that no file of the base has."""
+        """Store a unit's values in `done` as tensors of files. alone: a tensor that is not in the base."""
         found: dict[str, torch.Tensor] = {} if alone is None else {alone: values[alone]}
         shares = Counter(block.source for name in unit.names for block in self.resolved.blocks.get(name, ()))
         for name in unit.names:
@@ -226,7 +226,7 @@ class Plan:
         return values, figures
 
     def _factors(self, source: str) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] | None:
-        """(member, factors) for each low-rank product that is added to a tensor; None if a merge does more."""
+        """(member, factors) of each low-rank product that is added to a tensor; None if a merge changes more."""
         unit = self.unit_of.get(source)
         if unit is None or source in self.done or len(unit.names) != 1 or unit.sources != [source]:
             return None

@@ -24,7 +24,7 @@ from salsa_peft.utils.safetensors_io import BITS, NAMES, safetensors_dtype
 logger = logging.getLogger(__name__)
 
 DOUBLE = {"nf4": False, "nf4-double": True}
-"""quantized_base → whether the scales are quantised too (bnb_4bit_use_double_quant)."""
+"""Value of quantized_base → whether the scales are quantised too (bnb_4bit_use_double_quant)."""
 NO_LINEARS = ("embed", "wte.", "wpe.", "position", "lm_head", "score.")
 """Substrings of the names of matrices that bitsandbytes does not quantise."""
 
@@ -38,7 +38,7 @@ class PlainBase:
         """The entries of soup.json about the quantisation of the base."""
 
     def config(self) -> bytes | str:
-        """The content of the merge's config.json."""
+        """The content of config.json of the merged checkpoint."""
         return (self.checkpoint.folder / CONFIG).read_bytes()
 
     def names(self, file: str) -> list[str]:
@@ -50,7 +50,7 @@ class PlainBase:
         return self.checkpoint.tensors[name].entry.shape
 
     def dtype(self, name: str) -> str:
-        """The dtype (safetensors' name) of a tensor, in the base and in the merge."""
+        """The dtype (safetensors' name) of a tensor, in the base and in the merged checkpoint."""
         return self.checkpoint.tensors[name].entry.dtype
 
     def whole(self, name: str) -> torch.Tensor:
@@ -58,9 +58,9 @@ class PlainBase:
         return torch.cat([piece for _, piece in self.pieces(name, sys.maxsize)]).reshape(self.shape(name))
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (index of the first row, rows) of about `elements` elements each; a scalar is one row."""
+        """Yield a tensor in pieces of about `elements` elements, each as (index of the first row, rows)."""
         file, entry = self.checkpoint.tensors[name]
-        shape = entry.shape or (1,)
+        shape = entry.shape or (1,)  # a scalar is one row
         columns = math.prod(shape[1:])
         step, width = max(1, elements // max(1, columns)), columns * BITS[entry.dtype] // 8
         for start in range(0, shape[0], step):
@@ -180,7 +180,7 @@ def _bitsandbytes(checkpoint: Checkpoint) -> Any:
         import bitsandbytes.functional
     except ImportError as error:
         raise SalsaError(
-            f"{checkpoint.folder}: 4 bits need bitsandbytes, which cannot be imported ({error}); run"
+            f"{checkpoint.folder}: weights in 4 bits need bitsandbytes, which cannot be imported ({error}); run"
             " pip install bitsandbytes"
         ) from None
     return bitsandbytes.functional

@@ -43,7 +43,7 @@ def add_deltas(
 ) -> torch.Tensor:  # fmt: skip
     """start + Σ w_i (merged_i − start) of one parameter, computed in float64 and rounded once to `dtype`.
 
-    merged: None for a member that does not change the parameter. what: the parameter's name, for an error.
+    merged: None for a member that does not change the parameter. what: text that names the parameter in an error.
     """
     result = torch.empty(start.shape, dtype=dtype)
     flat = [None if value is None else value.reshape(-1) for value in merged]

@@ -220,7 +220,7 @@ def test_the_result_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         file.unlink()
     save_file(tensors | {"v_head.summary.weight": torch.ones(1, 16)}, base / "model.safetensors", {"format": "pt"})
     merge(tmp_path / "extra", base, [member], [1.0])
-    assert "v_head.summary.weight and 0 other tensors have no place in LlamaForCausalLM" in caplog.text
+    assert "v_head.summary.weight and 0 other tensors are not part of LlamaForCausalLM" in caplog.text
     assert "v_head.summary.weight" in load_file(tmp_path / "extra" / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, base / "model.safetensors", {"format": "pt"})

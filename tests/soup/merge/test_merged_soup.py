@@ -305,7 +305,7 @@ def test_without_bitsandbytes_the_line_says_so(tmp_path: Path, monkeypatch: pyte
     folder, member = save(base, tmp_path / "base"), train(base, tmp_path / "a", 1)
     refused(
         tmp_path,
-        r"base: 4 bits need bitsandbytes, which cannot be imported .*pip install bitsandbytes",
+        r"base: weights in 4 bits need bitsandbytes, which cannot be imported .*pip install bitsandbytes",
         folder,
         member,
         quantized_base="nf4",
