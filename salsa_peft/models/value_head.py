@@ -58,7 +58,7 @@ class PolicyWithValueHead(nn.Module):
         return hidden, self.values(hidden, input_ids, attention_mask)
 
     def values(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values (B, L) from the policy's hidden states (B, L, H); with a value adapter, of a second forward."""
+        """Values (B, L) from the policy's hidden states (B, L, H) or, with a value adapter, its own forward."""
         if self.value_adapter is not None:
             assert self.toggle is not None
             with self.toggle(self.value_adapter):
@@ -103,8 +103,8 @@ def with_value_head(
             adapted = isinstance(model, PeftModel)
             cause = f"the reward is a {type(reward).__name__}" if adapted else "the policy has full weights"
             raise SalsaError(
-                "value: adapter needs a reward adapter on the policy's base as start of the value adapter, but"
-                f" {cause}. Set value: head"
+                "value: adapter needs a reward adapter on the policy's base, because the value adapter starts as its"
+                f" copy, but {cause}. Set value: head"
             )
         name = lora.unused_name(model, VALUE_ADAPTER)
         lora.attach(model, start.folder, name, trainable=True)
