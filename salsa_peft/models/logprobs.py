@@ -131,7 +131,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
-    """Make the Head of a causal language model. Raises SalsaError if an adapter is on its embeddings."""
+    """Make the Head of a causal LM. Raises SalsaError if an adapter is on the output embeddings."""
     embeddings: nn.Linear = lm.get_output_embeddings()
     require(
         not isinstance(embeddings, BaseTunerLayer | AuxiliaryTrainingWrapper),

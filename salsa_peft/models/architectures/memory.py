@@ -68,7 +68,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None = None) -> Estimate:
-    """Estimate the phase of a stage that needs the most memory. card: the GPU's bytes (`precision: auto`)."""
+    """Estimate the phase of a stage that needs the most memory. card: the GPU's bytes (for `auto`)."""
     precision = choose_precision(recipe, stage, card, size)
     phases = _Stage(recipe, stage, size, precision).phases()
     return max(phases, key=lambda found: found.total)
@@ -96,7 +96,7 @@ def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Archi
 
 
 def _sharded(recipe: Recipe) -> int:
-    """Number of GPUs over which trained weights, gradients and optimizer states are sharded; at least 1."""
+    """Number of GPUs over which trained weights, gradients and optimizer states are sharded, or 1."""
     return recipe.num_processes if recipe.sharded else 1
 
 

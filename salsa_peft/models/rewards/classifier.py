@@ -112,7 +112,7 @@ class ClassifierReward(Reward):
             require(
                 "prompt" in row,
                 f"reward {self.name}: the data has the column input_ids but not `prompt`, which this reward needs"
-                " because its tokenizer or template is not the policy's; add a column `prompt`",
+                " because its tokenizer or chat template is not the policy's; add a column `prompt`",
             )
             if isinstance(row["prompt"], str):
                 # not prompt + answer, because some tokenizers drop the first space of a decoded text
