@@ -68,7 +68,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None = None) -> Estimate:
-    """Estimate the phase of a stage that needs the most memory. card: the GPU's bytes (for `auto`)."""
+    """Estimate the phase of a stage that needs most memory. card: the GPU's bytes, for `precision: auto`."""
     precision = choose_precision(recipe, stage, card, size)
     phases = _Stage(recipe, stage, size, precision).phases()
     return max(phases, key=lambda found: found.total)
