@@ -1,4 +1,4 @@
-"""Loading a base as language model or classifier, its hidden states, and choosing what is trained."""
+"""Loading a base as language model or classifier, computing hidden states, and freezing parts of it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def device() -> torch.device:
 
 
 def attention_implementation(model: Model) -> str | None:
-    """The recipe's attn_implementation; for `auto`, flash_attention_2 if it can be used, else sdpa."""
+    """The recipe's attn_implementation; for `auto`, flash_attention_2 on CUDA with flash_attn, else sdpa."""
     if model.attn_implementation != "auto":
         return model.attn_implementation
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -73,7 +73,7 @@ def _quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig
 def _load(
     auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any
 ) -> Any:
-    """Load a model: frozen in the recipe's dtype or in 4 bits, or with `trained` to train in that dtype."""
+    """Load a frozen model in the recipe's dtype or 4 bits; with `trained`, a trainable one in that dtype."""
     dtype = trained or resolve_dtype(model.dtype)
     if model.quantization is not None:
         # not passed as None otherwise, which would override the quantization_config of a quantised base
@@ -93,7 +93,7 @@ def _load(
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking 4-bit layers on a CPU into a layout that has no backward.
+    """Prevent bitsandbytes from repacking 4-bit layers on a CPU into a layout without a backward.
 
     bitsandbytes 0.50 repacks a layer for AVX-512 at its first forward in eval mode. Adapters trained after a rollout
     would then get wrong gradients, without an error.
@@ -107,7 +107,7 @@ def keep_4bit_layout(model: nn.Module) -> None:
 def load_base(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder: frozen or, with `trained`, to be trained in that dtype.
+    """Load a causal language model from a folder, frozen or, with `trained`, trainable in that dtype.
 
     The model's own generation settings (top-p, penalties) are dropped, and its EOS tokens are set to all tokens that
     end a response. Raises SalsaError if the tokenizer has more tokens than the model has embeddings.
@@ -174,7 +174,7 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: tor
 
 
 def max_positions(config: Any) -> int | None:
-    """Maximum sequence length in a model's configuration; None if the configuration has none."""
+    """Maximum sequence length in a model's configuration; None if the configuration sets no maximum."""
     values = config.get_text_config(decoder=True).to_dict()
     return next((int(values[name]) for name in POSITIONS if values.get(name)), None)
 
@@ -192,20 +192,20 @@ def causal_lm_class(config: PreTrainedConfig) -> Any:
 
 
 def classifier_class(config: PreTrainedConfig) -> Any:
-    """The class that loads a sequence classifier; made here if Transformers has none of the architecture."""
+    """Class that loads a sequence classifier; created here if Transformers has none for the architecture."""
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
         return auto
     causal = causal_lm_class(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)
     name = causal.__name__.partition("For")[0] + "ForSequenceClassification"
-    # the base's prefix makes the classifier's tensors have the names that they have in the base
+    # with the base's prefix, the classifier's tensors have the same names as in the base
     named = {"__module__": causal.__module__, "base_model_prefix": family.base_model_prefix}
     return type(name, (_Classifier, family), named)
 
 
 class _Classifier(GenericForSequenceClassification):
-    """Transformers' generic classifier, also for decoders whose output has no `attentions`, as Mamba's."""
+    """Transformers' generic classifier, also for decoders whose output has no `attentions`, such as Mamba."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -224,14 +224,14 @@ def trunk(lm: Any) -> Any:
 
 
 def train_language_model_only(model: Any, head: nn.Module) -> None:
-    """Train the decoder and `head` only; freeze parts that text does not use, such as a vision tower."""
+    """Make only the decoder and `head` trainable, and freeze all other parts, such as a vision tower."""
     trained = {id(parameter) for part in (trunk(model), head) for parameter in part.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 
 
 def language_model_only(lm: Any) -> dict[str, str]:
-    """LoraConfig's `exclude_modules` for modules outside the decoder, as in a vision tower; or {}."""
+    """LoraConfig options that exclude modules outside the decoder; {} if no linear layer is outside it."""
     decoder = trunk(lm)
     own = {id(module) for module in decoder.modules()} | {id(lm.get_output_embeddings())}
     if all(id(module) in own for module in lm.modules() if isinstance(module, nn.Linear)):
@@ -255,7 +255,7 @@ def cast_trainable_to_float32(model: nn.Module) -> None:
 def remove_dropout(model: nn.Module) -> None:
     """Set every dropout rate of a model to 0, because PPO's ratio compares two forwards of one network.
 
-    The rates are those of nn.Dropout modules and the numbers in Transformers' modules, such as attention_dropout.
+    Rates are `p` of nn.Dropout, and modules' float attributes with "drop" in their names, such as attention_dropout.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -1,8 +1,8 @@
-"""Sampling of responses, with a seed for each row.
+"""Sampling of responses, with a seed for each response.
 
 A response depends only on its prompt, its seed and the weights, not on its batch, the number of processes or the
 device (up to rounding). Transformers' generate runs the forwards and keeps the cache, but it would sample a whole
-batch from one generator. Tokens are therefore drawn here, with random numbers of each row's own.
+batch from one generator. Tokens are therefore drawn here, with one generator for each response.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 """Name of the argument of Transformers' generate that takes a KV cache."""
 WITHOUT_FLOAT64 = ("mps",)
-"""Device types without float64, which drawing tokens needs; on these, tokens are drawn on the CPU."""
+"""Device types without float64, which drawing tokens needs; for these, tokens are drawn on the CPU."""
 
 
 def row_seeds(rows: Sequence[int], *parts: int) -> list[int]:
-    """Seeds of rows: 63 bits of a hash of the row's number and of `parts`, such as the run's seed."""
+    """One seed per row: 63 bits of a hash of the row's number and of `parts`, such as the run's seed."""
     texts = (" ".join(map(str, (*parts, row))) for row in rows)
     return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1 for text in texts]
 
@@ -51,7 +51,7 @@ def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
 
 @dataclass
 class Recording:
-    """Log-probs, entropies and values recorded during generation: one float32 tensor (B,) per token."""
+    """Log-probs, entropies and values recorded during generation: one float32 tensor (B,) per step."""
 
     value_head: nn.Linear
     """PPO's value head, (B, H) → (B, 1)."""
@@ -65,7 +65,7 @@ class Recording:
         return tuple(torch.stack(steps, dim=1).masked_fill(~mask, 0.0) for steps in columns)
 
     def recording_values(self, lm: Any) -> AbstractContextManager[Any]:
-        """Context in which each call of the output embeddings records the value of the last position."""
+        """Context in which each call of the output embeddings records the value at the last position."""
 
         def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.values.append(apply_scalar_head(self.value_head, inputs[0][:, -1]).float())
@@ -104,9 +104,9 @@ class Sampler(LogitsProcessor):
 def sample_token(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Draw token ids (B, 1) by the inverse CDF from probabilities (B, V) at uniform numbers (B,).
 
-    The drawn token is the first whose cumulative probability exceeds the row's number. Cumulative sums in float64 let
-    tokens of probability 1e-12 be drawn as often as they should, and tokens of probability 0 never. The sums are
-    computed on the device of `uniforms`.
+    The drawn token is the first whose cumulative probability exceeds the row's number. With cumulative sums in
+    float64, tokens of probability 1e-12 are drawn as often as they should be, and tokens of probability 0 never. The
+    sums are computed on the device of `uniforms`.
     """
     here, probabilities = probabilities.device, probabilities.to(uniforms.device)
     cumulative = probabilities.double().cumsum(-1)
@@ -160,7 +160,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
 
 @contextlib.contextmanager
 def _generation_mode(lm: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Context in which the model is in eval mode and has these generation settings instead of its own."""
+    """Context in which the model is in eval mode and uses `settings` instead of its own GenerationConfig."""
     training, inherited = lm.training, lm.generation_config
     lm.eval()
     lm.generation_config = settings
@@ -176,9 +176,9 @@ def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], samplin
                      skip: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
     """Yield responses in batches of similar prompt length, as (indices into prompts, responses).
 
-    The seed of a response is computed from `seed`, `turn` and the prompt's number, so that models answer the same
-    prompts with the same random numbers. places: the prompts' numbers, by default their indices. skip: called with the
-    indices of a batch, returns whether to skip that batch; the responses of other batches are the same either way.
+    The seed of a response is computed from `seed`, `turn` and the prompt's number, so that different models
+    answer a prompt with the same random numbers. places: the prompts' numbers, by default their indices. skip: called
+    with the indices of a batch, returns whether to skip that batch; no other batch's responses change.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = (seed,) if turn == 1 else (seed, turn)

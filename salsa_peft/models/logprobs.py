@@ -1,6 +1,6 @@
 """Log-probabilities of tokens from hidden states, in chunks that avoid logits of shape (B, T, V).
 
-Logits are scaled and soft-capped as the architecture does. Shapes: N tokens, n tokens of a chunk, V tokens of the
+Logits are scaled and soft-capped as in the architecture. Shapes: N tokens, n tokens of a chunk, V tokens of the
 vocabulary, H hidden size.
 """
 
@@ -28,20 +28,20 @@ MULTIPLIED = ("hyperclovax",)
 
 
 class LogitScaling(NamedTuple):
-    """How logits are made from z, the output embeddings' product: cap · tanh(factor · z / cap)."""
+    """Computes logits from z, the result of the output embeddings, as cap · tanh(factor · z / cap)."""
 
     factor: float = 1.0
     cap: float | None = None
-    """Soft cap of the logits; None without a soft cap, where the logits are factor · z."""
+    """Soft cap of the logits. None means no soft cap: the logits are then factor · z."""
 
     def __call__(self, product: torch.Tensor) -> torch.Tensor:
-        """Make logits (…, V) from the products (…, V), which are overwritten."""
+        """Compute logits (…, V) from `product`, the z (…, V), which is overwritten."""
         if self.factor != 1:
             product = product.mul_(self.factor)
         return product if self.cap is None else product.div_(self.cap).tanh_() * self.cap
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """∂ logit / ∂ product, factor · (1 − (logit / cap)²), (…, V); None without a cap, when it is `factor`."""
+        """∂ logit / ∂ z = factor · (1 − (logit / cap)²), (…, V); None without a cap, where it is `factor`."""
         return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.factor)
 
 
@@ -57,29 +57,29 @@ def logit_scaling(lm: Any) -> LogitScaling:
 
 
 LARGE = 50.0
-"""Size of the largest logits in the second forward of `check_head`, where soft caps have a clear effect."""
+"""Largest |z| (see LogitScaling) in the second forward of `check_head`, where soft caps have a clear effect."""
 
 
 def check_head(model: nn.Module) -> None:
     """Raise SalsaError unless a model's logits equal those computed here from its hidden states.
 
     Log-probs are computed from hidden states, output embeddings and LogitScaling, and would be wrong for a model whose
-    logits depend on anything else. The logits of two forwards are compared. The second has larger inputs of the output
-    embeddings, because a soft cap hardly changes the small logits of an untrained model.
+    logits depend on anything else. The comparison is made in two forwards. In the second, the inputs of the output
+    embeddings are scaled up, because a soft cap hardly changes the small logits of an untrained model.
     """
     lm = causal_lm(model)
     kind = lm.config.model_type
     require(
         lm.get_output_embeddings() is not None and not lm.config.is_encoder_decoder,
-        f"{kind}: a {type(lm).__name__} is not a decoder-only causal language model; load one with"
-        " AutoModelForCausalLM",
+        f"{kind}: a {type(lm).__name__} is not a decoder-only causal language model; load such a model"
+        " with AutoModelForCausalLM",
     )
     head, scaling = lm.get_output_embeddings(), logit_scaling(lm)
-    adapted = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)  # head_of raises the error for this
+    adapted = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)  # then head_of raises an error
     require(
         adapted or type(head).forward is nn.Linear.forward,
-        f"{kind}: the output embeddings are a {type(head).__name__}, not a plain linear layer, which is not supported;"
-        " use a model such as Llama, Mistral, Gemma or Qwen",
+        f"{kind}: the output embeddings are a {type(head).__name__}, but only a plain linear layer is supported; use a"
+        " model such as Llama, Mistral, Gemma or Qwen",
     )
     probe, training = torch.tensor([[1, 2, 3]], device=lm.device), lm.training
     lm.eval()  # with dropout the logits of two forwards would differ
@@ -118,7 +118,7 @@ class Head(NamedTuple):
     """(V,), the bias of the output embeddings, if they have one."""
     temperature: float
     eos: tuple[int, ...]
-    """The tokens that end a response (data/chat/turn_ends.py); they get probability 0 where `forbidden` is True."""
+    """Tokens that end a response (data/chat/turn_ends.py). Their probability is 0 where `forbidden` is True."""
     scaling: LogitScaling = LogitScaling()
     """Scaling of the logits, applied before they are divided by the temperature."""
 
@@ -131,12 +131,12 @@ class TokenLogprobs(NamedTuple):
 
 
 def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
-    """Make the Head of a causal language model. Raises SalsaError if an adapter changes it."""
+    """Make the Head of a causal LM. Raises SalsaError if an adapter is on the output embeddings."""
     embeddings: nn.Linear = lm.get_output_embeddings()
     require(
         not isinstance(embeddings, BaseTunerLayer | AuxiliaryTrainingWrapper),
-        "target_modules: the adapter is on the output embeddings, which policy and references share; leave the output"
-        " embeddings (lm_head) out",
+        "target_modules: the adapter is on the output embeddings, which policy and references share; remove the"
+        " output embeddings (lm_head) from target_modules",
     )
     return Head(embeddings.weight, embeddings.bias, temperature, eos, logit_scaling(lm))
 
@@ -155,7 +155,7 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def normalized(scaled: Tensor, forbidden: Tensor, eos: tuple[int, ...]) -> Tensor:
-    """Log-probs (n, V) from logits that are divided by the temperature (n, V) and may be overwritten.
+    """Log-probs (n, V) from `scaled`, the logits over the temperature (n, V). May overwrite `scaled`.
 
     forbidden: (n,) bool, True where the tokens `eos` get probability 0.
     """

@@ -2,7 +2,7 @@
 
 AdamW changes a weight by about the learning rate in each step, but neighbouring bf16 numbers around 0.02 differ by
 1.2e-4. Rounding to the nearest number keeps only 2% of the change of 500 steps at learning rate 2e-6, and 0.1% at 1e-7.
-Stochastic rounding keeps all of it on average. bf16 weights with a float32 copy in the optimizer are not supported.
+Stochastic rounding keeps the change on average. bf16 weights with a float32 copy in the optimizer are not supported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PRECISIONS = {
 
 
 def arguments(precision: str) -> dict[str, Any]:
-    """TrainingArguments of a precision. Raises SalsaError if torchao is needed and not installed."""
+    """TrainingArguments that set a precision. Raises SalsaError if torchao is needed and not installed."""
     chosen = PRECISIONS[precision]
     require(
         not chosen.optimizer or find_spec("torchao") is not None,
@@ -50,6 +50,6 @@ def arguments(precision: str) -> dict[str, Any]:
 
 
 def rounds_stochastically(args: TrainingArguments) -> bool:
-    """Whether the arguments set the optimizer with stochastic rounding, which bf16 weights need."""
+    """Whether the arguments select the optimizer with stochastic rounding, which bf16 weights need."""
     given = dict(part.split("=") for part in (args.optim_args or "").replace(" ", "").split(",") if "=" in part)
     return args.optim == OPTIMIZER and given.get(ROUNDING, "").lower() in ("true", "1", "yes", "y", "t", "on")

@@ -84,7 +84,7 @@ def response_states(hidden: Tensor, responses: Responses) -> Tensor:
 
 
 def forbidden_eos(responses: Responses, min_new_tokens: int) -> Tensor:
-    """Mask of response tokens before `min_new_tokens`, where end tokens are not allowed, (N,) bool."""
+    """Mask of each response's first `min_new_tokens` tokens, where end tokens are forbidden, (N,) bool."""
     early = torch.arange(responses.response_ids.shape[1], device=responses.response_ids.device) < min_new_tokens
     return early.expand_as(responses.response_mask)[responses.response_mask]
 
@@ -97,7 +97,7 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
 def response_logprobs(
     hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and, if `with_entropy`, entropies (else 0), (B, T) each, from hidden states (B, P + T, H)."""
+    """Log-probs and entropies (0 unless `with_entropy`), (B, T) each, from hidden states (B, P + T, H)."""
     labels = responses.response_ids[responses.response_mask]
     states = response_states(hidden, responses)
     result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head, with_entropy=with_entropy)
@@ -106,7 +106,7 @@ def response_logprobs(
 
 @torch.no_grad()
 def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states (B, H) of the last token of each row that is not padding, for a reward model's head."""
+    """Hidden states (B, H) of the last non-padding token of each row, for a reward model's head."""
     hidden = hidden_states(model, input_ids, attention_mask)
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask.long() * places).argmax(-1)
@@ -114,7 +114,7 @@ def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
 
 
 def response_values(values: Tensor, responses: Responses) -> Tensor:
-    """Select the values (or states, …) of the position before each response token, (B, T, …)."""
+    """Values or hidden states at the position before each response token: (B, P + T, …) → (B, T, …)."""
     start = responses.prompt_ids.shape[1] - 1
     return values[:, start : start + responses.response_ids.shape[1]]
 
@@ -127,13 +127,13 @@ def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[i
 
 
 def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = False) -> Tensor:
-    """Pad (B, L) to (B, width) with `value`, on the right or, with `left`, on the left."""
+    """Pad a tensor (B, L) to (B, width) with `value`, on the right or, with `left`, on the left."""
     missing = width - tensor.shape[1]
     return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
 
 
 def append_turn_end(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Responses:
-    """Append the tokens that the chat template writes after an end token, which reward models score too."""
+    """Append the tokens that the chat template writes after a turn's end; reward models score these too."""
     ended = ends_turn(responses, rows, turn)
     if not turn.after or not ended.any():
         return responses
@@ -146,7 +146,7 @@ def append_turn_end(responses: Responses, rows: Sequence[Mapping[str, Any]], tur
 
 
 def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
-    """Join batches of responses into one, padded to the widest of them."""
+    """Join batches of responses into one batch, padded to the longest prompt and the longest response."""
     prompt, response = (max(part[i].shape[1] for part in parts) for i in (0, 2))
     return Responses(
         torch.cat([pad_to_width(part.prompt_ids, prompt, pad, left=True) for part in parts]),
@@ -158,7 +158,7 @@ def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
 
 
 def ends_turn(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Tensor:
-    """Whether each response ends an assistant turn, with the chat template's own end token, (B,) bool."""
+    """Whether each response ends an assistant turn with the chat template's own end token, (B,) bool."""
     asked = [
         not isinstance(row.get("prompt"), str) or (turn.opening and row["prompt"].endswith(turn.opening))
         for row in rows

@@ -1,7 +1,7 @@
 """Gathering, saving and loading weights that FSDP2 or DeepSpeed ZeRO-3 shards.
 
-Trainer and accelerate shard the policy with its value head, and the optimizer. Every process holds a full copy of each
-reference and classifier with full weights. ZeRO 1 and 2, and ZeRO's and FSDP's offloading, are not supported.
+Trainer and accelerate shard the policy, its value head and the optimizer. References and classifiers with full weights
+are not sharded: every process holds a copy of each. ZeRO 1 and 2, and ZeRO's and FSDP's offloading, are unsupported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def engine_of(accelerator: Accelerator) -> Any:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Context in which every process holds all weights, so that its forwards need no other process.
+    """Context in which every process holds all weights, so that forwards need no communication.
 
     Gathering all weights once is faster than gathering each layer for each token, but needs the memory of the whole
     model. A model that is not sharded is left unchanged.
@@ -44,7 +44,7 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             yield
         return
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if parts:  # without this FSDP takes the first module that runs for the root, and that may be a layer
+    if parts:  # without this, FSDP treats the first module that runs as the root, and that may be a layer
         parts[0]._get_fsdp_state()._lazy_init()
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -72,7 +72,7 @@ def gather_weights(module: nn.Module, accelerator: Accelerator) -> None:
 
 
 class DeferredStep(DeepSpeedEngineWrapper):
-    """accelerate's wrapper of the DeepSpeed engine, whose backward takes no optimizer step.
+    """Wrapper of the DeepSpeed engine, as accelerate's, but its backward takes no optimizer step.
 
     PPO checks gradients and ratios after backward; `before_step` then takes the step.
     """
@@ -83,7 +83,7 @@ class DeferredStep(DeepSpeedEngineWrapper):
         self.engine.backward(loss, **options)
 
     def get_global_grad_norm(self) -> float:
-        """The norm of the current gradients. DeepSpeed's own method returns that of the last step, or -1."""
+        """The norm of the current gradients. DeepSpeed's method returns the norm of the last step, or -1."""
         from deepspeed.utils import safe_get_local_grad
 
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
@@ -106,7 +106,7 @@ def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> No
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, a full tensor, or its DTensor with the sharding of `like` if `like` is sharded."""
+    """Shard a full tensor in the same way as `like`. Returns `tensor` itself if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
@@ -115,7 +115,7 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
     """The gathered weights of a Trainer's sharded model; None if the model is not sharded.
 
-    All processes must call this function, but only the first one gets the weights.
+    All processes must call this function, but only the first process gets the weights.
     """
     if trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
@@ -123,7 +123,7 @@ def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
 
 
 def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> Any:
-    """Load full tensors into a module, each sharded first like the module's tensor of that name."""
+    """Load full tensors into a module. Each is first sharded like the module's tensor of the same name."""
     held = module.state_dict()
     cut = {name: sharded_like(tensor, held[name]) if name in held else tensor for name, tensor in tensors.items()}
     return module.load_state_dict(cut, strict=strict)

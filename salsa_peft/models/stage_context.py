@@ -1,6 +1,6 @@
 """Functions that several stages use: loading the base and its tokenizer, running a Trainer, saving.
 
-A stage downloads a base on the Hub to the Hub's cache when it starts, and then reads it from this local folder.
+If the base is on the Hub, a stage first downloads it to the Hub's cache, and then reads that local folder.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StageContext:
 
     @classmethod
     def of_job(cls, job: Job) -> StageContext:
-        """Find or download the base of a job, and load its tokenizer."""
+        """Make the StageContext of a job: find or download its base, and load the tokenizer."""
         model = job.recipe.model
         if model.base is None:
             folder, name = job.inputs["toy"] / "base", "embedded world"
@@ -81,11 +81,11 @@ class StageContext:
             return causal_lm_class(config).from_config(config).requires_grad_(False)
 
     def load_trainable(self, start: Path | None = None) -> PreTrainedModel:
-        """Load the base, or the checkpoint `start`, to train all its weights."""
+        """Load the base, or the checkpoint `start`, as a trainable causal language model."""
         return self._load(load_base, start, trained=True)
 
     def load_classifier(self, start: Path | None = None) -> PreTrainedModel:
-        """Load the frozen base or, to train all its weights, the checkpoint `start`, with a new score head."""
+        """Load the frozen base or, if given, the trainable checkpoint `start`, with a new score head."""
         return self._load(load_classifier, start, trained=start is not None)
 
     def _load(self, load: Callable[..., PreTrainedModel], start: Path | None, *, trained: bool) -> PreTrainedModel:
@@ -105,7 +105,7 @@ class StageContext:
         return memory.choose_precision(self.recipe, self.stage, gpu)
 
     def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
-        """TrainingArguments of a recipe's section. For full weights, their precision is set and printed."""
+        """TrainingArguments of a recipe's section. For full weights, sets and prints their precision too."""
         found = training_arguments(section, folder, seed, self.recipe.num_processes)
         if self.recipe.mode == "full":
             chosen = self.precision()
@@ -133,10 +133,10 @@ class StageContext:
         trainer.accelerator.wait_for_everyone()
 
     def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
-        """Raise SalsaError if fingerprints show that an input or a reference was trained on another base.
+        """Raise SalsaError if fingerprints show that an input or a reference has a base other than the run's.
 
         References without a fingerprint are reported in a printed line. Inputs without a fingerprint are skipped,
-        because the stage that imported them has already reported them.
+        because the stage that imported them has already reported them. References' tokenizers are compared, too.
         """
         base = base_fingerprints(self.folder)
         made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
@@ -149,7 +149,7 @@ class StageContext:
             compare_tokenizer(folder, self.tokenizer, self.name)
 
     def write_fingerprint(self, folder: Path, checked: bool = True) -> None:
-        """Write the base's fingerprint. checked: whether it was verified that the weights are of this base."""
+        """Write the base's fingerprint. checked: whether it was verified that the weights have this base."""
         content = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
         write_atomic(folder / FINGERPRINT, json.dumps(content))
 
@@ -227,7 +227,7 @@ def remove_printer(trainer: Trainer) -> None:
 
 
 def mean_loss(trainer: Trainer, loss: float) -> float:
-    """The mean of the processes' training losses. Trainer's own lacks the last steps of other processes."""
+    """The mean of the processes' training losses. Trainer's own value omits other processes' last steps."""
     if trainer.accelerator.num_processes == 1:
         return loss
     own = torch.tensor(loss, dtype=torch.float64, device=trainer.accelerator.device)
@@ -241,8 +241,8 @@ FIGURES = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL", "o
 class ProgressBar(TrainerCallback):
     """Callback that shows a progress bar with the latest metrics, and saves the log as folder/log.jsonl.
 
-    transformers' ProgressCallback shows no stage, prints every log in full, and writes unreadable text if the output is
-    not a terminal.
+    transformers' ProgressCallback does not show the stage, prints every log in full, and writes unreadable text if the
+    output is not a terminal.
     """
 
     def __init__(self, description: str, folder: Path | None = None) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PREPARED_TOKENIZERS: WeakSet[Any] = WeakSet()
 """Tokenizers that load_tokenizer has returned. SalsaPPOTrainer prints no notes about these tokenizers, because the run
-printed them at its start."""
+printed the notes at its start."""
 
 
 def load_tokenizer(
@@ -72,7 +72,7 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: st
         return False
     with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    # changes BOS and date in the template as in `tokenizer`'s; otherwise the templates would differ in these
+    # changes BOS and date in this template as in the template of `tokenizer`, so that these do not differ
     templates.prepare_template(own)
     used, saved = tokenizer.get_vocab(), own.get_vocab()
     moved = next((token for token, number in saved.items() if used.get(token, number) != number), None)

@@ -45,20 +45,20 @@ class PolicyWithValueHead(nn.Module):
         if start is not None:
             self.value_head.weight.data.copy_(start)
         self.toggle = lora.Toggle(policy) if isinstance(policy, PeftModel) else None
-        if causal_lm(policy).is_activation_checkpointing:  # set by the user, so without restoring the active adapter
+        if causal_lm(policy).is_activation_checkpointing:  # set by the user, and would not restore the active adapter
             self.activation_checkpointing_enable()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states (B, L, H), and values (B, L) in float32.
 
-        The value at position t is computed after token t. The value before response token t is therefore at position
-        t − 1; `responses.response_values` selects those values.
+        The value at position t is computed from the tokens up to t. The value before a response token is therefore one
+        position earlier than the token; `responses.response_values` selects those values.
         """
         hidden = hidden_states(self.policy, input_ids, attention_mask)
         return hidden, self.values(hidden, input_ids, attention_mask)
 
     def values(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values (B, L) from the policy's hidden states (B, L, H) or, with a value adapter, a second forward."""
+        """Values (B, L) from the policy's hidden states (B, L, H) or, with a value adapter, its own forward."""
         if self.value_adapter is not None:
             assert self.toggle is not None
             with self.toggle(self.value_adapter):
@@ -76,7 +76,7 @@ class PolicyWithValueHead(nn.Module):
             require(
                 not options["use_reentrant"],
                 "activation_checkpointing_kwargs: use_reentrant must be false, because reentrant checkpointing"
-                " recomputes a forward with the adapter that is active later, which may be another one",
+                " recomputes a forward with the adapter that is active in the backward, which may be a different one",
             )
             # one context for the forward, and one for its recomputation
             options["context_fn"] = lambda: (contextlib.nullcontext(), toggle(toggle.active))
@@ -84,7 +84,7 @@ class PolicyWithValueHead(nn.Module):
         causal_lm(self.policy).enable_input_require_grads()  # else frozen embeddings would cut the gradient
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """The name of activation_checkpointing_enable in earlier versions of Transformers."""
+        """Call activation_checkpointing_enable, which has this name in earlier versions of Transformers."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
@@ -94,8 +94,8 @@ def with_value_head(
     """Add a value head to a policy, and freeze all adapters except the policy's and the value adapter.
 
     policy: the policy's adapter; None for full weights. value: PPO's option `value`, "head" or "adapter". With
-    "adapter", a value adapter is added too; adapter and head start as copies of the reward adapter and its head. Raises
-    SalsaError for "adapter" if the policy has full weights or the reward has no reward adapter.
+    "adapter", a value adapter is added too; it and the value head start as copies of the reward adapter and its score
+    head. Raises SalsaError for "adapter" if the policy has full weights or the reward has no reward adapter.
     """
     name, start = None, adapter_in(reward) if value == "adapter" else None
     if value == "adapter":
@@ -103,8 +103,8 @@ def with_value_head(
             adapted = isinstance(model, PeftModel)
             cause = f"the reward is a {type(reward).__name__}" if adapted else "the policy has full weights"
             raise SalsaError(
-                "value: adapter starts as a copy of the reward adapter, which must be on the policy's base, but"
-                f" {cause}. Set value: head"
+                "value: adapter needs a reward adapter on the policy's base, because the value adapter starts as its"
+                f" copy, but {cause}. Set value: head"
             )
         name = lora.unused_name(model, VALUE_ADAPTER)
         lora.attach(model, start.folder, name, trainable=True)
@@ -142,7 +142,7 @@ def save_policy(
 
 
 def load_policy(model: PolicyWithValueHead, policy_name: str | None, folder: Path) -> None:
-    """Load a folder saved by `save_policy` into a model of the same adapters or architecture."""
+    """Load a folder saved by `save_policy` into a model with the same adapters or architecture."""
     policy = model.policy
     if isinstance(policy, PeftModel):
         lora.load(policy, str(policy_name), folder)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a safetensors file. Raises SalsaError if the file is not a valid one."""
+    """Read all tensors of a safetensors file. Raises SalsaError if the file is not valid."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -98,7 +98,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         unknown = missing.unexpected_keys[:1]
         require(
             not unknown,
-            f"{file}: {', '.join(unknown)} is not a weight of this model; use a checkpoint of the same model",
+            f"{file}: {', '.join(unknown)} is not a weight of this model; use a checkpoint of this model",
         )
         found |= set(tensors)
     shared = set(model.all_tied_weights_keys or {})

@@ -662,7 +662,7 @@ def test_a_reference_whose_base_is_not_at_hand_is_said_with_both_names(base: Pat
     shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
     shared.get_base_model().name_or_path = str(base)
     as_references(shared, [folder])
-    assert f"it names the base someone/of-the-hub, but is used on {base}" in capsys.readouterr().err
+    assert f"the adapter names the base someone/of-the-hub, but is used on {base}" in capsys.readouterr().err
 
 
 def keyed(folder: Path, change: Callable[[str], str]) -> Path:

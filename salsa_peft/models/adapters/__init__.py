@@ -1,1 +1,1 @@
-"""LoRA adapters: their files, their bases, and attaching, switching and merging them on a loaded base."""
+"""LoRA adapters: their files and bases, and attaching, switching and merging adapters on a base."""

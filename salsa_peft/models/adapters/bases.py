@@ -18,7 +18,7 @@ SIZES = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "intermediate_size",
     "num_local_experts", "num_experts",
 )  # fmt: skip
-"""Keys of config.json whose values must be the same in the adapter's base and in the base used, if both have them."""
+"""Keys of config.json whose values must be the same in the adapter's base and the base used, if both have the key."""
 
 
 def require_same_family(folder: Path, base: Mapping[str, Any], name: str, where: str = "") -> str | None:
@@ -27,7 +27,7 @@ def require_same_family(folder: Path, base: Mapping[str, Any], name: str, where:
     PEFT loads such an adapter without an error if the module shapes agree, as between Mistral and Llama 3. base: the
     content of a config.json. name: the name of this base. where: the recipe's key for the error message. Returns the
     name of the adapter's base if it could not be compared, because its config.json is not on this machine. Otherwise
-    returns None; adapters with a fingerprint are not compared here.
+    returns None, also for an adapter with a fingerprint, which is not compared here.
     """
     file = folder / "adapter_config.json"
     if not file.is_file() or read_fingerprint(folder) is not None:
@@ -67,7 +67,10 @@ def _model_types(config: Mapping[str, Any]) -> list[str]:
 
 
 def local_base(config: dict[str, Any], adapter: Path) -> Path | None:
-    """The folder that an adapter names as its base, relative to here, the adapter or the adapter's parent."""
+    """Folder that an adapter names as its base; None if it is not found.
+
+    A relative path is looked up in the current folder, in the adapter's folder and in its parent folder.
+    """
     name = config["base_model_name_or_path"]
     if not name:
         return None
@@ -76,7 +79,7 @@ def local_base(config: dict[str, Any], adapter: Path) -> Path | None:
 
 
 def base_folder(config: dict[str, Any], adapter: Path) -> Path | None:
-    """The local folder, or the cached folder of a Hub id, of the base that an adapter names; else None."""
+    """Folder of the base that an adapter names by path or Hub id; None if it is not on this machine."""
     name = (config["base_model_name_or_path"] or "").rstrip("/")
     return local_base(config, adapter) or cached_folder(name, config["revision"])
 
@@ -110,7 +113,9 @@ def require_same_base(folder: Path, base: list[str] | None, name: str) -> None:
         used = _folder(name)
         config = None if used is None else config_of_base(str(used.resolve()), None)
         trained_on = None if config is None else require_same_family(folder, config, name)
-        other = "" if trained_on in (None, name) else f"; it names the base {trained_on}, but is used on {name}"
+        other = (
+            "" if trained_on in (None, name) else f"; the adapter names the base {trained_on}, but is used on {name}"
+        )
         say(f"{missing}, so the base of {folder} cannot be checked{other}")
         return
     require(

@@ -43,7 +43,7 @@ KEEPS_BASE = {"gaussian", "eva", "orthogonal"}
 
 
 def lora_config(adapter: Adapter, task_type: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
-    """Make PEFT's LoraConfig of a recipe's section `adapter`. options: further fields of LoraConfig."""
+    """Make PEFT's LoraConfig from a recipe's section `adapter`. options: further fields of LoraConfig."""
     return LoraConfig(**dataclasses.asdict(adapter), task_type=task_type, **options)
 
 
@@ -107,7 +107,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
 
 
 def load(model: PeftModel, name: str, folder: Path) -> None:
-    """Load the weights in `folder` into the adapter `name`. Raises SalsaError if names or shapes differ."""
+    """Load the adapter in `folder` into the adapter `name`. Raises SalsaError if names or shapes differ."""
     _, tensors = read(folder)
     held = get_peft_model_state_dict(model, adapter_name=name)
     _require_same_shapes(held, tensors, folder, f"adapter {name!r}")
@@ -130,7 +130,7 @@ def _require_same_shapes(
 def _lora_factors(
     model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch.Tensor], folder: Path
 ) -> dict[str, torch.Tensor]:
-    """Select an adapter's LoRA factors. Raises SalsaError if it also has trained weights of the base."""
+    """Select LoRA factors among `tensors`. Raises SalsaError if `tensors` has trained weights of the base."""
     parameters = causal_lm(model).named_parameters(remove_duplicate=False)
     base = {name.replace(".base_layer.", "."): value for name, value in parameters}
     for key, value in tensors.items():
@@ -149,8 +149,8 @@ def _require_same_parameters(model: PreTrainedModel | PeftModel, config: LoraCon
         require(
             not all(both) or both[0] == both[1],
             f"{folder}: this adapter has the target_parameters {', '.join(sorted(both[0]))}, but adapter {name!r} on"
-            f" the same base has {', '.join(sorted(both[1]))}. PEFT can only hold both if they agree; train both"
-            " adapters with the same target_modules and target_parameters",
+            f" the same base has {', '.join(sorted(both[1]))}. PEFT can hold both adapters only if these agree; train"
+            " both adapters with the same target_modules and target_parameters",
         )
 
 
@@ -184,7 +184,7 @@ def _add(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> P
 
 @contextlib.contextmanager
 def removed(model: PeftModel, name: str) -> Iterator[None]:
-    """Remove a frozen adapter; if the code in the context raises an error, add the adapter again."""
+    """Context without a frozen adapter, which is added again if the code in the context raises an error."""
     config, weights = model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.delete_adapter(name)
@@ -274,7 +274,7 @@ class Toggle:
 
 
 def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[None]:
-    """As Toggle.__call__, also for a model without adapters, where `name` must be None."""
+    """Context as in Toggle.__call__. A model without adapters is accepted too if `name` is None."""
     if isinstance(model, PeftModel):
         return Toggle(model)(name)
     require(name is None, f"adapter {name!r}: the model, a {type(model).__name__}, has no adapters")

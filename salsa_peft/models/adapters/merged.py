@@ -39,7 +39,7 @@ def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Ten
 
 
 def _wrappers(layer: Any) -> list[Any]:
-    """A LoRA layer and the LoRA layers in it; PEFT nests one per adapted parameter of stacked experts."""
+    """A LoRA layer and the LoRA layers nested in it; PEFT nests one per adapted weight of stacked experts."""
     found = [layer]
     while isinstance(found[-1].base_layer, BaseTunerLayer):
         found.append(found[-1].base_layer)

@@ -25,8 +25,8 @@ TRAINING = (".lora_velora_", ".lora_monteclora_")
 def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict[str, str]:
     """Map PEFT's name of each tensor that PEFT reads to the tensor's name in the file.
 
-    Logs one warning if names in the file have additional parts. Raises SalsaError if the file has the tensors of two
-    adapters, or one tensor under two names.
+    Logs one warning if names in the file have parts that PEFT's names do not have. Raises SalsaError if the file has
+    the tensors of two adapters, or one tensor under two names.
     """
     own = own_module(config)
     unwrapped = {key: unwrap(key, own) for key in keys}
@@ -66,7 +66,7 @@ def own_module(config: dict[str, Any]) -> bool:
 
 
 def unwrap(key: str, own: bool = False) -> str:
-    """A name without the parts that wrappers add. own: whether to remove `module` only at the start."""
+    """A tensor's name without the parts of wrappers. own: whether to remove `module` only at the start."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     if not own:
         return ".".join(part for part in parts if part != PARALLEL)

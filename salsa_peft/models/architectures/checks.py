@@ -27,10 +27,10 @@ TABLES = {
 }
 HEADS = {
     "dory": "a learned scale for each token",
-    "inkling_text": "a vocabulary that is cut after the head",
+    "inkling_text": "a cut of the vocabulary after the output embeddings",
     "minicpm3": "a scale that its config.json does not name",
-    "modernbert-decoder": "a layer between trunk and head",
-    "xlstm": "a soft cap in evaluation mode alone",
+    "modernbert-decoder": "a layer between decoder and output embeddings",
+    "xlstm": "a soft cap that is applied in evaluation mode only",
 }
 """Architectures whose logits do not depend on hidden states and output embeddings alone → what else changes the logits
 (see logprobs.check_head)."""
@@ -63,7 +63,7 @@ ATTENTION = "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 
 
 def check(recipe: Recipe) -> None:
-    """Raise SalsaError if a stage would fail by the base's config.json, if that is on this machine."""
+    """Raise SalsaError if the base's config.json, if it is on this machine, shows that a stage would fail."""
     base = recipe.model.base
     config = None if base is None else config_of_base(base, recipe.model.revision)
     if config is None or not isinstance(config.get("model_type"), str):
@@ -82,7 +82,7 @@ def check(recipe: Recipe) -> None:
 
 
 def needs_logprobs(recipe: Recipe) -> bool:
-    """Whether the recipe computes log-probs from output embeddings: it has PPO or a soup with a measure."""
+    """Whether the recipe computes log-probs from output embeddings, for PPO or for a soup with a measure."""
     return recipe.soup.uses_measure or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
 
 
@@ -94,7 +94,7 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @functools.cache
 def architectures() -> dict[str, frozenset[str]]:
-    """Key of TABLES → the model types in that table of the installed Transformers, if it has the table."""
+    """Key of TABLES → model types in that table of the installed Transformers; empty if there is no table."""
     found = importlib.util.find_spec("transformers")
     origin = None if found is None else found.origin
     file = Path(str(origin)).parent / "models" / "auto" / "modeling_auto.py"
@@ -114,7 +114,7 @@ def _check_architecture(recipe: Recipe, config: Mapping[str, Any]) -> None:
     remedy = "Use a decoder-only language model such as Llama, Mistral, Gemma or Qwen"
     require(
         not config.get("is_encoder_decoder") and kind not in known["translating"] - known["multimodal"],
-        f"model.base: {name} is a {kind} model, which encodes one sequence and writes another. {remedy}",
+        f"model.base: {name} is a {kind} model, which is an encoder-decoder model. {remedy}",
     )
     require(
         kind not in known["causal"] & known["masked"],
@@ -131,9 +131,9 @@ def _check_architecture(recipe: Recipe, config: Mapping[str, Any]) -> None:
 
 
 def _check_quantisation(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Raise SalsaError for a quantised base, except for adapters on bitsandbytes' 4 bits.
+    """Raise SalsaError for a quantised base, except if adapters are trained on bitsandbytes' 4 bits.
 
-    bitsandbytes' 8 bits give PPO different logits in training and evaluation mode.
+    With bitsandbytes' 8 bits, the logits in PPO would differ between training and evaluation mode.
     """
     own = config.get("quantization_config")
     if not isinstance(own, dict):
@@ -172,8 +172,8 @@ def _check_head(recipe: Recipe, kind: str) -> None:
     require(
         kind not in HEADS,
         f"model.base: {_name(recipe)} is a {kind} model, whose logits also depend on {HEADS.get(kind)}. PPO and soups"
-        " with a measure compute log-probs from output embeddings alone. Use a base of another architecture, or only"
-        " policies with algorithm dpo, kto, rloo or grpo",
+        " with a measure compute log-probs from hidden states and output embeddings alone. Use a base of another"
+        " architecture, or only policies with algorithm dpo, kto, rloo or grpo and a soup without a measure",
     )
     adapted = _adapted(recipe.adapter.target_modules, OUTPUT) if recipe.adapter is not None else []
     require(
@@ -211,7 +211,7 @@ def _check_mamba(recipe: Recipe, kind: str, text: Mapping[str, Any]) -> None:
 
 
 def _adapted(target_modules: str | list[str], names: Iterable[str]) -> list[str]:
-    """The names among `names` that PEFT's `target_modules` matches; none for all-linear."""
+    """The names among `names` that PEFT's `target_modules` matches; [] for all-linear."""
     if isinstance(target_modules, list):
         return [name for name in names if name in {module.rpartition(".")[2] for module in target_modules}]
     try:
@@ -223,8 +223,8 @@ def _adapted(target_modules: str | list[str], names: Iterable[str]) -> list[str]
 def require_targets(modules: str | list[str], modules_of_base: Iterable[str]) -> None:
     """Raise SalsaError for a target module that the base does not have, since PEFT may ignore its name.
 
-    modules_of_base: the full names of the base's modules; in some files they lack a prefix. A regular expression is
-    therefore not checked.
+    modules: a list of names, or a regular expression, which is not checked. modules_of_base: the full names of the
+    base's modules, in some files without a prefix.
     """
     names = list(modules_of_base)
     wanted = [] if isinstance(modules, str) else [f".{module}" for module in modules]
@@ -266,7 +266,7 @@ def _check_length(recipe: Recipe, text: Mapping[str, Any]) -> None:
 
 
 def _check_experts(recipe: Recipe, text: Mapping[str, Any]) -> None:
-    """Raise SalsaError for LoRA on experts with dropout, which PEFT lacks there, or with vLLM rollouts."""
+    """Raise SalsaError for LoRA on experts with LoRA dropout or vLLM rollouts, which do not support it."""
     adapter = recipe.adapter
     if adapter is None or not any(text.get(key) for key in EXPERTS) or adapter.target_modules != "all-linear":
         return
@@ -277,6 +277,6 @@ def _check_experts(recipe: Recipe, text: Mapping[str, Any]) -> None:
     )
     require(
         recipe.ppo.rollout_backend != "vllm",
-        "ppo.rollout_backend: vllm cannot load merged experts, because it names their weights differently than"
-        f" Transformers. Set ppo.rollout_backend=hf, or {ATTENTION}",
+        "ppo.rollout_backend: vllm cannot load merged experts, because its names of their weights differ from"
+        f" Transformers'. Set ppo.rollout_backend=hf, or {ATTENTION}",
     )

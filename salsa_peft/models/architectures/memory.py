@@ -39,7 +39,7 @@ SCORED = 4.25
 masked log-probs and the product of the last two; 0.25 for the mask."""
 LEARNED = 3.25
 """Memory for log-probs with their gradient, in tensors of float32 logits: 1 each for logits, log-probs and log-probs of
-the chunk before; 0.25 for a mask."""
+the previous chunk; 0.25 for a mask."""
 ANEW = 1.25
 """Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
 STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
@@ -167,7 +167,7 @@ class _Stage:
         return max(counted, key=len if self.full else sum, default=[])  # full: whole models; else ranks of adapters
 
     def roles(self) -> tuple[list[float], float]:
-        """Bytes of each further frozen model or adapter (references, rewards, …), and of the shared base."""
+        """Bytes of each frozen model or adapter (references, rewards, …), and of the frozen shared base."""
         ppo, kinds = self.stage == "ppo", [] if self.stage in ("sft", "reward") else self.recipe.reward.parts
         rewards = sum(part.kind == "adapter" for part in kinds)
         classifiers = [self.classifier(part.value) for part in kinds if part.kind == "classifier"]
@@ -217,7 +217,7 @@ class _Stage:
     # activations, KV cache, logits
 
     def layer(self) -> float:
-        """How many numbers one layer saves for its backward, per token.
+        """Number of values that one layer saves per token for its backward.
 
         With adapters, each adapted module also saves a copy of its input in the adapter's precision.
         """
@@ -256,7 +256,7 @@ class _Stage:
             length = recipe.ppo.max_prompt_length + sampling.max_new_tokens
         rows = generation_batch(recipe, self.stage)
         per_token = self.width * self.size.kv_per_token * rows
-        cache, later = per_token * length, per_token * sampling.max_new_tokens  # later: not in the first forward
+        cache, later = per_token * length, per_token * sampling.max_new_tokens  # later: for responses, after prefill
         first = self.forward(rows * (length - sampling.max_new_tokens)) - later
         prefill = max(first, cache / self.size.layers)  # growing the cache of a layer copies it
         scored = self.logits(CHUNK, SCORED if self.stage == "ppo" else 0)

@@ -30,7 +30,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""Published config.json of the paper's bases. They are gated on the Hub, and --dry-run must work without access."""
+"""Sizes in the config.json of the SALSA paper's bases. These are gated on the Hub; --dry-run works without access."""
 TIED = ("gemma", "gemma2", "gemma3_text")
 """Architectures whose input and output embeddings are tied by default."""
 
@@ -108,7 +108,7 @@ class Architecture:
 
     @property
     def head(self) -> int:
-        """Number of parameters that only output embeddings have, and a classifier lacks; 0 if they are tied."""
+        """Number of parameters of untied output embeddings, which a classifier lacks; 0 for tied embeddings."""
         return 0 if self.tied else self.vocabulary * self.hidden
 
     @property
@@ -118,7 +118,7 @@ class Architecture:
 
     @property
     def kv_per_token(self) -> int:
-        """How many numbers the KV cache holds for one token, in all layers together."""
+        """Number of values that the KV cache holds per token, in all layers together."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     def adapter(self, rank: int, modules: str | list[str]) -> int:
@@ -139,7 +139,7 @@ def architecture_of_recipe(recipe: Recipe) -> Architecture | None:
 
 
 def architecture_of_base(base: str, revision: str | None = None) -> Architecture | None:
-    """Sizes of the model in a folder or of a Hub id; None as in architecture_of_recipe."""
+    """Sizes of a folder's or Hub id's model; None if its config.json is not on this machine or incomplete."""
     found = config_of_base(base, revision)
     try:
         return None if found is None else Architecture.of(found)

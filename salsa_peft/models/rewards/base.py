@@ -20,7 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Reward(ABC):
-    """Scores responses. A subclass must define `__call__`; the other methods fit rewards without a model."""
+    """Scores responses. Subclasses define `__call__`; the other methods suit rewards without a model."""
 
     on_device: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """Context in which `frozen_model` is on the device; training/offload.py replaces it if it offloads the model to the
@@ -33,7 +33,7 @@ class Reward(ABC):
 
     @cached_property
     def code(self) -> str:
-        """Name of the class or function that scores. A resumed run compares it, since code cannot be compared."""
+        """Name of the class or function that scores. A resumed run compares this name, not the code."""
         return type(self).__name__
 
     @abstractmethod

@@ -41,11 +41,12 @@ class ClassifierReward(Reward):
     - Messages: the classifier's chat template renders the prompt with the response as assistant turn. The template
       closes this turn even if the length limit cut the response.
     - Text: the classifier's tokenizer encodes prompt and response, and adds its special tokens.
-    - If policy and classifier have the same tokenizer and chat template, the sampled token ids are scored, and after
-      an end token also the tokens that the template writes there.
+    - If policy and classifier have the same tokenizer and chat template, the sampled token ids are scored, and also
+      the tokens that the template writes after a turn's end token.
 
-    A sequence longer than the classifier's maximum keeps its first token and its end; `rewards/<name>/truncated` is the
-    share of such sequences. Raises SalsaError for more than one label, and for messages without a chat template.
+    A sequence longer than the classifier's maximum keeps only its first and its last tokens; `rewards/<name>/truncated`
+    is the share of such sequences. Raises SalsaError if the classifier has more than one label, or if prompts are
+    messages but its tokenizer has no chat template.
     """
 
     def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase,
@@ -111,7 +112,7 @@ class ClassifierReward(Reward):
             require(
                 "prompt" in row,
                 f"reward {self.name}: the data has the column input_ids but not `prompt`, which this reward needs"
-                " because its tokenizer is not the policy's; add a column `prompt`",
+                " because its tokenizer or chat template is not the policy's; add a column `prompt`",
             )
             if isinstance(row["prompt"], str):
                 # not prompt + answer, because some tokenizers drop the first space of a decoded text
@@ -143,7 +144,7 @@ class ClassifierReward(Reward):
             self.truncation_reported = True
             say(
                 f"reward {self.name}: {over} of {len(sequences)} prompts with their responses are longer than"
-                f" {self.longest} tokens, the classifier's maximum; they lose tokens at their beginning"
+                f" {self.longest} tokens, the classifier's maximum; only their first and their last tokens are scored"
             )
         return [ids if len(ids) <= self.longest else [*ids[:1], *ids[1 - self.longest :]] for ids in sequences]
 
@@ -159,9 +160,9 @@ class ClassifierReward(Reward):
 
 def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, *, name: str | None = None,
                            dtype: str = "auto") -> ClassifierReward:  # fmt: skip
-    """Load a sequence classifier from a folder or Hub id. Raises SalsaError if it has no trained head."""
+    """Load a sequence classifier from a folder or Hub id. Raises SalsaError if weights are missing."""
     folder = local_folder(path)
-    require((folder / "config.json").is_file(), f"{path}: it has no config.json; use a sequence classifier")
+    require((folder / "config.json").is_file(), f"{path}: there is no config.json; use a sequence classifier")
     with readable_hub_errors(str(folder)):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         loaded, report = classifier_class(config).from_pretrained(

@@ -92,7 +92,7 @@ class WeightedReward(Reward):
     """The weighted sum, as in TRL, of the rewards that apply to a response.
 
     Weights are not rescaled where a reward does not apply. A reward of weight 0 is only logged. Raises SalsaError if no
-    reward of another weight applies to a response.
+    reward with a nonzero weight applies to a response.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
@@ -205,7 +205,7 @@ def _load(
 
 def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
               micro_batch_size: int) -> Reward:  # fmt: skip
-    """Make a recipe's reward. inputs["reward"]: folder of the reward stage, if the recipe has this stage."""
+    """Make a recipe's reward. inputs["reward"]: the reward stage's folder, if the recipe has that stage."""
     parts = []
     for part in recipe.reward.parts:
         path = str(inputs["reward"]) if part.kind == ADAPTER else part.value

@@ -128,7 +128,7 @@ def test_a_value_adapter_starts_from_the_reward_and_needs_one(make_trainer: Any,
     }
     with pytest.raises(
         SalsaError,
-        match=r"value: adapter starts as a copy of the reward adapter, .*, but the reward is a FunctionReward",
+        match=r"value: adapter needs a reward adapter on the policy's base, .*, but the reward is a FunctionReward",
     ):
         make_trainer(value="adapter")
 
@@ -181,7 +181,8 @@ def test_references_of_full_weights_that_are_refused(make_trainer: Any, make_bas
     with pytest.raises(SalsaError, match=r"references: .* has 10 output embeddings, and not"):
         make_trainer([make_base(vocab_size=10)], full=True)
     with pytest.raises(
-        SalsaError, match=r"value: adapter starts as a copy of the reward adapter, .*, but the policy has full weights"
+        SalsaError,
+        match=r"value: adapter needs a reward adapter on the policy's base, .*, but the policy has full weights",
     ):
         make_trainer(full=True, value="adapter")
 
