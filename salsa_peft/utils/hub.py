@@ -17,7 +17,7 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """The files of a model: weights in safetensors, configuration, tokenizer and chat template."""
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
-GATED = "{} is gated: accept its licence on that page, then `hf auth login`"
+GATED = "{} is gated: accept its licence on that page, then run `hf auth login`"
 NOT_FOUND = "{}: not found. Check the name; if the repository is private, log in with `hf auth login`"
 
 NAMED = (
@@ -68,7 +68,7 @@ def readable_hub_errors(name: str) -> Iterator[None]:
 def explain_hub_error(error: BaseException, name: str | None = None) -> str | None:
     """Message for an error of the Hub or Transformers, with advice; None for any other error.
 
-    Transformers or datasets may have wrapped the error in one of theirs. name: the repository, for errors that do not
+    Transformers or datasets may have wrapped the error in an error of their own. name: the repository, for errors that do not
     name it.
     """
     if "huggingface_hub" not in sys.modules:
