@@ -166,7 +166,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SalsaError(
-                f"{folder}: in use by {_read_holder(handle)}; wait for it, or use another --output-dir"
+                f"{folder}: in use by {_read_holder(handle)}; wait for it, or use another folder as --output-dir"
             ) from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {timestamp()}\n".encode(), 0)

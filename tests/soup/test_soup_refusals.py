@@ -138,7 +138,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "aLoRA": (configure(alora_invocation_tokens=[1]), "alora_invocation_tokens are [1], but None in "),
     "PEFT 0.2": (
         configure(enable_lora=[True, False]),
-        "enable_lora is [True, False]: this is the fused-layer LoRA of PEFT 0.2",
+        "enable_lora is [True, False]: this is fused-layer LoRA of PEFT 0.2",
     ),
     "LoRA-GA": (configure(init_lora_weights="lora_ga"), "'lora_ga', which changes the weights of the base"),
     "two adapters": (

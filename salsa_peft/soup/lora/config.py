@@ -95,7 +95,7 @@ def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
 
 
 def bias_of(members: Sequence[Member]) -> str:
-    """The `bias` option: the members' value if they agree, else `all` if the soup has biases, or `none`."""
+    """The `bias` option: the members' value if they agree; if not, `all` with biases, `none` without."""
     configs = [member.config for member in members]
     if agree(configs, "bias"):
         return str(configs[0]["bias"])

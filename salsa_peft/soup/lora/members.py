@@ -113,7 +113,7 @@ VOCABULARY, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "cha
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """The member (folder, name) that the soup's tokenizer comes from, and where the chat template is from."""
+    """The member (folder, name) that gives the soup its tokenizer, and the source of the chat template."""
 
     folder: Path
     name: str
@@ -228,7 +228,7 @@ TOWER = ("model", "language_model")
 def unify_layouts(members: Sequence[Member]) -> list[Member]:
     """Rename modules of multimodal models to the newest layout where members use different layouts."""
     variants: dict[tuple[str, ...], set[str]] = {}
-    apart: set[tuple[str, ...]] = set()  # keys that stand for several names, and so modules, of one member
+    apart: set[tuple[str, ...]] = set()  # keys that fit two modules of one member, so neither is renamed
     for member in members:
         mine: set[tuple[str, ...]] = set()
         for name in (*member.factors, *member.non_lora):

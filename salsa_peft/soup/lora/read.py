@@ -57,7 +57,7 @@ WHY = {
     "use_dora": f"a DoRA delta is not linear in its factors, so no single adapter is the mean; {MERGES}",
     "layer_replication": "it repeats layers of the base, and a soup does not read the base; merge each adapter with"
     " PEFT and average the checkpoints",
-    "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which newer versions read differently; retrain the adapter",
+    "enable_lora": "this is fused-layer LoRA of PEFT 0.2, which later versions read differently; retrain the adapter",
     "use_qalora": "QA-LoRA pools the input of a layer, so its delta is not B·A; train the adapters without it",
     "use_bdlora": "the factors of BD-LoRA are block-diagonal and sharded; train the adapters without it",
     "arrow_config": "Arrow chooses between adapters for every token, so there is no single delta; average the task"

@@ -5,8 +5,8 @@
 
 By the Eckart–Young theorem no matrix of that rank is nearer in Frobenius norm. The error √Σ_{i>rank} S_i² follows from
 the same singular values. The orthonormal Q_a and Q_b come from Cholesky factors of the float64 Gram matrices A·Aᵀ and
-Bᵀ·B, which a soup's summary needs anyway. For 4096 × 32 this takes a fifth of the time of a Householder QR, which is used in
-float64 for nearly rank-deficient factors.
+Bᵀ·B, which a soup's summary needs anyway. For 4096 × 32 this takes a fifth of the time of a Householder QR, which is
+used in float64 for nearly rank-deficient factors.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Shape(NamedTuple):
 
 
 def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
-    """A test of module names: whether PEFT puts LoRA on the module; always True for 'all-linear' or None."""
+    """A function that tells whether PEFT puts LoRA on a module; always True for 'all-linear' or None."""
     path = folder / CONFIG
     targets = config["target_modules"]
     if any(

@@ -73,14 +73,14 @@ class Member:
     non_lora: dict[str, str]
     """Parameters averaged directly: name in the base (+ TOKENS for trained tokens) → name in the file."""
     frozen: frozenset[str] = frozenset()
-    """Keys of `non_lora` of weights of layers with LoRA: PEFT saves some, although they are untrained."""
+    """Keys of `non_lora` that name weights of layers with LoRA; PEFT saves some such weights untrained."""
 
     @property
     def ranks(self) -> dict[str, int]:
         return {module: factors.shape.rank for module, factors in self.factors.items()}
 
     def read(self, key: str) -> Array:
-        """A tensor's values in float32, or float64 if saved so. Raises SalsaError for values not finite."""
+        """A tensor's values in float32, or float64 if saved so. Raises SalsaError for NaN or infinity."""
         return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else arrays.read(self.file, key)
 
     def token_indices(self, name: str) -> list[int]:
