@@ -46,7 +46,7 @@ def say(line: str) -> None:
 
 
 def silence_import_warnings() -> None:
-    """Hide the import warnings of NOISY_LOGGERS and Transformers. Call it before importing them."""
+    """Hide import warnings of NOISY_LOGGERS and Transformers. Call it before importing these libraries."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

@@ -146,7 +146,7 @@ def timestamp() -> str:
 
 
 def other_files(folder: Path, *own: str) -> str:
-    """Names in a folder, for a message, except `own` and hidden ones: at most three and a count."""
+    """Names in a folder as text, except `own` and hidden names: at most three, and the number of others."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in own)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -166,7 +166,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SalsaError(
-                f"{folder}: in use by {_read_holder(handle)}; wait for it, or use another --output-dir"
+                f"{folder}: in use by {_read_holder(handle)}; wait for it, or use another folder as --output-dir"
             ) from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {timestamp()}\n".encode(), 0)

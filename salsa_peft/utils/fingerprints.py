@@ -25,16 +25,17 @@ HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 """Endings of the names of input embeddings."""
 NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.(attn|attention)\.masked_bias$")
+"""Names of buffers that earlier versions of Transformers saved."""
 MASK = re.compile(r"\.(attn|attention)\.bias$")
-"""Names of buffers that earlier Transformers saved. MASK (causal masks) needs four dimensions."""
+"""Names of causal masks, which are buffers as well, provided that the tensor has four dimensions."""
 PREFIXES = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
 """model_type → the base model's prefix, for architectures whose files on the Hub may lack it."""
 
 
 def read_fingerprint(folder: Path) -> str | None:
-    """Fingerprint of an adapter's or checkpoint's base; None if the folder has none.
+    """Fingerprint of an adapter's or checkpoint's base; None if the folder has no fingerprint.json.
 
-    Raises SalsaError for a damaged file.
+    Raises SalsaError if fingerprint.json is damaged.
     """
     path = folder / FINGERPRINT
     if not path.exists():
@@ -62,8 +63,9 @@ def sha256(path: str | Path) -> str:
 def fingerprint(path: str | Path) -> str:
     """The fingerprint of a file (its content) or of a folder.
 
-    It covers ADAPTER_FILES of an adapter's folder; the base_fingerprint, configuration and tokenizer of a model's
-    folder; and all files that are not hidden of any other folder. Raises SalsaError if a file is missing or unreadable.
+    For an adapter's folder it covers ADAPTER_FILES; for a model's folder the base_fingerprint, the configuration and
+    the tokenizer; for any other folder all files except hidden files. Raises SalsaError if a file is missing or
+    unreadable.
     """
     path = Path(path)
     try:
@@ -137,7 +139,7 @@ def _digest(tensors: Mapping[str, _Tensor]) -> str:
 
 
 def _parameters(folder: Path, tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
-    """The parameters without buffers and a tied lm_head, under the names that Transformers saves."""
+    """The tensors except buffers and a tied lm_head, under the names that Transformers saves."""
     found = {
         without_wrappers(name): tensor
         for name, tensor in tensors.items()

@@ -17,7 +17,7 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """The files of a model: weights in safetensors, configuration, tokenizer and chat template."""
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
-GATED = "{} is gated: accept its licence on that page, then `hf auth login`"
+GATED = "{} is gated: accept its licence on that page, then run `hf auth login`"
 NOT_FOUND = "{}: not found. Check the name; if the repository is private, log in with `hf auth login`"
 
 NAMED = (
@@ -68,8 +68,8 @@ def readable_hub_errors(name: str) -> Iterator[None]:
 def explain_hub_error(error: BaseException, name: str | None = None) -> str | None:
     """Message for an error of the Hub or Transformers, with advice; None for any other error.
 
-    Transformers or datasets may have wrapped the error in one of theirs. name: the repository, for errors that do not
-    name it.
+    Transformers or datasets may have wrapped the error in an error of their own. name: the repository, for errors that
+    do not name it.
     """
     if "huggingface_hub" not in sys.modules:
         return None
@@ -102,7 +102,8 @@ def explain_hub_error(error: BaseException, name: str | None = None) -> str | No
     if any(isinstance(one, offline) for one in chain) or "OfflineModeIsEnabled" in text:
         where = _page(None, text)
         where = WEB + name if name and (where == UNKNOWN or where.startswith(WEB + name)) else where
-        return f"{where}: not in the local cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        why = "not in the local cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        return f"{where}: {why}; download it while online"
     return None
 
 

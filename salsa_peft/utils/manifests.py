@@ -73,7 +73,8 @@ def latest_report(run: Path) -> Path | None:
 def finished_results(run: Path) -> dict[str, Path]:
     """Unit id → folder of the results that the run's latest report was made from.
 
-    They are found by content, since a new plan may give them different cache keys, for example after a library update.
+    The results are found by content, since a new plan may give them different cache keys, for example after a library
+    update.
 
     Raises SalsaError if there is no finished report, or if one of these results is missing or changed.
     """

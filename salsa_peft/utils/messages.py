@@ -100,6 +100,6 @@ def duration(seconds: float) -> str:
 
 
 def number_in_name(value: float) -> str:
-    """A number as text in a policy's name: by %g if that is exact, else all digits; without a plus sign."""
+    """A number as text for a policy's name: in the format %g if exact, else in full; without a plus sign."""
     text = f"{value:g}"
     return (text if float(text) == value else repr(value)).replace("+", "")

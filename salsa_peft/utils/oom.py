@@ -20,7 +20,7 @@ T = TypeVar("T")
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is an out-of-memory error of Python, the CPU or an accelerator.
 
-    accelerate's should_reduce_batch_size also accepts missing cuDNN kernels, and it misses two of PHRASES.
+    accelerate's should_reduce_batch_size is not used: it also accepts missing cuDNN kernels and lacks two of PHRASES.
     """
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
@@ -28,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def largest_proper_divisor(rows: int) -> int | None:
-    """Largest divisor of `rows` below `rows`: the next smaller batch size that divides it; None for 1."""
+    """Largest divisor of `rows` that is less than `rows`; None for 1."""
     return next((part for part in range(rows // 2, 0, -1) if rows % part == 0), None)
 
 
@@ -45,9 +45,9 @@ class MicroBatchLimit:
         self.option, self.single_process = option, single_process
 
     def run(self, work: Callable[[], T], rows: int | None = None) -> T:
-        """Call `work`, which processes `self.rows` rows at a time; halve them if it runs out of memory.
+        """Call `work`, which processes `self.rows` rows at a time; halve `self.rows` until memory suffices.
 
-        rows: number of rows in all, if it can be below the limit. Raises SalsaError if a single row does not fit, and
+        rows: total number of rows, if it can be below `self.rows`. Raises SalsaError if a single row does not fit, and
         the out-of-memory error itself if `single_process` is False.
         """
         while True:

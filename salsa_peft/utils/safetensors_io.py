@@ -148,7 +148,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Writer:
-    """Writes tensor data after a file's header: a call appends, and `at` writes at a given place."""
+    """Writes tensor data after a file's header: a call appends, and `at` writes at a given byte."""
 
     def __init__(self, descriptor: int, begin: int) -> None:
         self.descriptor, self.begin = descriptor, begin

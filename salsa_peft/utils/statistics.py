@@ -34,9 +34,9 @@ def mean_interval(values: Sequence[float] | np.ndarray, clusters: Sequence[Hasha
         without clusters:  mean ± t(0.975, n − 1) · s / √n
         with clusters:     mean ± t(0.975, G − 1) · √(G/(G − 1) · Σ_g e_g²) / N
 
-    s is the standard deviation (n − 1), and e_g the sum of value − mean over cluster g of G (Liang and Zeger, 1986).
-    Values of one cluster may depend on each other. Clusters of one value each give the first formula. For a single
-    value or cluster no spread can be estimated, and low = high = mean. Raises ValueError for no values, NaN or
+    s is the standard deviation (divisor n − 1), and e_g the sum of value − mean over cluster g of G (Liang and Zeger,
+    1986). Values of one cluster may depend on each other. Clusters of one value each give the first formula. For a
+    single value or cluster no spread can be estimated, and low = high = mean. Raises ValueError for no values, NaN or
     infinity.
     """
     from scipy.stats import t
@@ -81,7 +81,7 @@ def as_paired_arrays(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.nd
 def cluster_indices(clusters: Sequence[Hashable], n: int) -> np.ndarray:
     """Index of the cluster of each value (n,). Clusters are numbered in order of first appearance."""
     if len(clusters) != n:
-        raise ValueError(f"{len(clusters)} clusters for {n} values; each value needs one")
+        raise ValueError(f"{len(clusters)} clusters for {n} values; give one cluster for each value")
     number: dict[Hashable, int] = {}
     return np.array([number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.int64)
 
@@ -202,12 +202,12 @@ class WinRates:
     losses: int
     ties: int
     win_rate: float
-    """W / N. Ties count against both models, so their rates do not sum to 1."""
+    """W / N. Ties count against both models, so the models' rates do not sum to 1 if there are ties."""
     adjusted_win_rate: float
     """(W + T/2) / N. ½ means no difference; the two models' rates sum to 1."""
     low: float
     high: float
-    """95% confidence interval of the adjusted win rate."""
+    """Upper bound of the 95% confidence interval of the adjusted win rate; `low` is the lower bound."""
     p_value: float
     """Exact two-sided test of wins against losses without ties; 1 if all comparisons are ties."""
 

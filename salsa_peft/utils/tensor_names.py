@@ -39,7 +39,7 @@ def without_wrappers(name: str) -> str:
 
 
 class Block(NamedTuple):
-    """Consecutive elements of a tensor in a file."""
+    """Consecutive elements of a tensor in a file: `elements` elements, beginning with number `first`."""
 
     source: str
     """The tensor's name in the file."""
@@ -123,7 +123,7 @@ class ModelNames:
         return ResolvedNames(names, blocks, [name for name, found in unplaced.items() if found not in ignored])
 
     def _ignored(self, names: set[str]) -> set[str]:
-        """Those of `names` that Transformers ignores without a warning. The model has none of `names`."""
+        """Those of `names` that Transformers ignores silently. `names` must not be tensors of the model."""
         from transformers.utils.loading_report import LoadStateDictInfo
 
         info = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
@@ -176,7 +176,7 @@ def _wrong_shape(where: str, name: str, given: Sequence[int], found: str, expect
 
 
 def _blocks(numbers: Any, starts: list[tuple[int, str, int]]) -> tuple[Block, ...]:
-    """Runs of consecutive rows, each within one source tensor.
+    """Group row numbers into runs of consecutive rows, each within one source tensor.
 
     starts: for each source tensor the number of its first row, its name, and the length of its rows.
     """

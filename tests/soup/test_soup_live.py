@@ -70,14 +70,14 @@ class TestLive:
         with pytest.raises(SalsaError, match="attach this soup under that name first"):
             stacked.set_weights(model, "soup", [1])
         model.add_adapter("other", LoraConfig(target_modules=["q_proj", "v_proj"], r=1))
-        with pytest.raises(SalsaError, match="the adapter is another soup, or belongs to another base"):
+        with pytest.raises(SalsaError, match="Use the name under which this soup was attached, and a model"):
             stacked.set_weights(model, "other", [1])
         stacked.attach(model, "soup", [1])
         model.merge_adapter(["soup"])
         with pytest.raises(SalsaError, match="merged into the base"):
             stacked.set_weights(model, "soup", [1])
         wide = LlamaForCausalLM(LlamaConfig(**base.config.to_dict() | {"hidden_size": 32, "head_dim": 16}))
-        with pytest.raises(SalsaError, match="the adapter is another soup, or belongs to another base"):
+        with pytest.raises(SalsaError, match="Use the name under which this soup was attached, and a model"):
             stacked.attach(get_peft_model(wide, LoraConfig(target_modules=["q_proj"])), "soup", [1])
         short = LlamaForCausalLM(LlamaConfig(**base.config.to_dict() | {"num_hidden_layers": 1}))
         with pytest.raises(

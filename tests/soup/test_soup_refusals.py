@@ -127,15 +127,18 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         configure(layer_replication=[[0, 2], [0, 2]]),
         "layer_replication is [[0, 2], [0, 2]]: it repeats layers of the base",
     ),
-    "unknown option": (configure(use_warp=True), "use_warp is True. This version does not know the option"),
+    "unknown option": (
+        configure(use_warp=True),
+        "use_warp is True. This version of salsa-peft does not know the option",
+    ),
     "unknown configuration": (
         configure(warp_config={"a": 1}),
-        "warp_config is {'a': 1}. This version does not know the option",
+        "warp_config is {'a': 1}. This version of salsa-peft does not know the option",
     ),
     "aLoRA": (configure(alora_invocation_tokens=[1]), "alora_invocation_tokens are [1], but None in "),
     "PEFT 0.2": (
         configure(enable_lora=[True, False]),
-        "enable_lora is [True, False]: this is the fused-layer LoRA of PEFT 0.2",
+        "enable_lora is [True, False]: this is fused-layer LoRA of PEFT 0.2",
     ),
     "LoRA-GA": (configure(init_lora_weights="lora_ga"), "'lora_ga', which changes the weights of the base"),
     "two adapters": (

@@ -86,7 +86,7 @@ def test_refusals_of_a_hub(tmp_path):
         assert line.startswith(page), (how, name, kind, line)
         assert "\n" not in line
         if name == "org/gated":
-            assert f"{page} is gated: accept its licence on that page, then `hf auth login`" in line
+            assert f"{page} is gated: accept its licence on that page, then run `hf auth login`" in line
         if name == "org/missing":
             assert "Check the name; if the repository is private, log in" in line
 

@@ -50,7 +50,7 @@ def config_fields(members: Sequence[Member], stacks: Stacks, ranks: dict[str, in
 
 
 def targeted_name(shape: Shape, name: str) -> str:
-    """The name for which PEFT looks up a rank: that of the targeted parameter or module."""
+    """The targeted module or parameter whose rank PEFT looks up; a pattern if the parameter is unknown."""
     if shape.parameter == "":
         return f"{shape.module}.{UNCLEAR}"
     return shape.target if shape.parameter is None else name
@@ -69,9 +69,9 @@ def targets_match(member: Member, stacks: Stacks) -> bool:
 
 
 def listed_targets(stacks: Stacks, targeted: dict[str, int]) -> dict[str, Any]:
-    """Targets that list all modules and parameters by full name.
+    """target_modules and target_parameters with the full names of all modules and parameters.
 
-    If tensor names do not tell the parameters, target_parameters are the members' own.
+    If tensor names do not tell which parameter they belong to, target_parameters is that of the members.
     """
     parameters = [name for name, shape in stacks.shapes.items() if shape.parameter is not None]
     modules = [name for name in targeted if name not in parameters and not name.endswith(UNCLEAR)]
@@ -81,7 +81,7 @@ def listed_targets(stacks: Stacks, targeted: dict[str, int]) -> dict[str, Any]:
 
 
 def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
-    """modules_to_save of the soup: the members' if they agree, else all of theirs and of tied modules."""
+    """modules_to_save of the soup: the members' value if they agree, else the union with tied modules."""
     configs = [member.config for member in members]
     if agree(configs, "modules_to_save", "ensure_weight_tying"):
         return configs[0]["modules_to_save"] or None
@@ -95,7 +95,7 @@ def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
 
 
 def bias_of(members: Sequence[Member]) -> str:
-    """The soup's `bias` option: the members' if they agree, else `all` if it has biases, else `none`."""
+    """The `bias` option: the members' value if they agree; if not, `all` with biases, `none` without."""
     configs = [member.config for member in members]
     if agree(configs, "bias"):
         return str(configs[0]["bias"])
@@ -116,7 +116,7 @@ def as_sorted(value: Any) -> Any:
 def rank_pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
     """rank_pattern for the modules whose rank is not `usual`.
 
-    The key is the last part of a module's name if all modules with that last part have one rank, else the full name.
+    A module's key is the last part of its name if all modules with this last part have one rank, else its full name.
     """
     by_leaf: dict[str, set[int]] = {}
     for module, r in ranks.items():
@@ -126,6 +126,6 @@ def rank_pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
         leaf = module.rpartition(".")[2]
         if r != usual and module.endswith(UNCLEAR):
             pattern[f"^{re.escape(module.removesuffix(UNCLEAR))}{UNCLEAR}"] = r
-        elif r != usual:  # PEFT takes the first KEY for which (.*\.)?(KEY)$ matches; no name matches two of these
+        elif r != usual:  # PEFT takes the first KEY for which (.*\.)?(KEY)$ matches; no name matches two keys
             pattern[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(module)}"] = r
     return pattern

@@ -54,7 +54,7 @@ class Stack(NamedTuple):
         return None if self.bias is None else np.array(weights) @ self.bias
 
     def each_block(self) -> Iterator[tuple[Array, Array]]:
-        """Yield A (R, in) and B (out, R) of each expert or group, or once for a module without blocks."""
+        """Yield A (R, in) and B (out, R) of each expert or group, or of the module if it has no blocks."""
         yield from zip(self.A, self.B, strict=True) if self.A.ndim == 3 else [(self.A, self.B)]
 
     def gram(self, blocks: Sequence[Moments], n: int) -> Array:
@@ -64,7 +64,7 @@ class Stack(NamedTuple):
 
 
 class Stacks(Mapping[str, Stack]):
-    """Module or parameter → Stack, read on access. Raises SalsaError if the members' layers differ."""
+    """Module or parameter → Stack, read on access. Raises SalsaError if the members cannot be stacked."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
@@ -111,7 +111,7 @@ class Stacks(Mapping[str, Stack]):
         self.held = dict(self.items())
 
     def check_saveable(self) -> None:
-        """Raise SalsaError for lora_bias beside LoRA on an embedding or parameter: PEFT has no such adapter."""
+        """Raise SalsaError for lora_bias with LoRA on an embedding or parameter: PEFT has no such adapter."""
         odd = [module for module, shape in self.shapes.items() if shape.embedding or shape.parameter is not None]
         require(
             not self.with_bias or not odd,
@@ -134,7 +134,7 @@ class Stacks(Mapping[str, Stack]):
         return wrapped(self.shapes[module].module, self.wrappers) + WRAPPED * self.depth(module)
 
     def depth(self, module: str) -> int:
-        """Number of wrappers around a targeted parameter's own, for other parameters of the same module."""
+        """Number of wrappers around a targeted parameter's wrapper: one per parameter registered later."""
         shape = self.shapes[module]
         if shape.parameter is None:
             return 0
@@ -184,9 +184,10 @@ def check_invocation_tokens(members: Sequence[Member]) -> None:
 
 
 def check_parameters(members: Sequence[Member]) -> None:
-    """Raise SalsaError if a module's tensor names do not tell their parameter and members may differ.
+    """Raise SalsaError if tensor names do not tell their parameter, which may differ between members.
 
-    Members agree if all have the same target_parameters and those with such names no rank_pattern or alpha_pattern.
+    The parameter is the same if all members have the same target_parameters, and the members with such tensor names
+    have neither a rank_pattern nor an alpha_pattern.
     """
     unclear = [(module, m) for m in members for module, f in m.factors.items() if f.shape.parameter == ""]
     for module, member in unclear:
@@ -195,6 +196,6 @@ def check_parameters(members: Sequence[Member]) -> None:
             require(
                 same and not (member.config["rank_pattern"] or member.config["alpha_pattern"]),
                 f"{member.file.path}: the name {module} does not tell which of target_parameters it belongs to, and"
-                f" {other.folder} has different target_parameters, or the adapter has a rank_pattern or alpha_pattern;"
+                f" {other.folder} has different target_parameters, or this adapter has a rank_pattern or alpha_pattern;"
                 " train the members with the same target_parameters and one rank",
             )

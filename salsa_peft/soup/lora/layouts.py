@@ -4,7 +4,7 @@
     block_sparse_moe.experts.3.w1, .w3.lora_A  →  mlp.experts.base_layer.lora_A      experts before 5.0, now stacked
 
 If the base's files name every module of the adapter, nothing is converted. Otherwise the base's model is built without
-weights, and an adapter with a module that the model lacks after the conversion is rejected; PEFT would ignore this
+weights, and an adapter with a module that the model lacks after the conversion is rejected; PEFT would ignore such a
 module with a warning. If the base is not on this machine, only adapters of Mixtral are converted.
 """
 
@@ -37,7 +37,7 @@ Names = dict[str, str]
 
 
 class ConvertedFile(SafetensorsFile):
-    """An adapter's file with all tensors in memory, after PEFT joined those of single experts."""
+    """An adapter's file with all tensors in memory; PEFT has joined the tensors of single experts."""
 
     def __init__(self, path: Path, arrays: Mapping[str, float_arrays.Array]) -> None:
         super().__init__(path)
@@ -80,7 +80,7 @@ def to_current_layout(
 
 
 def lora_modules(names: Iterable[str]) -> Iterator[str]:
-    """Yield the module of each LoRA tensor, by its name without PEFT's wrappers. Modules are repeated."""
+    """Yield the name of each LoRA tensor's module without PEFT's wrappers; names occur repeatedly."""
     for name in names:
         module, lora, _ = name.removeprefix(PREFIX).rpartition(".lora_")
         if lora:
@@ -88,7 +88,7 @@ def lora_modules(names: Iterable[str]) -> Iterator[str]:
 
 
 def in_base(module: str, places: frozenset[str], starts: frozenset[str]) -> bool:
-    """Whether a base's files name a module, with or without the first part, such as `model.`, of its name."""
+    """Whether a base's files have a module, by its name or by its name without the first part (`model.`)."""
     start, _, rest = module.partition(".")
     return module in places or module == "lm_head" or (start not in starts and rest in places)
 
@@ -124,7 +124,7 @@ ANY_HEAD = [
 
 
 def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
-    """Yield the base, then its language model alone, as built by each auto class that may fit `task`."""
+    """Yield the base as built by each auto class that may fit `task`, then its language model likewise."""
     for text in (False, True):
         for head in (*HEADS.get(task or "", ANY_HEAD), ""):
             model = without_weights(base, f"AutoModel{head}", text)
@@ -134,7 +134,7 @@ def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
 
 @functools.lru_cache(maxsize=4)
 def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
-    """Build the base, or only its language model (text), on the meta device; None if class `name` cannot."""
+    """Build the base, or if `text` its language model, on the meta device; None if class `name` cannot."""
     import torch
     import transformers
 
@@ -164,7 +164,7 @@ def mixtral(modules: Iterable[str]) -> nn.Module:
 def convert(
     model: nn.Module, names: Names, config: dict[str, Any], file: SafetensorsFile
 ) -> tuple[Names, dict[str, Any], SafetensorsFile]:
-    """Apply PEFT's conversion to an adapter. Values are read only if it joins tensors of single experts."""
+    """Apply PEFT's conversion to an adapter. Read values only if tensors of single experts are joined."""
     import torch
     from peft import LoraConfig
     from peft.utils import transformers_weight_conversion as peft_conversion

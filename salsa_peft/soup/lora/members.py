@@ -29,7 +29,7 @@ def check_one_base(members: Sequence[Member], same_base: bool = False, merging: 
 
     If every member has a fingerprint, only the fingerprints are compared, else also the bases that the configurations
     name. Members with different task_types must have LoRA on the same modules. same_base: the caller asserts that the
-    bases are the same. merging: do not warn about missing fingerprints; the merge into the base warns itself.
+    bases are the same. merging: do not warn about missing fingerprints, because the merge into the base does.
     """
     unknown = [member for member in members if member.fingerprint is None]
     known = [member for member in members if member.fingerprint is not None]
@@ -52,7 +52,7 @@ def check_one_base(members: Sequence[Member], same_base: bool = False, merging: 
         require(
             same_base or not unknown or same_names(member, first),
             f"{member.folder} names the base {base_label(member)}, but {first.folder} names {base_label(first)}."
-            f" Without a {FINGERPRINT} in every member only the names can be compared; if they are the same base, pass"
+            f" Without a {FINGERPRINT} in every member only the names can be compared; if both name the same base, pass"
             " same_base=True (--same-base)",
         )
         tasks = [m.config["task_type"] for m in (member, first)]
@@ -113,7 +113,7 @@ VOCABULARY, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "cha
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """The member (folder, name) that the soup's tokenizer comes from, and the chat template."""
+    """The member (folder, name) that gives the soup its tokenizer, and the source of the chat template."""
 
     folder: Path
     name: str
@@ -228,7 +228,7 @@ TOWER = ("model", "language_model")
 def unify_layouts(members: Sequence[Member]) -> list[Member]:
     """Rename modules of multimodal models to the newest layout where members use different layouts."""
     variants: dict[tuple[str, ...], set[str]] = {}
-    apart: set[tuple[str, ...]] = set()  # keys of two modules: one member has two names with this key
+    apart: set[tuple[str, ...]] = set()  # keys that fit two modules of one member, so neither is renamed
     for member in members:
         mine: set[tuple[str, ...]] = set()
         for name in (*member.factors, *member.non_lora):

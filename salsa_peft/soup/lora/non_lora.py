@@ -2,8 +2,8 @@
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1
 
-These parameters are averaged directly, one at a time. Weights that do not sum to 1 (a shrunk delta, a point of a
-landscape) are rejected, because they need the base's own values, which the members do not hold.
+These parameters are averaged directly, one at a time. Weights that do not sum to 1 (such as those of a scaled-down
+soup) are rejected, because the mean would need the base's own values, which the members do not hold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def parameter_names(members: Sequence[Member]) -> list[str]:
 
 
 def members_with(members: Sequence[Member], name: str) -> list[Member]:
-    """The members whose file has a parameter. After check_same, only a frozen one can be missing in some."""
+    """The members whose file has the parameter. After check_same, only frozen parameters can be missing."""
     return [member for member in members if name in member.non_lora]
 
 
@@ -86,13 +86,13 @@ def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
 
 
 def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Array:
-    """Σ w_i x_i, computed as x_p + Σ w_i (x_i − x_p), so that the mean of equal values is exact."""
+    """Σ w_i x_i as x_p + Σ w_i (x_i − x_p), exact for equal values. p: member with the largest |w|."""
     have = [i for i, member in enumerate(members) if name in member.non_lora]
     pivot = max(have, key=lambda i: abs(weights[i]))
     start = values(members, pivot, name)
     total = start.astype(np.result_type(start, np.float32), copy=True)
     if len(have) < len(members) or abs(sum(weights) - 1) > 1e-6:
-        return total  # a frozen value: check_same and check_sum reject others
+        return total  # a frozen value: check_same and check_sum reject all other cases
     for i in have:
         if i != pivot and weights[i]:
             total = total + (values(members, i, name) - start) * total.dtype.type(weights[i])

@@ -57,7 +57,7 @@ WHY = {
     "use_dora": f"a DoRA delta is not linear in its factors, so no single adapter is the mean; {MERGES}",
     "layer_replication": "it repeats layers of the base, and a soup does not read the base; merge each adapter with"
     " PEFT and average the checkpoints",
-    "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which current versions read differently; train it again",
+    "enable_lora": "this is fused-layer LoRA of PEFT 0.2, which later versions read differently; retrain the adapter",
     "use_qalora": "QA-LoRA pools the input of a layer, so its delta is not B·A; train the adapters without it",
     "use_bdlora": "the factors of BD-LoRA are block-diagonal and sharded; train the adapters without it",
     "arrow_config": "Arrow chooses between adapters for every token, so there is no single delta; average the task"
@@ -129,8 +129,8 @@ def check_unsupported(path: Path, field: str, value: Any) -> None:
     require(field not in WHY, f"{path}: {field} is {value!r}: {WHY.get(field)}")
     require(
         isinstance(value, int | float | str) and not isinstance(value, bool),
-        f"{path}: {field} is {value!r:.80}. This version does not know the option, which may change what the"
-        f" adapter computes; if it does not, remove the option from {CONFIG}",
+        f"{path}: {field} is {value!r:.80}. This version of salsa-peft does not know the option, which may change what"
+        f" the adapter computes; if the option has no such effect, remove it from {CONFIG}",
     )
     logger.warning(
         "warning: %s: %s is %r; this version does not know the option and ignores it, as PEFT does", path, field, value

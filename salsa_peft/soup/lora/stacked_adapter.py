@@ -59,7 +59,7 @@ class StackedAdapter:
         return cls(read, Stacks(read))
 
     def check(self, weights: Sequence[float]) -> list[float]:
-        """The weights as floats. Raises SalsaError if their number is wrong or their sum is not allowed."""
+        """Return the weights as floats. Raises SalsaError if their number, values or sum are not allowed."""
         checked = check_weights(weights, len(self.members))
         non_lora.check_sum(self.members, checked)
         return checked
@@ -90,11 +90,11 @@ class StackedAdapter:
         return total
 
     def attach(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
-        """Add the soup to a live model as a frozen, inactive float32 adapter.
+        """Add the soup to a PEFT model in memory, as a frozen, inactive float32 adapter.
 
         The factors stay in memory. The active adapter and all requires_grad flags stay as they are. A score head is not
-        attached (see models/adapters/lora.py). Raises SalsaError if the members trained other parameters of the base,
-        because adapters of a model share its base.
+        attached (see models/adapters/lora.py). Raises SalsaError if the members trained parameters of the base itself,
+        because all adapters of a model share one base.
         """
         import torch
         from peft import LoraConfig
@@ -185,12 +185,12 @@ def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: st
     shapes, expected = (tuple(A.shape), tuple(B.shape)), shape.saved(shape.rank)
     require(
         shapes == expected,
-        f"{module}: the factors of adapter {adapter_name!r} have the shapes {shapes}, those of this soup {expected};"
-        " the adapter is another soup, or belongs to another base",
+        f"{module}: the factors of adapter {adapter_name!r} have the shapes {shapes}, but this soup's have"
+        f" {expected}. Use the name under which this soup was attached, and a model with the soup's base",
     )
     require(
         adapter_name not in layer.merged_adapters,
-        f"{module}: adapter {adapter_name!r} is merged into the base, so its weights would have no effect; unmerge it",
+        f"{module}: adapter {adapter_name!r} is merged into the base, so new weights have no effect; unmerge it first",
     )
     return A, B, bias
 
@@ -235,8 +235,8 @@ def has_module(model: PeftModel, stacks: Stacks, module: str) -> bool:
 def shared_target_parameters(model: PeftModel, stacks: Stacks, wanted: list[str] | None) -> list[str] | None:
     """target_parameters with which the soup is attached: those of the model's adapters, else the soup's.
 
-    PEFT requires all adapters of a model to have the same. wanted: the soup's target_parameters. Raises SalsaError if
-    those of the model lack a parameter that the soup has factors for.
+    PEFT requires all adapters of a model to have the same target_parameters. wanted: those of the soup. Raises
+    SalsaError if the target_parameters of the model's adapters lack a parameter that the soup has factors for.
     """
     from peft import LoraConfig
 
@@ -249,6 +249,6 @@ def shared_target_parameters(model: PeftModel, stacks: Stacks, wanted: list[str]
         require(
             not shape.parameter or known,
             f"{name} has LoRA in the soup, but the adapters of the model have target_parameters {sorted(given)}. PEFT"
-            " requires all adapters of a model to have the same; load the policy with the soup's target_parameters",
+            " requires the same target_parameters of all adapters of a model; load the policy with those of the soup",
         )
     return sorted(given)

@@ -1,12 +1,12 @@
-"""The best approximation of a LoRA delta with a smaller rank, by an SVD of a small core matrix.
+"""The best approximation of lower rank to a LoRA delta, by an SVD of a small core matrix.
 
     B·diag(c)·A = Q_b · core · Q_aᵀ,  core = R_b·diag(c)·R_aᵀ = U·S·Vᵀ      (Core Space merging)
     B̂ = Q_b·U·√S,  Â = √S·Vᵀ·Q_aᵀ                                          the first `rank` singular values
 
 By the Eckart–Young theorem no matrix of that rank is nearer in Frobenius norm. The error √Σ_{i>rank} S_i² follows from
 the same singular values. The orthonormal Q_a and Q_b come from Cholesky factors of the float64 Gram matrices A·Aᵀ and
-Bᵀ·B, which a soup's summary needs anyway. This takes a fifth of the time of a Householder QR (4096 × 32). For nearly
-rank-deficient factors a Householder QR in float64 is used.
+Bᵀ·B, which a soup's summary needs anyway. For 4096 × 32 this takes a fifth of the time of a Householder QR, which is
+used in float64 for nearly rank-deficient factors.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
     rank: int
     inner: tuple[int, ...]
-    """Input dimensions: (in,) for a linear layer, (tokens,) an embedding, (in, *kernel) a convolution."""
+    """Input dimensions: (in,) of a linear layer, (tokens,) of an embedding, (in, *kernel) of convolutions."""
     out: int
     embedding: bool
     experts: int
@@ -62,11 +62,11 @@ class Shape(NamedTuple):
         return (rows, *self.inner), (self.out, rows // self.groups, *(1 for _ in self.inner[1:]))
 
     def blocks_A(self, A: Any) -> Any:
-        """Reshape A as PEFT saves it to (R, in), or with several blocks to (blocks, R / groups, in)."""
+        """Reshape A from PEFT's file to (r, in), or with several blocks to (blocks, r / groups, in)."""
         return A.reshape(len(A), -1) if self.blocks == 1 else A.reshape(self.blocks, len(A) // self.blocks, -1)
 
     def blocks_B(self, B: Any) -> Any:
-        """Reshape B as PEFT saves it to (out, R), or if several blocks to (blocks, out / groups, R / groups)."""
+        """Reshape B from PEFT's file to (out, r), or if several blocks to (blocks, out / groups, r / groups)."""
         if self.blocks == 1:
             return B.reshape(len(B), -1)
         if self.groups > 1:
@@ -81,7 +81,7 @@ class Shape(NamedTuple):
 
 
 def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
-    """Function of a module's name: whether PEFT puts LoRA on it. True for 'all-linear' and for no targets."""
+    """A function that tells whether PEFT puts LoRA on a module; always True for 'all-linear' or None."""
     path = folder / CONFIG
     targets = config["target_modules"]
     if any(
@@ -187,7 +187,7 @@ def read_shape(
     place: tuple[str, str | None, str],
     embedding: bool,
 ) -> Shape:
-    """The Shape of A and B, checked against the configured rank. place: its module, parameter, target."""
+    """The Shape of A and B, checked against the configured rank. place: module, parameter and target."""
     A, B = shapes
     shown = f"lora_A {list(A)} and lora_B {list(B)}"
     require(

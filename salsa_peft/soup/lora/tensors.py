@@ -73,14 +73,14 @@ class Member:
     non_lora: dict[str, str]
     """Parameters averaged directly: name in the base (+ TOKENS for trained tokens) → name in the file."""
     frozen: frozenset[str] = frozenset()
-    """Keys of `non_lora` that are weights of layers with LoRA. PEFT saves some of them, untrained."""
+    """Keys of `non_lora` that name weights of layers with LoRA; PEFT saves some such weights untrained."""
 
     @property
     def ranks(self) -> dict[str, int]:
         return {module: factors.shape.rank for module, factors in self.factors.items()}
 
     def read(self, key: str) -> Array:
-        """A tensor's values as float32 (float64 if saved as that). Raises SalsaError if one is not finite."""
+        """A tensor's values in float32, or float64 if saved so. Raises SalsaError for NaN or infinity."""
         return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else arrays.read(self.file, key)
 
     def token_indices(self, name: str) -> list[int]:
@@ -167,7 +167,10 @@ def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
 def read_all_factors(
     file: SafetensorsFile, parts: dict[str, dict[str, str]], config: dict[str, Any]
 ) -> list[tuple[str, Factors]]:
-    """Name and factors of all modules and parameters with LoRA. Raises SalsaError for an untargeted one."""
+    """Name and factors of each module and parameter with LoRA.
+
+    Raises SalsaError if the file has LoRA tensors of a module that the configuration does not target.
+    """
     targeted = target_rule(file.path.parent, config)
     levels = Counter(strip_wrappers(path)[0] for path in parts)
     found = []

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorGroup(NamedTuple):
-    """Consecutive tensors of the file: names, dtypes and shapes, and the function that computes them."""
+    """Consecutive tensors of the file: names, dtypes and shapes, and a function that yields the values."""
 
     layout: list[tuple[str, str, tuple[int, ...]]]
     make: Callable[[], Iterator[Array]]
@@ -97,7 +97,7 @@ def safetensors_dtype(dtype: str | None, default: str) -> str:
 
 
 def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
-    """Module → rank in the file: the stacked rank, or a reduced rank where that exceeds `rank`."""
+    """Module → rank in the file: the stacked rank, reduced where the stacked rank exceeds `rank`."""
     require(
         rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1),
         f"rank: {rank!r} is not a whole number of at least 1; leave it out for an exact soup",
@@ -119,7 +119,7 @@ def write_weights(folder: Path, parts: list[TensorGroup]) -> None:
     """Write the weights. When they are complete, remove the files of an earlier soup.
 
     Without adapter_config.json the folder cannot be opened; `save` writes the new one last. soup.json is removed last
-    here, because tokenizer files in a folder without it count as the user's own and stay.
+    here, because tokenizer files in a folder without soup.json count as the user's own and stay.
     """
     header = make_header(entry for part in parts for entry in part.layout)
     with safetensors_writer(folder / WEIGHTS, header) as write:
@@ -168,7 +168,7 @@ def factor_layout(stacks: Stacks, module: str, rank: int) -> list[tuple[str, tup
 
 def factors(stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: dict[str, int], totals: Totals,
             progress: Callable[[int, int], None] | None) -> Iterator[Array]:  # fmt: skip
-    """Yield each module's A, B and, with lora_bias, bias when they are written; add norms to `totals`."""
+    """Compute and yield each module's A, B and, with lora_bias, bias; add their norms to `totals`."""
     for done, (module, shape) in enumerate(stacks.shapes.items(), 1):
         stack = stacks[module]
         blocks = [moments(A, B) for A, B in stack.each_block()]

@@ -437,7 +437,7 @@ class TestBases:
         for member, name in zip(pair, names, strict=True):
             edit(member, base_model_name_or_path=name)
         with pytest.raises(
-            SalsaError, match=r"names the base .* if they are the same base, pass same_base=True \(--same-base\)"
+            SalsaError, match=r"names the base .* if both name the same base, pass same_base=True \(--same-base\)"
         ):
             StackedAdapter.load(pair)
         StackedAdapter.load(pair, same_base=True)
