@@ -179,7 +179,8 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, 
     pickled = f"{PICKLED}, a pickle, which is never read; save the adapter again" if (folder / PICKLED).exists() else ""
     require(
         (folder / WEIGHTS).is_file(),
-        f"{where}: {folder} has {pickled or f'no {WEIGHTS}; save the adapter'} with PEFT (save_pretrained, safetensors)",
+        f"{where}: {folder} has {pickled or f'no {WEIGHTS}; save the adapter'} with PEFT's save_pretrained"
+        " (safetensors)",
     )
     file = SafetensorsFile(folder / WEIGHTS)
     names = plain_names(file.entries, {"auto_mapping": config.get("auto_mapping")}, file.path)

@@ -95,9 +95,9 @@ def as_references(
     """Convert the references that a library user passes to frozen references of the policy `model`.
 
     Each may be a model or a checkpoint's folder. With a PeftModel it may also be "base", an attached adapter's name, or
-    an adapter's folder or Hub id; with full weights, also a checkpoint's Hub id. names: names for the adapters that this
-    function attaches. Raises SalsaError for an empty list, for an object that cannot be a reference of this policy, and
-    for an adapter whose fingerprint is of a base other than the policy's (if it has none, a line is printed).
+    an adapter's folder or Hub id; with full weights, also a checkpoint's Hub id. names: names for the adapters attached
+    here. Raises SalsaError for an empty list, for an object that cannot be a reference of this policy, and for an adapter
+    whose fingerprint is of a base other than the policy's (without fingerprint, a line is printed).
     """
     given = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
     require(

@@ -45,8 +45,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     include a reference that is an adapter (as `ref/`), but not a model.
 
     Raises SalsaError for a trainer that would ignore its reference, for several references with GRPO (the KL estimator
-    k3 of averaged log-probs is not the average of k3), for adapters on a base other than the policy's, and for sharded
-    policies.
+    k3 of averaged log-probs is not the average of k3), for sharded policies, and for adapters that do not fit the policy.
     """
     several = isinstance(reference, list | tuple) and not isinstance(reference, FrozenReference)
     given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]

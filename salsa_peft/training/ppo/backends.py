@@ -319,7 +319,7 @@ def require_same_ends(lm: Any, ends: tuple[int, ...]) -> None:
     require(
         not others,
         f"min_new_tokens: the base's configuration has the EOS tokens {sorted(others)} besides {list(ends)}, the"
-        " tokens that end a response, and vLLM would forbid all of them. Set min_new_tokens to 0, or use the backend hf",
+        " tokens that end a response, and vLLM would forbid all of them. Set min_new_tokens to 0, or use backend hf",
     )
 
 

@@ -50,10 +50,9 @@ class PromptEncoder(NamedTuple):
     def of(
         cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PromptEncoder:
-        """Create an encoder that keeps prompts short enough for each of `models`. The policy comes first.
+        """Create an encoder of prompts that each of `models` (policy first) can read with a response.
 
-        max_new_tokens must fit after a prompt. args.max_prompt_length limits prompts too. Raises SalsaError if
-        max_new_tokens leaves no room for a prompt.
+        args.max_prompt_length limits prompts too. Raises SalsaError if max_new_tokens leaves no room for a prompt.
         """
         lengths = [length for length in (max_positions(model.config) for model in models) if length is not None]
         require(

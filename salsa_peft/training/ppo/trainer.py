@@ -345,9 +345,8 @@ class SalsaPPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Sample responses to the prompts of the evaluation set. Returns metrics of the responses.
 
-        These are mean score, mean length, share of empty responses, and the reward's metrics. The seeds are the same in
-        every call. args.eval_samples responses are written to eval_completions.jsonl. Raises SalsaError if there are no
-        prompts.
+        The metrics are mean score, mean length, share of empty ones, and the reward's. The seeds are the same in every
+        call. args.eval_samples responses are written to eval_completions.jsonl. Raises SalsaError without prompts.
         """
         prompts: Any = self.eval_dataset if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
         require(bool(prompts), "eval_dataset: there are no prompts to evaluate on. Pass rows with `prompt`")
