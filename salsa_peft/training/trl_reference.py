@@ -44,8 +44,8 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     a checkpoint's folder or Hub id, or a model. The trainer's previous reference is dropped. The trainer's checkpoints
     include a reference that is an adapter (as `ref/`), but not a model.
 
-    Raises SalsaError for a trainer that would ignore its reference, for several references with GRPO (the KL estimator
-    k3 of averaged log-probs is not the average of k3), for sharded policies, and for adapters that do not fit the policy.
+    Raises SalsaError for a trainer that would ignore its reference, for several references with GRPO (k3 of averaged
+    log-probs is not the average of k3), for adapters on a base other than the policy's, and for sharded policies.
     """
     several = isinstance(reference, list | tuple) and not isinstance(reference, FrozenReference)
     given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]
