@@ -1,7 +1,7 @@
 """Checkpoint folders, each complete or absent: write, verify, find and rotate them.
 
 A checkpoint is written in a temporary folder, which is renamed when a manifest with the SHA-256 of each file is added.
-A process that is killed while it saves so leaves the previous checkpoint. This module does not import torch.
+So the previous checkpoint remains if a process is killed while it saves. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MANIFEST, STATE = "checkpoint.json", "salsa_state.json"
 
 
 def commit(partial: Path, folder: Path) -> None:
-    """Add a manifest to the folder `partial` and rename it to the checkpoint `folder`, replacing that."""
+    """Add a manifest to the folder `partial` and rename it to `folder`, replacing a checkpoint there."""
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MANIFEST)
     listed = {}
     for file in files:
@@ -75,7 +75,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def save_number(folder: Path) -> float:
-    """Save number of a checkpoint: 1 for the first one in output_dir; infinity if it cannot be read."""
+    """Number of a checkpoint in the order of saving, from 1; infinity if it cannot be read."""
     try:
         state = json.loads((folder / STATE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -109,8 +109,8 @@ def last_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
 def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None:
     """Remove all but the newest `keep` checkpoints, and the temporary files of killed processes.
 
-    keep: None, 0 or less keeps all checkpoints, as in Transformers. best: a checkpoint that is kept too and counts
-    among the `keep`. The newest checkpoint, and folders whose save number cannot be read, are always kept.
+    keep: None, 0 or less keeps all checkpoints, as in Transformers. best: a checkpoint that is always kept and
+    counts towards `keep`. The newest checkpoint, and folders whose save number cannot be read, are always kept.
     """
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
     ours = [folder for folder in checkpoints(output_dir) if save_number(folder) < math.inf]
@@ -139,7 +139,8 @@ def truncate_log(file: Path, size: int) -> str | None:
     """Truncate a log to its size at the checkpoint. Returns a message if the log is already shorter."""
     found = file.stat().st_size if file.exists() else 0
     if found < size:
-        return f"{file}: lines from before the checkpoint are missing: the file has {found} bytes, and had {size} then"
+        sizes = f"the file has {found} bytes, but had {size} at the checkpoint"
+        return f"{file}: lines from before the checkpoint are missing: {sizes}"
     if file.exists():
         os.truncate(file, size)
     return None

@@ -31,7 +31,7 @@ from salsa_peft.utils.safetensors_io import SafetensorsFile
 SEED, REFERENCE, REWARD = "seed", "reference", "reward"
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
 SAME = ("model_type", *SIZES, "vocab_size")
-"""Keys of config.json with the same value in a checkpoint and in the recipe's base, if both have them."""
+"""Keys of config.json that must be equal in a checkpoint and in the recipe's base, if both have them."""
 
 
 class ExternalModel(NamedTuple):
@@ -63,7 +63,7 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
 def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
     """Raise SalsaError for the first external model that the run cannot use.
 
-    By default all local folders are checked; with `hub`, instead, the Hub ids that `stages` read.
+    By default the models in local folders are checked; with `hub`, only the models with Hub ids that `stages` read.
     """
     found = [
         one for one in external_models(recipe) if is_local(one.path) != hub and (not hub or _read_by(one.role, stages))
@@ -85,7 +85,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
         elif is_local(path):
             check_checkpoint(where, folder, base)
         else:
-            require((folder / "config.json").is_file(), f"{where}: {path} has no config.json. Name a checkpoint")
+            require((folder / "config.json").is_file(), f"{where}: {path} has no config.json. Use a checkpoint")
     if recipe.adapter is not None:
         _check_parameters(folders)
         _check_soup(recipe)
@@ -114,7 +114,7 @@ def _check_parameters(adapters: list[tuple[str, Path]]) -> None:
         require(
             names == found[0][1],
             f"{adapter} has target_parameters {', '.join(names)}, and {found[0][0]} has {', '.join(found[0][1])}. PEFT"
-            " needs the same target_parameters in all adapters of one base; train both adapters with the same",
+            " needs them to be the same in all adapters of one base; use adapters with the same target_parameters",
         )
 
 
@@ -141,7 +141,7 @@ def check_family(recipe: Recipe, folder: Path, where: str) -> None:
 
 
 def _read_by(role: str, stages: Collection[str]) -> bool:
-    """Whether one of `stages` reads models of this role: sft for seeds; stages after soup for the rest."""
+    """Whether one of `stages` reads models of `role`: sft reads seeds; later stages read the other roles."""
     return "sft" in stages if role == SEED else bool(set(stages) - {"toy", "sft", "reward", "soup"})
 
 
@@ -176,10 +176,11 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, 
     """
     config = read_mapping(folder / CONFIG)
     _check_config(f"{where}: {folder}", config, role)
-    pickled = f"{PICKLED}, a pickle, which is never read; save it again" if (folder / PICKLED).exists() else ""
+    pickled = f"{PICKLED}, a pickle, which is never read; save the adapter again" if (folder / PICKLED).exists() else ""
     require(
         (folder / WEIGHTS).is_file(),
-        f"{where}: {folder} has {pickled or f'no {WEIGHTS}; save it'} with PEFT's save_pretrained (safetensors)",
+        f"{where}: {folder} has {pickled or f'no {WEIGHTS}; save the adapter'} with PEFT's save_pretrained"
+        " (safetensors)",
     )
     file = SafetensorsFile(folder / WEIGHTS)
     names = plain_names(file.entries, {"auto_mapping": config.get("auto_mapping")}, file.path)
@@ -207,13 +208,13 @@ def _check_output(what: str, names: Iterable[str], tied: bool) -> None:
     why = " (put there by ensure_weight_tying)" if tied else ""
     require(
         odd is None,
-        f"{what} has LoRA on {odd}, the output embeddings{why}, and PPO computes log-probabilities with the"
-        f" base's; {MERGE}",
+        f"{what} has LoRA on {odd}, the output embeddings{why}, but PPO computes log-probabilities with the"
+        f" base's output embeddings; {MERGE}",
     )
 
 
 def _check_soup(recipe: Recipe) -> None:
-    """Raise SalsaError for a soup of lora_bias with LoRA on embeddings, which PEFT cannot combine."""
+    """Raise SalsaError if the soup would combine lora_bias with LoRA on embeddings, which PEFT cannot."""
     given = recipe.sft.from_ or []
     biased, odd = None, None
     for place in recipe.soup.members:
@@ -256,7 +257,7 @@ def _check_config(what: str, config: dict[str, Any], role: str) -> None:
 
 
 def _check_heads(what: str, folder: Path, heads: list[tuple[int, ...]]) -> None:
-    """Raise SalsaError unless a reward adapter has one score head with one label. heads: their shapes."""
+    """Raise SalsaError unless a reward adapter has one score head with one label. heads: shapes of heads."""
     if not heads and (folder / VALUE_HEAD).is_file():
         require(
             VALUE_WEIGHT in SafetensorsFile(folder / VALUE_HEAD).entries,
@@ -272,7 +273,7 @@ def _check_heads(what: str, folder: Path, heads: list[tuple[int, ...]]) -> None:
     labels = heads[0][0]
     require(
         labels == 1,
-        f"{what} has a score head with {labels} labels, but a reward is one number. Train it with num_labels 1, or"
+        f"{what} has a score head with {labels} labels, but a reward is one number. Train an adapter with one label, or"
         " write a function that turns the labels into one score (reward: module:name)",
     )
 
@@ -309,9 +310,9 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
     odd = [module for module in modules if not {module, module.partition(".")[2]} & known]
     require(
         not odd,
-        f"{what} adapts {odd[0] if odd else ''}, and {base.folder} has no such module. Either the adapter was trained"
-        f" on another architecture, or its tensors do not have PEFT's names ({PREFIX}MODULE.lora_A.weight); then load"
-        " it on the model that it was trained on, and save it with PEFT",
+        f"{what} adapts {odd[0] if odd else ''}, and {base.folder} has no such module. If the adapter was trained on"
+        " another base, set model.base to that base, or use another adapter. If its tensors do not have PEFT's names"
+        f" ({PREFIX}MODULE.lora_A.weight), load it on the model that it was trained on, and save it with PEFT",
     )
     for module, shapes in halves.items():
         place = base.tensors.get(f"{module}.weight")
@@ -327,7 +328,7 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
 
 
 def _plain(base: Checkpoint) -> bool:
-    """Whether the base is neither multimodal nor a mixture of experts: module names then match tensors."""
+    """Whether the base is neither multimodal nor a mixture of experts: tensors then have modules' names."""
     return not any(base.config.get(key) for key in (*EXPERTS, "text_config"))
 
 
@@ -343,7 +344,7 @@ def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:
         return
     own, known = ({**config, **text_part(config)} for config in (found.config, base.config))
     for name in SAME:
-        resized = "its embeddings were resized; use a base with the added tokens"
+        resized = "the checkpoint's embeddings were resized; use a base with the added tokens"
         require(
             own.get(name) is None or known.get(name) is None or own[name] == known[name],
             f"{where}: {folder} has {name} {own.get(name)}, but the recipe's base has {known.get(name)}:"

@@ -71,7 +71,7 @@ def place_frozen_models(
 ) -> list[DeviceContext]:
     """Offload the models of references and rewards (`offload: frozen`), or move them to the device.
 
-    Returns a DeviceContext for each reference. Raises SalsaError for `offload: frozen` without any such model.
+    Returns a DeviceContext for each reference. Raises SalsaError if `offload: frozen` has no such model.
     """
     device: torch.device = args.device  # type: ignore[assignment]
     models = [reference.model for reference in references]
@@ -83,8 +83,8 @@ def place_frozen_models(
     scoring = [(one, frozen) for one in reward.components() if (frozen := one.frozen_model()) is not None]
     require(
         bool(scoring) or any(model is not None for model in models),
-        "offload: frozen has nothing to offload, since references and reward are functions, or adapters or the base of"
-        " the policy's model. Set offload: none",
+        "offload: frozen has nothing to offload, since each reference and reward is a function, an adapter on the"
+        " policy's base, or that base. Set offload: none",
     )
     for one, frozen in scoring:
         one.on_device = partial(OffloadedModel(frozen).on, device)

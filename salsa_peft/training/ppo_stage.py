@@ -57,7 +57,7 @@ def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple
     """The policy, which is a trainable copy of seed-0, and its frozen references.
 
     With LoRA, policy and references are adapters on one base, and the policy's adapter is called `name`. With full
-    weights, the policy and each reference is a model of its own.
+    weights, the policy and each reference are separate models.
     """
     seeds = seed_folders(job.inputs)
     wanted = context.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")

@@ -3,7 +3,7 @@
 θ_ref ← (1 − α) θ_ref + α θ_policy          (TRL's sync_ref_model; TR-DPO, Gorbatovski et al., 2024)
 
 For adapters, the deltas are averaged, as in a soup. The first sync is exact, because the reference's rank is the sum of
-the soup's and the policy's. Later syncs give the best approximation of that rank, and its error is logged. References
+the soup's and the policy's. Later syncs give the best approximation of that rank; the error is logged. References
 with full weights are float32, since bfloat16 would round small changes away.
 """
 
@@ -25,7 +25,7 @@ from salsa_peft.utils.errors import require
 
 
 def check(references: Sequence[FrozenReference], policy: Any, name: str | None, *, sharded: bool = False) -> None:
-    """Raise SalsaError for references with sync options out of range, or that cannot be synced."""
+    """Raise SalsaError for a reference that cannot be synced, or whose sync options are out of range."""
     for one in references:
         if one.sync_every is None:
             continue
@@ -93,7 +93,7 @@ def _factors(layer: Any, name: str) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def _sync_adapter(model: Any, policy: str, reference: str, alpha: float) -> float:
-    """Set the reference to both adapters' weighted mean, in its own rank. Returns the relative error."""
+    """Set the reference, at its own rank, to the mean weighted by alpha. Returns the relative error."""
     lost = norm = 0.0
     for layer in _layers(model, policy, reference):
         shares = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]

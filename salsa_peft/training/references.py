@@ -43,11 +43,11 @@ class FrozenReference(NamedTuple):
 def attach_reference(
     model: PeftModel, reference: Reference, seeds: Mapping[int, Path], soup: Path | None, name: str
 ) -> FrozenReference:
-    """Attach a recipe's reference to the model as the frozen adapter `name`; not needed for `base`.
+    """Attach a recipe's reference to the model as the frozen adapter `name`; `base` needs no adapter.
 
     seeds: position in sft.seeds → adapter folder. soup: the soup stage's folder.
     """
-    if reference.sync_every is not None:  # seed-0, with weight 0, adds the policy's rank
+    if reference.sync_every is not None:  # seed-0, which has weight 0, adds only the policy's rank
         members = [Path(str(soup))] if reference.soup else [seeds[member] for member in reference.members]
         weights = [1.0] if reference.soup else reference.weights
         StackedAdapter.load([*members, seeds[0]]).attach(model, name, [*weights, 0.0])
@@ -71,7 +71,7 @@ def load_reference(
 ) -> None:
     """Set a model's weights to those of a recipe's reference, a weighted sum of checkpoints.
 
-    Such a reference is base + Σ w δ = (1 − Σ w) θ_base + Σ w θ. Raises SalsaError if a checkpoint does not fit.
+    Such a reference is base + Σ w δ = (1 − Σ w) θ_base + Σ w θ. Raises SalsaError for a checkpoint that does not fit.
     """
     weights = [1.0]
     if reference.soup:
@@ -94,10 +94,10 @@ def as_references(
 ) -> list[FrozenReference]:
     """Convert the references that a library user passes to frozen references of the policy `model`.
 
-    With a PeftModel each may be "base", the name of an attached adapter, or an adapter's folder or Hub id; with any
-    policy, a model, or a checkpoint's folder or Hub id. names: names for the adapters that this function attaches.
-    Raises SalsaError for an empty list, for an object that cannot be a reference of this policy, and for an adapter
-    whose fingerprint is of another base than the policy's (a missing fingerprint is reported).
+    Each may be a model or a checkpoint's folder. With a PeftModel it may also be "base", an attached adapter's name, or
+    an adapter's folder or Hub id; with full weights, also a checkpoint's Hub id. names: names for the adapters attached
+    here. Raises SalsaError for an empty list, for an object that cannot be a reference of the model, and for an adapter
+    whose fingerprint is of a base other than the policy's (without fingerprint, a line is printed).
     """
     given = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
     require(
@@ -109,7 +109,7 @@ def as_references(
 
 
 def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
-    """Convert one reference. An adapter that is attached here is called `new_name`, or similarly if taken."""
+    """Convert one reference. An adapter attached here is called `new_name`, or similarly if that is taken."""
     if isinstance(reference, FrozenReference):
         known = [None, *model.peft_config] if isinstance(model, PeftModel) else [None]
         require(reference.adapter in known, f"references: the model has no adapter {reference.adapter!r}; attach it")
@@ -150,7 +150,10 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
         name != "base",
         "references: 'base' needs a policy with adapters. Pass a model, or a checkpoint's folder or Hub id",
     )
-    require(folder.is_dir() or bool(HUB_ID.match(name)), f"references: {name} is neither a folder nor a Hub id")
+    require(
+        folder.is_dir() or bool(HUB_ID.match(name)),
+        f"references: {name} is neither a folder nor a Hub id. Pass a checkpoint's folder or Hub id",
+    )
     with readable_hub_errors(name):
         loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
@@ -159,11 +162,15 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
 
 
 def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> FrozenReference:
-    """Freeze a model as a reference. Raises SalsaError for the policy's model or another vocabulary size."""
+    """Freeze a model as a reference. Raises SalsaError for the policy's model or a differing vocabulary."""
     lm = causal_lm(policy)
     require(reference is not lm, "references: this is the policy's model, so the KL would always be 0. Pass a copy")
     own, other = (model.get_output_embeddings().weight.shape[0] for model in (lm, reference))
-    require(own == other, f"references: {label} has {other} output embeddings, and not {own} as the policy")
+    require(
+        own == other,
+        f"references: {label} has {other} rows of output embeddings, but the policy has {own}; pass a model with the"
+        " policy's vocabulary size",
+    )
     check_head(reference)
     reference.requires_grad_(False)
     return FrozenReference(label, None, reference.eval())

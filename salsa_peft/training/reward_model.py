@@ -50,9 +50,10 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
-    """Train a reward model for each seed and average them (WARM, section 3) → trainer, metrics.
+    """Train a reward model for each seed and average the models (WARM, section 3).
 
-    All members start from the same weights and hold out the same pairs; the seed sets the order of the data.
+    Returns the trainer of the average, and its metrics. All members start from the same weights and hold out the
+    same pairs; the seed sets the order of the data.
     """
     from salsa_peft.soup.average import soup
 
@@ -79,7 +80,7 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
 
 
 def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Train a reward model, save it in `folder`, and measure it on held-out pairs → trainer and metrics."""
+    """Train, save (in `folder`) and evaluate a reward model. Returns the trainer and the metrics."""
     from trl import RewardConfig, RewardTrainer
 
     recipe, section = job.recipe, job.recipe.reward
@@ -126,7 +127,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def set_padding_token(trainer: Any) -> None:
-    """Set another padding token if sequences end with the tokenizer's.
+    """Set a new padding token if sequences of the pairs end with the tokenizer's padding token.
 
     Transformers' classifiers compute the score at the last token that is not the padding token.
     """
@@ -184,7 +185,7 @@ def accuracy(margins: Sequence[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_margins(trainer: Any) -> list[float]:
-    """R(chosen) − R(rejected) of each held-out pair, in the set's order; the same in all processes."""
+    """R(chosen) − R(rejected) of all held-out pairs, in their order; the same in all processes."""
     trainer.model.eval()
     margins: list[float] = []
     for batch in trainer.get_eval_dataloader():

@@ -112,7 +112,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
-    """Raise SalsaError for a target module that the model lacks; PEFT accepts a list with some of these."""
+    """Raise SalsaError for a target module that the model lacks; PEFT raises only if it lacks all."""
     modules, names = adapter.target_modules, [name for name, _ in model.named_modules() if name]
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     checks.require_targets(modules, names)
@@ -125,7 +125,7 @@ def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
 
 
 def router_loss(model: PreTrainedModel, unit: str) -> dict[str, Any]:
-    """router_aux_loss_coef 0 for models without `num_experts` (Granite), which TRL 1.16 would read."""
+    """SFTConfig options that turn off the router's loss if a model lacks `num_experts`, which TRL reads."""
     text = model.config.get_text_config(decoder=True)
     options = text.to_dict()
     if "output_router_logits" not in options or "num_experts" in {*options, *text.attribute_map}:

@@ -1,4 +1,4 @@
-"""Stopping PPO early: after SIGTERM or a guard's alarm, and at a callback's request between updates."""
+"""Stopping PPO: after SIGTERM, after a guard's alarm, or, between updates, at a callback's request."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class GracefulStop:
 
     @contextlib.contextmanager
     def handle_sigterm(self) -> Iterator[None]:
-        """Context in which SIGTERM sets the flag. No effect in other threads than Python's main thread."""
+        """Context in which SIGTERM sets the flag. It has no effect outside Python's main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -70,7 +70,7 @@ class StopBetweenUpdates(TrainerCallback):
     """Delays another callback's request to stop training, or to stop an epoch, to the end of the update.
 
     Metrics are logged at the end of an update, so an incomplete update would not be logged. This must be the last
-    callback. may_stop: returns whether to stop at once, because no update is running or SIGTERM has arrived.
+    callback. may_stop: returns whether training may stop at once (no update is running, or SIGTERM has arrived).
     """
 
     def __init__(self, may_stop: Callable[[], bool]) -> None:

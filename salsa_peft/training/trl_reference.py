@@ -37,15 +37,15 @@ AnyReference = str | Path | FrozenReference | PreTrainedModel
 
 
 def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]) -> list[FrozenReference]:
-    """Set the reference of a TRL trainer. Returns it as frozen references, one for each that was given.
+    """Set the reference of a TRL trainer. Returns a FrozenReference for each one given.
 
     trainer: a DPOTrainer, KTOTrainer, RLOOTrainer or GRPOTrainer, before `train`. reference: one or a list, as in
     `references.as_references`: an adapter's folder or Hub id, an attached adapter's name, "base", or with full weights
     a checkpoint's folder or Hub id, or a model. The trainer's previous reference is dropped. The trainer's checkpoints
     include a reference that is an adapter (as `ref/`), but not a model.
 
-    Raises SalsaError for a trainer that would ignore its reference, for several references with GRPO (its KL estimator
-    k3 of a mean is not the mean of k3), for adapters of another base, and for sharded policies.
+    Raises SalsaError for a trainer that would ignore its reference, for several references with GRPO (k3 of averaged
+    log-probs is not the average of k3), for adapters on a base other than the policy's, and for sharded policies.
     """
     several = isinstance(reference, list | tuple) and not isinstance(reference, FrozenReference)
     given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SyncRefModelCallback):
             callback.ref_model = trainer.ref_model
-    trainer.remove_callback(SyncReferences)  # of an earlier call
+    trainer.remove_callback(SyncReferences)  # added by an earlier call
     if any(one.sync_every is not None for one in frozen):
         trainer.add_callback(SyncReferences(model, own, frozen))
     return frozen
@@ -97,15 +97,15 @@ def check_trainer(trainer: Any, references: int) -> None:
     if isinstance(trainer, DPOTrainer | KTOTrainer):
         require(
             not trainer.precompute_ref_logps,
-            f"{name}: with precompute_ref_log_probs, TRL has used its own reference already; set it to False",
+            f"{name}: with precompute_ref_log_probs, TRL has used its own reference already; set this option to False",
         )
     if isinstance(trainer, DPOTrainer):
         sft_only = set(trainer.loss_types) == {"sft"}
         require(not sft_only, f"{name}: with loss_type sft alone the reference has no effect; use another loss_type")
     require(
         references == 1 or not isinstance(trainer, GRPOTrainer),
-        f"reference: {name} takes one reference, not {references}, because its KL estimator k3 of a mean is not the"
-        " mean of k3. Pass one reference, such as the soup of all",
+        f"reference: {name} takes one reference, not {references}, because the KL estimator k3 of averaged"
+        " log-probs is not the average of k3. Pass one reference, such as the soup of all of them",
     )
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     require(
@@ -117,7 +117,7 @@ def check_trainer(trainer: Any, references: int) -> None:
 def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
     """Raise SalsaError if references would share the policy's modules_to_save or trainable tokens.
 
-    TRL's reference has its own modules_to_save only as the adapter `ref`, and never its own trainable tokens.
+    TRL lets a reference have its own modules_to_save only as the adapter `ref`, and never its own trainable tokens.
     """
     models = (one.model if isinstance(one, FrozenReference) else one for one in given)
     if not isinstance(model, PeftModel) or all(isinstance(one, PreTrainedModel) for one in models):
@@ -126,7 +126,7 @@ def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
     named = len(given) == 1 and given[0] == REF
     for field, remedy in (
         ("modules_to_save", "Pass the folder or Hub id of one adapter"),
-        ("trainable_token_indices", "Use a policy without it"),
+        ("trainable_token_indices", "Use a policy without trainable tokens"),
     ):
         found = vars(model.peft_config[str(own)]).get(field)
         require(
@@ -164,7 +164,7 @@ def head_options(trainer: Any) -> dict[str, Any]:
 
 
 class MeanReference(nn.Module):
-    """A `ref_model` for TRL that returns the mean of the references' log-probs; adapters are allowed."""
+    """A `ref_model` for TRL: returns the mean of the references' log-probs. References may be adapters."""
 
     def __init__(self, policy: nn.Module, references: Sequence[FrozenReference]) -> None:
         super().__init__()

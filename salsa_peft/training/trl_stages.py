@@ -1,7 +1,7 @@
 """The stages dpo, kto, rloo and grpo: policies trained by TRL's trainers against any reference.
 
 With the soup as reference, these stages apply SALSA's idea to other algorithms (the paper's future work). A stage that
-was killed starts from the beginning. Sharding is not supported.
+was killed starts again from the beginning. Sharding is not supported.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def arguments(context: StageContext, job: Job) -> dict[str, Any]:
 def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
     """Training pairs, held-out pairs and their numbers; pairs longer than model.max_length are left out.
 
-    If the held-out share is that of the reward stage, the same pairs are held out.
+    If the held-out share is the reward stage's, both stages hold out the same pairs.
     """
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
     source = datasets.training_sources(job.recipe, job.inputs.get("toy"))["preferences"]
@@ -121,7 +121,7 @@ def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
     train, test, facts = pairs(context, job)
     trainer = DPOTrainer(
         model,
-        ref_model=references[0].model,  # if it has full weights, TRL would otherwise load a reference itself
+        ref_model=references[0].model,  # with full weights, TRL would otherwise load a reference itself
         args=DPOConfig(
             **arguments(context, job),
             loss_type=[job.recipe.dpo.loss_type],

@@ -229,7 +229,7 @@ class TestVocabulary:
     def test_a_reference_of_another_vocabulary_is_refused(self, make_base: Any, tokenizer: Any, tmp_path: Path) -> None:
         rows = len(tokenizer)
         folder = to_folder(make_base(1, vocab_size=rows + 3), tokenizer, tmp_path / "large")
-        line = rf"references: .*large has {rows + 3} output embeddings, and not {rows} as the policy"
+        line = rf"references: .*large has {rows + 3} rows of output embeddings, but the policy has {rows}; pass a model with"
         one_line(lambda: as_references(make_base(), [folder]), line)
 
 

@@ -280,7 +280,8 @@ class TestCut:
         line = checkpoints.truncate_log(tmp_path / "log", 4)
         assert (
             line is not None
-            and "log: lines from before the checkpoint are missing: the file has 0 bytes, and had 4 then" in line
+            and "log: lines from before the checkpoint are missing: the file has 0 bytes, but had 4 at the checkpoint"
+            in line
         )
 
     def test_a_log_that_is_too_short_is_left_as_it_is(self, tmp_path: Path) -> None:
@@ -289,7 +290,8 @@ class TestCut:
         line = checkpoints.truncate_log(tmp_path / "log", 5)
         assert (
             line is not None
-            and "log: lines from before the checkpoint are missing: the file has 4 bytes, and had 5 then" in line
+            and "log: lines from before the checkpoint are missing: the file has 4 bytes, but had 5 at the checkpoint"
+            in line
         )
         assert (tmp_path / "log").read_text() == "one\n"
 

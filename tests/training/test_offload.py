@@ -128,7 +128,7 @@ def test_refusals(make_trainer: Any, make_base: Any) -> None:
     """Nothing to offload; weights that train."""
     with pytest.raises(
         SalsaError,
-        match="offload: frozen has nothing to offload, since references and reward are functions, or adapters",
+        match="offload: frozen has nothing to offload, since each reference and reward is a function, an adapter",
     ):
         make_trainer(offload="frozen")
     with pytest.raises(SalsaError, match="offload: must be none or frozen, not 'all'"):

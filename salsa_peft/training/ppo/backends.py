@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Check = Callable[[], None]
 BUCKET = 256
-"""Number of tokens by which the static cache grows. Each growth compiles the decoding step again."""
+"""The static cache's length is a multiple of this. Each growth compiles the decoding step again."""
 PAGED_SINCE = Version("5.19")
 """First version of Transformers whose continuous batching keeps the model's attention implementation."""
 MAX_TOKENS = 8192
@@ -55,7 +55,7 @@ class Backend:
         raise NotImplementedError
 
     def sync_weights(self) -> None:
-        """Copy the policy's weights to the engine, if it has its own. Called before responses are sampled."""
+        """Copy the policy's weights to an engine with weights of its own, if any. Called before sampling."""
 
 
 class HF(Backend):
@@ -111,7 +111,7 @@ def hf(model: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, acc
     """Create the backend `hf`. Raises SalsaError for rollout_compile without CUDA."""
     if not args.rollout_compile:
         return HF(model, args, tokenizer)
-    require(device().type == "cuda", "rollout_compile: this needs CUDA; on a CPU, compiling takes longer than it saves")
+    require(device().type == "cuda", "rollout_compile: this needs CUDA (it saves no time on a CPU); set it to false")
     return CompiledHF(model, args, tokenizer, CompileConfig())
 
 
@@ -164,7 +164,7 @@ class Paged(Backend):
             raise SalsaError(f"rollout_backend: paged does not support this model: {error}. Use hf") from error
 
     def _config(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> ContinuousBatchingConfig:
-        """Configuration with a cache for all responses at full length, not with most of the free memory."""
+        """Configuration whose cache fits all responses at full length; the default takes most free memory."""
         page = self.options.get("page_size", ContinuousBatchingConfig.page_size)
         pages = sum(-(-(len(prompt) + self.args.max_new_tokens) // page) for prompt in prompts)
         tokens = sum(map(len, prompts))
@@ -212,7 +212,7 @@ def _restored(lm: Any) -> Iterator[None]:
 def _autocast_in_threads(lm: Any) -> Iterator[None]:
     """Context in which the model's forward uses this thread's autocast in other threads too.
 
-    Raises SalsaError if autocast's dtype is not the base's, in which the paged cache is.
+    Raises SalsaError if autocast's dtype is not that of the base and of the paged cache.
     """
     kind = lm.device.type
     if not torch.is_autocast_enabled(kind):
@@ -311,15 +311,15 @@ class VLLM(Backend):
 
 
 def require_same_ends(lm: Any, ends: tuple[int, ...]) -> None:
-    """Raise SalsaError if the base has other EOS tokens than `ends`; vLLM's min_tokens would forbid them."""
+    """Raise SalsaError if the base has EOS tokens that are not in `ends`; vLLM's min_tokens forbids them."""
     named = [lm.config.eos_token_id]
     with contextlib.suppress(OSError):  # no generation_config.json
         named.append(GenerationConfig.from_pretrained(lm.name_or_path).eos_token_id)
     others = {token for entry in named for token in (entry if isinstance(entry, list) else [entry])} - {None, *ends}
     require(
         not others,
-        f"min_new_tokens: the base's configuration has the EOS tokens {sorted(others)} besides {list(ends)}, which"
-        " end a response, and vLLM would forbid both. Set min_new_tokens to 0, or use rollout_backend hf",
+        f"min_new_tokens: the base's configuration has the EOS tokens {sorted(others)} besides {list(ends)}, the"
+        " tokens that end a response, and vLLM would forbid all of them. Set min_new_tokens to 0, or use backend hf",
     )
 
 

@@ -60,8 +60,8 @@ def check_layout(model: PeftModel | PreTrainedModel) -> None:
     packed = [name for name, layer in layers if vars(layer.weight.quant_state).get("packing_format_for_cpu")]
     require(
         not packed,
-        f"model: bitsandbytes has packed {', '.join(packed[:1])} for inference, which has no backward. Load the model"
-        " again, and create the trainer before the model generates",
+        f"model: bitsandbytes has packed {', '.join(packed[:1])} for inference, so it has no backward pass. Load the"
+        " model again, and create the trainer before the model generates",
     )
 
 
@@ -93,9 +93,9 @@ def check_adapters(model: PeftModel) -> None:
 def check_trained(
     model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
 ) -> None:
-    """Raise SalsaError unless only LoRA factors or full weights train, in a fine dtype, without noise.
+    """Raise SalsaError unless the trained weights are LoRA factors or full weights, in a supported dtype.
 
-    To be called after all adapters are attached and dropout is removed.
+    Also raised if noise is left. Call this after all adapters are attached and dropout is removed.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     require(bool(trained), "model: no weight requires a gradient, so nothing would train. Call model.requires_grad_()")
@@ -155,7 +155,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTr
     lm = causal_lm(model)
     rows = lm.get_input_embeddings().weight.shape[0]
     for name, token, number, remedy in (
-        ("eos_token", tokenizer.eos_token, tokenizer.eos_token_id, "Set the token that ends a response"),
+        ("eos_token", tokenizer.eos_token, tokenizer.eos_token_id, "Set it to the token that ends a response"),
         ("pad_token", tokenizer.pad_token, tokenizer.pad_token_id, "Set tokenizer.pad_token = tokenizer.eos_token"),
     ):
         require(number is not None, f"processing_class: the tokenizer has no {name}. {remedy}")

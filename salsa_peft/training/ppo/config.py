@@ -22,10 +22,10 @@ from salsa_peft.utils.messages import explain_validation_error, short
 
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "save_only_model": (False, "PPO cannot resume from weights alone; save_model() saves them"),
-    "load_best_model_at_end": (False, "PPO keeps its last policy; the checkpoints have the others"),
+    "load_best_model_at_end": (False, "PPO keeps its last policy; earlier ones are in the checkpoints"),
     "push_to_hub": (False, "call save_model(folder) and huggingface_hub's upload_folder instead"),
     "fp16": (False, "its loss scaler lets the first gradients overflow, at which PPO stops; set bf16=True"),
-    "neftune_noise_alpha": (None, "PPO's ratio compares a network with itself, which noise on the embeddings changes"),
+    "neftune_noise_alpha": (None, "PPO compares a network with itself, so its embeddings must have no noise"),
     "label_smoothing_factor": (0.0, "PPO has no labels"),
     "auto_find_batch_size": (
         False,
@@ -39,7 +39,7 @@ DERIVED = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 @pydantic.dataclasses.dataclass(config=STRICT, kw_only=True)
 class _Checked(PPOOptions, Sampling):
-    """Types and bounds of SalsaPPOConfig's fields: those of a recipe's options, and the ones below."""
+    """Types and bounds of SalsaPPOConfig's fields: those of a recipe's options, and those below."""
 
     learning_rate: NonNegative
     num_train_epochs: Positive
@@ -56,8 +56,8 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     """PPO's options (`PPOOptions`, `Sampling`) in addition to TrainingArguments.
 
     batch_size counts the responses of all processes; micro_batch_size and rollout_batch_size count those of one
-    process. per_device_train_batch_size and gradient_accumulation_steps are computed from them; other values are
-    ignored.
+    process. per_device_train_batch_size and gradient_accumulation_steps are computed from them; values given for
+    these two are ignored.
     """
 
     learning_rate: float = PPO.learning_rate
@@ -76,9 +76,9 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     none: on the device. frozen: in CPU memory; they are moved to the device while they score.
     """
     guards: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
-    """As in PPOOptions. On a command line (HfArgumentParser), as JSON."""
+    """As in PPOOptions; on a command line (HfArgumentParser), a JSON object."""
     rollout_options: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
-    """As in PPOOptions. On a command line (HfArgumentParser), as JSON."""
+    """As in PPOOptions; on a command line (HfArgumentParser), a JSON object."""
 
     def __post_init__(self) -> None:
         self.guards = _mapping("guards", self.guards)
@@ -123,7 +123,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
 
     @property
     def minibatch_size(self) -> int:
-        """Number of responses in one optimizer step, in all processes."""
+        """Number of responses in one optimizer step, of all processes together."""
         return self.batch_size // self.num_mini_batches
 
     @property
@@ -132,9 +132,9 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         return self.steps_per_update * self.gradient_accumulation_steps
 
     def set_max_steps(self, prompts: int) -> None:
-        """Compute max_steps from num_train_epochs, in whole updates: an incomplete update is not logged.
+        """If max_steps is not set, compute it from num_train_epochs, as a whole number of updates.
 
-        Raises SalsaError if max_steps is set and is no whole number of updates. prompts: their number.
+        Raises SalsaError if max_steps is set and ends within an update. prompts: number of prompts.
         """
         steps = self.steps_per_update
         require(
@@ -153,7 +153,7 @@ def _mapping(name: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise SalsaError(f"{name}: {short(value)} is not a mapping, nor a mapping as JSON") from error
+        raise SalsaError(f"{name}: {short(value)} is neither a mapping nor a JSON object") from error
 
 
 def _as_yaml(value: Any) -> str:

@@ -70,7 +70,7 @@ def length(metrics: GuardInput, limit: float) -> str | None:
 def repetitive(metrics: GuardInput, limit: float) -> str | None:
     """Alarm if too many 4-grams are repeated within their response: looping gibberish (paper's Figure 6).
 
-    The largest share is start + limit · (1 − start), with the share `start` of the first update, because some data
+    The alarm threshold is start + limit · (1 − start), where `start` is the first update's share, because some data
     (tables, code) is repetitive. The default limit is a half: human texts repeat a few percent of their 4-grams (one
     text in a hundred repeats half of them), and a loop repeats nearly all.
     """
@@ -126,7 +126,7 @@ def kl_coef(metrics: GuardInput, limit: float) -> str | None:
 
 
 def negative_kl(metrics: GuardInput, limit: float) -> str | None:
-    """Alarm if the KL is below −limit, in nats per response: only its estimate k1 can be negative.
+    """Alarm if the KL is below −limit, in nats per response. Only the estimator k1 can be negative.
 
     The default limit is 1 nat: k1's variance is about 2 KL, so −1 is at least four standard errors below the mean over
     8 responses.
@@ -236,7 +236,7 @@ class GuardMonitor:
 
 
 def repetition(response_ids: Tensor, response_mask: Tensor, n: int = 4) -> float:
-    """Mean share of repeated n-grams, 1 − unique / all, over responses (B, T); 0 for those shorter than n."""
+    """Mean share of repeated n-grams, 1 − unique / all, of responses (B, T). Shorter responses count as 0."""
     shares = []
     for tokens, counted in zip(response_ids.tolist(), response_mask.tolist(), strict=True):
         response = list(compress(tokens, counted))

@@ -82,9 +82,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 class PPOLoss(NamedTuple):
-    """Loss and metrics of a micro-batch: sums over its tokens, divided by the tokens of the minibatch.
+    """Loss and metrics of a micro-batch: sums over its tokens, divided by the minibatch's token count.
 
-    Their sums over the micro-batches of a minibatch are means over the minibatch's tokens.
+    Summed over all micro-batches of a minibatch, they are means over the minibatch's tokens.
     """
 
     loss: Tensor

@@ -37,7 +37,7 @@ PIPE_WIDTH = 160
 
 
 def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, float]:
-    """Metrics of an update, with TRL's names. KL and entropy are sums over a response, in nats.
+    """Metrics of an update, with TRL's names. KL and entropy are in nats per response.
 
     batch_size: number of responses in an update.
     """
@@ -88,7 +88,7 @@ class LogFiles:
     def __init__(self, folder: Path) -> None:
         self.folder, self.begun = folder, False
         self.own: dict[str, int] = {}
-        """File name → position of this run's first line, since evaluations can be logged before training."""
+        """File name → byte position of this run's first line (evaluations may be logged before training)."""
 
     def begin(self) -> str | None:
         """Start the logs of a run.
@@ -120,7 +120,7 @@ class LogFiles:
         return f"{self.folder}: a copy of the logs is kept as {numbered(Path(METRICS), number)} and so on"
 
     def take(self, folder: Path) -> str | None:
-        """Continue copies of the logs in another folder. Returns the message of `begin`, or None."""
+        """Copy the logs from another folder, to continue them here. Returns the message of `begin`, or None."""
         self.own.clear()
         message = self.begin()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ class LogFiles:
 
     def write_evaluation(self, update: int, responses: Responses, scores: Tensor, count: int,
                          tokenizer: PreTrainedTokenizerBase) -> None:  # fmt: skip
-        """Append the first `count` responses of an evaluation. update: number of updates before it."""
+        """Append the first `count` responses of an evaluation. update: number of updates made so far."""
         rows = completion_rows(responses, {"score": scores}, count, tokenizer) if count else []
         self._append(EVALUATIONS, [{"update": update, **row} for row in rows])
 
@@ -171,7 +171,7 @@ class LogFiles:
         return sizes
 
     def cut(self, sizes: Mapping[str, int]) -> list[str]:
-        """Truncate the logs to `sizes` (0 if missing). Returns a message for each log that is shorter already."""
+        """Truncate each log to its size in `sizes`, or to 0. Returns a message for each log that is shorter."""
         self.begun = True
         lines = [checkpoints.truncate_log(self.folder / name, sizes.get(name, 0)) for name in FILES]
         return [line for line in lines if line is not None]
@@ -251,8 +251,8 @@ def _table(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO) -> st
 def printable(text: str) -> str:
     """Make text safe for a terminal: line breaks become ⏎, special characters become Python's escapes.
 
-    Special are control, formatting, surrogate and unassigned characters, such as those of escape sequences and changes
-    of direction. The two zero-width joiners, which Persian and emoji need, stay.
+    These are control, formatting, surrogate, private-use and unassigned characters, such as those of escape sequences
+    and changes of direction. The two zero-width joiners, which Persian and emoji need, stay.
     """
     hidden, joiners = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"), "\u200c\u200d"
     return "".join(

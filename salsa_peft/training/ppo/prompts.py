@@ -50,7 +50,7 @@ class PromptEncoder(NamedTuple):
     def of(
         cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PromptEncoder:
-        """Create an encoder of prompts to which each of `models` can read a response. The policy comes first.
+        """Create an encoder of prompts that each of `models` (policy first) can read with a response.
 
         args.max_prompt_length limits prompts too. Raises SalsaError if max_new_tokens leaves no room for a prompt.
         """
@@ -68,7 +68,7 @@ class PromptEncoder(NamedTuple):
     def __call__(self, rows: Any, name: str) -> tuple[list[Prompt], int]:
         """Encode the prompts of `rows`. Returns those kept, and the number of empty or too long prompts.
 
-        Raises SalsaError if `rows` are not rows, or a row has no usable prompt. Messages start with `name`.
+        Raises SalsaError if `rows` cannot be iterated over, or a row has no usable prompt. Messages start with `name`.
         """
         if isinstance(rows, Mapping):  # for example a datasets.DatasetDict
             keys = short(list(rows))
@@ -126,7 +126,7 @@ class PromptEncoder(NamedTuple):
         return ids
 
     def begins_with_bos(self, row: Mapping[str, Any]) -> bool:
-        """Whether a prompt's text begins with the BOS that the tokenizer adds, as after a chat template."""
+        """Whether a prompt's text begins with the BOS that the tokenizer adds, as a rendered template may."""
         text = row.get("prompt") if "input_ids" not in row else None
         return isinstance(text, str) and adds_bos(self.tokenizer) and text.startswith(str(self.tokenizer.bos_token))
 
@@ -143,7 +143,7 @@ class PromptEncoder(NamedTuple):
 class RolloutBatches(Sampler[list[int]]):
     """Sampler of rollout batches (row indices), which repeats each batch for its micro-steps.
 
-    Rows are shuffled in every epoch. Those that do not fill a last batch are left out of the epoch.
+    Rows are shuffled in every epoch. Rows that do not fill a last batch are left out of the epoch.
     """
 
     def __init__(self, rows: int, batch_size: int, repeats: int, seed: int) -> None:

@@ -106,7 +106,7 @@ class RunCheckpoints:
             damage = checkpoints.fault(Path(str(resume)))
             require(
                 damage is None,
-                f"resume_from_checkpoint: {resume} is not a complete checkpoint ({damage}). Resume from another one",
+                f"resume_from_checkpoint: {resume} is not a complete checkpoint ({damage}). Use another checkpoint",
             )
             return Path(str(resume))
         newest, skipped = checkpoints.last_complete(self.folder)
@@ -114,8 +114,8 @@ class RunCheckpoints:
             self._say(line)
         require(
             newest is not None,
-            f"resume_from_checkpoint: there is no complete checkpoint in {self.folder}"
-            + ". Remove the incomplete checkpoints, or choose another output_dir" * bool(skipped),
+            f"resume_from_checkpoint: there is no complete checkpoint in {self.folder}. Train without this option"
+            + ", and remove the incomplete checkpoints or choose another output_dir" * bool(skipped),
         )
         return newest
 
@@ -130,7 +130,11 @@ class RunCheckpoints:
         self.owns_folder, self.saved_step = True, None
 
     def settings(self) -> dict[str, Any]:
-        """The settings that must match on resume. First called before training, which may shard the weights."""
+        """The settings that must match on resume.
+
+        The first call computes digests of the weights, and later calls reuse them; call it before training, which may
+        shard the weights.
+        """
         if self.identity is None:
             self.identity = identity(self.policy, self.policy_name, self.references, self.reward, self.prompts)
         return {**required_options(self.args), **self.identity, "sharded": self.sharding}
@@ -249,7 +253,7 @@ def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
 
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
-    """The CHANGEABLE options as name → value, and the names of the reward functions."""
+    """The CHANGEABLE options as name → value, and the names of the reward's functions or classes."""
     code = [one.code for one in reward.components()]
     return {key: _as_json(vars(args)[key]) for key in CHANGEABLE} | {"reward": code}
 

@@ -61,12 +61,12 @@ class Rollout(NamedTuple):
     kl: Tensor
     entropy: Tensor
     scores: Tensor
-    """(B,), as returned by the reward, without the options on scores."""
+    """(B,), as returned by the reward, before normalize_scores, score_clip and missing_eos_penalty."""
     advantages: Tensor
     returns: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the batch by name, those of the responses too."""
+        """All tensors of the batch by name, including those of the responses."""
         named = {**self._asdict(), **self.responses._asdict()}
         return {name: tensor for name, tensor in named.items() if name != "responses"}
 
@@ -141,7 +141,7 @@ class RolloutMaker:
         return Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
-        """Sample responses to prompts, with the same seeds in every call → responses, scores (B,)."""
+        """Sample responses to prompts, with the same seeds in every call. Returns responses and scores (B,)."""
         self.model.eval()
         with gathered(self.model, self.accelerator):
             responses, _ = self.micro_batch_limit.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))

@@ -1,4 +1,4 @@
-"""State of a PPO run and its update, minibatches and micro-batches, and learning rates on resume."""
+"""State of a PPO run and of its current update; minibatches; learning rates that changed on resume."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PPOState:
     stopped_early: bool = False
     """Whether the current update makes no further steps, because it reached target_kl."""
     totals: list[list[float]] = field(default_factory=list)
-    """PPOLoss's fields, summed over micro-steps and processes, of each optimizer step of this update."""
+    """For each optimizer step of this update, PPOLoss's fields summed over micro-steps and processes."""
     reward_metrics: dict[str, float] = field(default_factory=dict)
     """Metrics that the reward reported for the current update."""
     rollout: Rollout | None = None
@@ -101,7 +101,7 @@ class PPOState:
         return {key: vars(self)[name] for key, name in SAVED.items()}
 
     def load_state_dict(self, state: dict[str, Any], rollout: Rollout | None) -> None:
-        """Restore what `state_dict` returned, and the rollout batch if the checkpoint is within an update."""
+        """Restore what `state_dict` returned, and the rollout batch if it was saved within an update."""
         for key, name in SAVED.items():
             setattr(self, name, state[key])
         self.rollout, self.started = rollout, time.perf_counter()

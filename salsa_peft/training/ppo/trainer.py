@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LOG_HISTORY = 500
-"""Largest number of rows in Trainer's log_history, which every checkpoint contains."""
+"""Number of newest rows, besides evaluations, kept in log_history, which every checkpoint contains."""
 
 
 class SalsaPPOTrainer(Trainer):
@@ -105,7 +105,7 @@ class SalsaPPOTrainer(Trainer):
         require(
             len(prompts) >= args.batch_size,
             f"train_dataset: {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}) are fewer than"
-            f" batch_size = {args.batch_size}. Lower batch_size, or add prompts or allow longer ones",
+            f" batch_size = {args.batch_size}. Lower batch_size, add prompts, or allow longer prompts",
         )
         args.set_max_steps(len(prompts))
         eval_prompts = None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
@@ -176,8 +176,8 @@ class SalsaPPOTrainer(Trainer):
         without checkpoints are renamed to metrics.1.jsonl and so on. A second train() of the same trainer continues the
         run: it appends to the logs, restarts the schedule at step 1, and replaces checkpoints of the same step.
 
-        SIGTERM saves a checkpoint and raises SystemExit(143). A guard's alarm with action stop saves one and raises
-        SalsaError. If a callback asks to stop during an update, training stops at the end of the update.
+        SIGTERM saves a checkpoint and raises SystemExit(143). A guard's alarm with action stop also saves one,
+        and raises SalsaError. If a callback asks to stop during an update, training stops at the end of the update.
         """
         checkpoint = self.checkpoints.find(resume_from_checkpoint)
         self.checkpoints.claim_folder(checkpoint)
@@ -343,10 +343,10 @@ class SalsaPPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample responses to the eval set's prompts → mean score, mean length and share of empty responses.
+        """Sample responses to the prompts of the evaluation set. Returns metrics of the responses.
 
-        The seeds are the same in every call. args.eval_samples responses are written to eval_completions.jsonl. Raises
-        SalsaError if there are no prompts.
+        The metrics are mean score, mean length, share of empty ones, and the reward's. The seeds are the same in every
+        call. args.eval_samples responses are written to eval_completions.jsonl. Raises SalsaError without prompts.
         """
         prompts: Any = self.eval_dataset if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
         require(bool(prompts), "eval_dataset: there are no prompts to evaluate on. Pass rows with `prompt`")
@@ -421,7 +421,7 @@ class SalsaPPOTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Prepare the model. DeepSpeed's files lack frozen weights, so they are loaded here, not by Trainer."""
+        """Prepare the model, and load DeepSpeed's files, which lack frozen weights, without Trainer's checks."""
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -441,7 +441,7 @@ class SalsaPPOTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _load_finished(self, checkpoint: Path) -> TrainOutput | None:
-        """Load a checkpoint of finished training and return its result; None for any other checkpoint.
+        """Load a checkpoint of finished training and return its result; None if it is not finished.
 
         Trainer would make one more step if it resumed from such a checkpoint.
         """

@@ -648,7 +648,7 @@ class TestVLLM:
             make(vllm_options(options, with_vllm), SimpleNamespace(num_processes=2))
         model.config.eos_token_id = [EOS, 9]
         make(vllm_options(options, with_vllm))
-        with pytest.raises(SalsaError, match=r"has the EOS tokens \[9\] besides .*, which end a response"):
+        with pytest.raises(SalsaError, match=r"has the EOS tokens \[9\] besides .*, the tokens that end a response"):
             make(vllm_options(options, with_vllm, min_new_tokens=2))
         model.config.eos_token_id, model.name_or_path = EOS, str(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 8]}))

@@ -43,7 +43,7 @@ def config(folder: Path, **options: Any) -> SalsaPPOConfig:
         ({"shown_every": 0}, "shown_every: must be at least 1, not 0"),
         ({"whiten_rewards": "no"}, "whiten_rewards: must be true or false, not 'no'"),
         ({"guards": ["length"]}, r"guards: must be a mapping \{NAME: value, …\}, not \['length'\]"),
-        ({"guards": "{length"}, "guards: '{length' is not a mapping, nor a mapping as JSON"),
+        ({"guards": "{length"}, "guards: '{length' is neither a mapping nor a JSON object"),
         ({"fp16": True}, "fp16: true is not supported, only false: .* set bf16=True"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: 5.0 is not supported, only None"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.1 is not supported, only 0.0"),

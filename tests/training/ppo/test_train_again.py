@@ -121,7 +121,7 @@ class TestFolder:
         make("third").train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")
         assert updates(tmp_path / "third") == [4]
         assert (
-            "metrics.jsonl: lines from before the checkpoint are missing: the file has 0 bytes, and had"
+            "metrics.jsonl: lines from before the checkpoint are missing: the file has 0 bytes, but had"
             in capsys.readouterr().err
         )
 
