@@ -77,7 +77,7 @@ def context(run: ReportInput) -> dict[str, Any]:
 
 
 def _tiles(run: ReportInput, compared: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tiles of the comparisons. `at`: positions of mean and interval on one scale from 0 to 100 for all."""
+    """Tiles of the comparisons. `at`: mean and interval on the scale from 0 to 100 that all tiles share."""
     reach = max((abs(one[key]) for one in compared for key in ("low", "high")), default=0.0) or 1.0
     return [
         {
@@ -92,7 +92,7 @@ def _tiles(run: ReportInput, compared: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
-    """Content of summary.json: every number of the report, null if not finite. found: from `context`."""
+    """Content of summary.json: every number of the report, null if not finite. found: result of `context`."""
     datasets = run.evaluation.get("datasets", {})
     judged = found["judged"] or {"datasets": {}}
 

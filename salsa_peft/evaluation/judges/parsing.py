@@ -1,7 +1,7 @@
 """Read the verdict [[A]], [[B]] or [[C]] from a judge's reply.
 
 FastChat searches for [[A]], then [[B]], then [[C]] anywhere in the reply, and so reads A if the judge repeats its
-instruction or quotes an answer that contains [[A]]. The result differs from FastChat's if a reply has several
+instruction or quotes an answer that contains [[A]]. The result can differ from FastChat's if a reply has several
 brackets, or one that is not a verdict. Each bracket is classified by its use:
 
 - ignored: in the judge's thinking, in a repeated answer or instruction, attributed to an assistant, negated,
@@ -9,9 +9,9 @@ brackets, or one that is not a verdict. Each bracket is classified by its use:
 - a verdict: anywhere else; a declared verdict if the text calls it one ("final verdict: …"), or if it is a line or
   sentence of its own.
 
-Declared verdicts take precedence. If the remaining brackets name different letters, the last one counts if the text
-says that it revises the earlier one, or if it ends the reply; otherwise there is no verdict, and the judge is asked
-again. Imports no torch.
+If there are declared verdicts, the others are dropped. If the remaining verdicts differ, the last one counts if the
+text calls it final or a revision, or if it ends the reply; otherwise there is no verdict, and the judge is asked again.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ ATTRIBUTED = re.compile(
     rf"[{QUOTES}>\s]*$",
     re.IGNORECASE,
 )
-"""Words right before a bracket that attribute the bracket to somebody else: "Assistant A ends with"."""
+"""Words right before a bracket that attribute the bracket to somebody other than the judge: "Assistant A ends with"."""
 ATTRIBUTED_QUOTATION = re.compile(
     rf"({SPEAKER}[^.!?\n]*\b{SAYS}|\b(string|phrase|token|tag|marker|words|text|line|sequence|quotation|instruction))\b[^.!?\n]*$",
     re.IGNORECASE,
 )
-"""Words before a quotation that attribute the quotation to somebody else."""
+"""Words before a quotation that attribute the quotation to somebody other than the judge."""
 AFTER_QUOTATION = re.compile(
     r"[.!]?[\"'”’»`]+[\s,(–—-]*(says?|said|wrote|writes?|claims?|claimed|is what|as (assistant|answer|it)|appears?|appeared|occurs?|stands?|in (its|the|their|assistant|answer)"
     r"|inside|at the end of|by assistant|from (assistant|answer))\b",
@@ -120,7 +120,7 @@ def read_verdict(text: str) -> str | None:
 
 
 def _settled(text: str, said: list[re.Match[str]]) -> str | None:
-    """The verdict of brackets of the same use, SAID or DECLARED; None if ambiguous or without brackets."""
+    """The verdict of brackets with the same use; None if they are ambiguous or there are none."""
     if not said:
         return None
     last = said[-1]
