@@ -53,7 +53,7 @@ def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Pat
 
 
 def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[str, Callable[[], str | None]]]:
-    """Return one model that serves all evaluated names, and for each name a function to call first.
+    """Return one model that serves all evaluated names, and per name a function that prepares the model.
 
     With adapters, all are attached here, and the function returns the name of the adapter to activate (None: the base).
     With full weights, the function reads the weights of that name into the model and returns None.

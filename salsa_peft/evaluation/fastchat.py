@@ -30,7 +30,7 @@ def write_answers(
 ) -> None:
     """Write question.jsonl and model_answer/ of one set of questions into `folder`.
 
-    answers: model → rows of answers.jsonl, in order. If two models have the same file name, the second gets -2.
+    answers: model → rows of answers.jsonl, in order. If two models have the same file name, -2 is added to the second.
     """
     asked = [
         {"question_id": one.id, "category": one.category or "general", "turns": list(one.turns)}
@@ -64,7 +64,7 @@ def write_answers(
 WINNER = {"a": "model_1", "b": "model_2", "tie": "tie", "missing": "error"}
 """Winner of a comparison → FastChat's name for the winner."""
 BASELINE_FIRST = {"a": "B>A", "b": "A>B", "tie": "A=B", "missing": None}
-"""Winner of a comparison → arena-hard-auto's score for its first game, in which the baseline (b) is assistant A."""
+"""Winner → arena-hard-auto's score for its game 1, in which the baseline (model b) is assistant A."""
 BASELINE_SECOND = {"a": "A>B", "b": "B>A", "tie": "A=B", "missing": None}
 
 

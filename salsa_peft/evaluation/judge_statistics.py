@@ -38,7 +38,7 @@ class Judgment(NamedTuple):
 
     @property
     def winner(self) -> str:
-        """The model that wins in both orders (FastChat's rule), else "tie"; "missing" if a verdict is."""
+        """The model that wins in both orders (FastChat), else "tie"; "missing" if a verdict is missing."""
         if "missing" in (self.first, self.second):
             return "missing"
         return self.first if self.first == self.second else "tie"
@@ -78,7 +78,7 @@ class PairResult:
     worst_high: float
     """Adjusted win rate if every missing judgment were a win."""
     flip_rate: float | None
-    """Share of judgments with two different verdicts, among those with both; None if none has both."""
+    """Share of judgments whose two verdicts differ, of all with two verdicts. None if no judgment has two."""
     first_position_rate: float | None
     """Share of the verdicts with a winner that prefer the answer shown first: ½ without position bias. None if no
     verdict has a winner."""
@@ -131,7 +131,7 @@ def _check(rows: Sequence[Judgment]) -> None:
     for word in {word for row in rows for word in (row.first, row.second)} - {*NET, "missing"}:
         raise ValueError(f"winner {word!r} is unknown; use a, b, tie or missing")
     if len({(row.question, row.turn) for row in rows}) < len(rows):
-        raise ValueError(f"a turn of a question is judged twice in {len(rows)} judgments; pass one judgment a turn")
+        raise ValueError(f"a turn of a question is judged twice in {len(rows)} judgments; pass one for each turn")
 
 
 def counts(rows: Sequence[Judgment]) -> dict[str, int]:

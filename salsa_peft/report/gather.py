@@ -22,7 +22,7 @@ from salsa_peft.utils.fingerprints import FINGERPRINT
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
 NOT_THE_RECIPE = ("name", "description", "threads", "report_to", "landscape", "num_processes", "accelerate")
-"""Keys of the recipe in which replicates may differ, because the keys affect neither policies nor answers."""
+"""Keys of the recipe in which replicates may differ; these keys affect neither policies nor answers."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ReportInput:
     policies: dict[str, PolicyReport]
     landscape: dict[str, Any] | None
     evaluation: dict[str, Any]
-    """evaluation.json with two keys added: each set's `pairs` (comparisons.pairs), and a `search`'s result."""
+    """evaluation.json with `pairs` (comparisons.pairs) added to each set, and the key `search` added."""
     answers: list[dict[str, Any]]
     """The rows of answers.jsonl."""
     verdicts: dict[str, Any] | None = None

@@ -159,7 +159,7 @@ def description(name: str, run: ReportInput) -> str:
 
 
 OUTCOMES = ("win", "loss", "tie", "missing")
-"""Outcomes of a turn for the main pair, by which the page filters questions; a question may have several."""
+"""Outcomes of a turn for the main pair, by which questions are filtered; a question may have several."""
 SHORT = 140
 """Maximum number of characters of a question in its heading."""
 

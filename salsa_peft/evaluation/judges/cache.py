@@ -92,7 +92,7 @@ class Cache:
         return None if row is None else Reply(*row[:-1])
 
     def put(self, replies: Mapping[str, Reply]) -> dict[str, Reply]:
-        """Store replies in one transaction; if another process stored one first, that one is returned."""
+        """Store replies in one transaction. Where another process stored a reply first, its reply is returned."""
         with self._readable_errors(), self.file:
             self.file.execute("BEGIN IMMEDIATE")
             self.file.executemany(

@@ -20,7 +20,7 @@ from salsa_peft.utils.files import read_json_lines
 CHARACTERS = 4
 """Number of characters per token, a rule of thumb for English."""
 INSTRUCTION = 250
-"""Guess at the number of tokens in a judge's prompt without question and answers, for figure7 and fastchat."""
+"""Guess at the number of prompt tokens besides question and answers, for figure7 and fastchat."""
 VERDICT = 250
 """Guess at the number of tokens in one reply, which is a brief comparison and the verdict."""
 COUNTABLE = 500_000_000
@@ -91,7 +91,7 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
 
 
 def _turns(source: Source) -> list[tuple[int, int]] | None:
-    """(turn, tokens up to it) for each turn of each question; None: neither JSONL nor a set of the paper."""
+    """(turn, tokens up to it) of every question; None if the source is neither JSONL nor in the paper."""
     if (source.path, source.split) in ON_THE_HUB:
         count, lengths = ON_THE_HUB[source.path, source.split]
         return list(enumerate(lengths, 1)) * min(count, source.limit or count)

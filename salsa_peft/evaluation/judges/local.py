@@ -30,7 +30,7 @@ from salsa_peft.utils.hub import local_folder, readable_hub_errors
 
 WHERE = "evaluate.judge.model"
 ROOM = 64
-"""Number of tokens, at most max_tokens, that a prompt must leave for the reply; a longer prompt is not sent."""
+"""Number of tokens (or max_tokens, if less) that a prompt must leave for the reply, else it is not sent."""
 
 
 class Row(NamedTuple):
@@ -60,7 +60,7 @@ class LocalModel:
 
     @property
     def address(self) -> tuple[str, str]:
-        """The word "local" and the model's fingerprint, so that a changed model gets no old replies."""
+        """The word "local" and the model's fingerprint, so that replies of a replaced model are not reused."""
         return "local", self.identity
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:

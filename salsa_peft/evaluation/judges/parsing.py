@@ -27,7 +27,7 @@ THOUGHT = re.compile(r"</think(?:ing)?>|<\|channel\|>final<\|message\|>")
 """End of the judge's thinking, as a tag or as a channel of gpt-oss."""
 THINKS = re.compile(r"<think(?:ing)?>|<\|channel\|>analysis<\|message\|>")
 FORCED = r"(?!\s+(i|we|forced|pressed|asked|made)\b(\s+(had|have|has|must|were|was|am))?)"
-"""Lookahead after "if" that excludes phrases such as "if I had to choose", which announce a real verdict."""
+"""Lookahead after "if" that excludes phrases such as "if I had to choose", which precede a verdict."""
 CONDITION = re.compile(rf"[{QUOTES}]*[ \t,:–—-]*\(?(if{FORCED}|when|whenever|in case)\b", re.IGNORECASE)
 """A condition right after a bracket, as in an instruction: "[[A]] if assistant A is better"."""
 FOR_A_TIE = re.compile(rf"[{QUOTES}]*[\s,:–—-]*\(?(for|in case of|means) (a )?(tie|draw)\b", re.IGNORECASE)
@@ -42,7 +42,7 @@ REPEATED = re.compile(
     r"|<\|The Start of [^|]*\|>.*?(<\|The End of [^|]*\|>|\Z)",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
-"""An answer or a whole prompt that the judge repeats, between the delimiters of figure7, FastChat or Arena-Hard."""
+"""An answer or prompt that the judge repeats, between delimiters of figure7, FastChat or Arena-Hard."""
 FENCE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
 NEGATED = re.compile(
     r"(\b(not|never|nor|neither|cannot|rather than|instead of|as opposed to)\b|n[’']t\b)[^:;.!?\n]{0,30}$",
@@ -54,7 +54,7 @@ CONCEDED = re.compile(
     r"|(was|were|felt) (almost |nearly )?(tempted|inclined|leaning|going)|almost|nearly)\b[^,;:.!?\n]*$",
     re.IGNORECASE,
 )
-"""Words in the clause before a bracket that mark a concession, another view or an abandoned first impression."""
+"""Words in the clause before a bracket that mark a concession, another view or a first impression."""
 HYPOTHETICAL = re.compile(
     rf"(\b(if|unless){FORCED}\b[^.!?\n]*\b(would|could|might)\b|\b(had|were) (it|this|that|the|they|assistant|answer)\b[^.!?\n]*\bwould\b|\bwould have\b)[^.!?\n]*$",
     re.IGNORECASE,
@@ -79,7 +79,7 @@ ATTRIBUTED = re.compile(
     rf"[{QUOTES}>\s]*$",
     re.IGNORECASE,
 )
-"""Words right before a bracket that attribute the bracket to somebody other than the judge: "Assistant A ends with"."""
+"""Words that attribute the next bracket to somebody other than the judge: "Assistant A ends with"."""
 ATTRIBUTED_QUOTATION = re.compile(
     rf"({SPEAKER}[^.!?\n]*\b{SAYS}|\b(string|phrase|token|tag|marker|words|text|line|sequence|quotation|instruction))\b[^.!?\n]*$",
     re.IGNORECASE,

@@ -84,7 +84,7 @@ REMINDER = (
     "\n\n(Your last answer to this had no verdict that could be read. Keep the explanation to two sentences and end"
     " with one of these alone: [[A]], [[B]] or [[C]].)"
 )
-"""Added to the prompt when a judge at temperature 0 is asked again, since the same prompt would give the same reply."""
+"""Added to the prompt when asking again at temperature 0, where the same prompt gives the same reply."""
 
 
 def figure7(comparison: Comparison) -> JudgePrompt:
