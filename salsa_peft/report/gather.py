@@ -87,7 +87,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
     found = {unit: read_json(folder / manifests.MANIFEST) for unit, folder in inputs.items()}
     evaluation, soup = inputs["evaluate"], inputs["soup"]
     landscape, judge = inputs.get("landscape"), inputs.get("judge")
-    base = recipe.model.base or "the toy language's"
+    base = recipe.model.base or "toy language"
     replicate_of, training_seeds = identity(recipe)
     answers = read_json_lines(evaluation / "answers.jsonl")
     verdicts = read_json(judge / "verdicts.json") if judge else None
@@ -183,7 +183,7 @@ def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward(recipe: Recipe, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Rows of the reward's parts (none if it is the trained model alone), then the reward stage's metrics."""
+    """Rows of the reward's parts (none if only the trained model), then the reward stage's metrics."""
     parts = recipe.reward.parts
     alone = recipe.reward.trained and len(parts) == 1 and parts[0].weight == 1
     rows = {} if alone else {part.name: f"{part.weight:g} · {part.kind} {last_part(part.value)}" for part in parts}

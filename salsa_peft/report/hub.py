@@ -127,13 +127,13 @@ def repository(api: Any, to: str) -> str:
 
 
 def with_retries(call: Callable[[], Result], what: str) -> Result:
-    """Call the Hub, again if it is busy or the connection breaks. Raises SalsaError if the call fails."""
+    """Result of `call`, retried if the Hub is busy or the connection breaks. Raises SalsaError on failure."""
     from huggingface_hub import errors
 
     for wait in (*WAITS, None):
         try:
             return call()
-        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # JSON: of the response
+        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # last: invalid response
             if is_local(error):
                 raise SalsaError(f"{what}: {error}") from error
             status, after = status_of(error)

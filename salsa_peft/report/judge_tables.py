@@ -188,7 +188,7 @@ def _reliability(pairs: Sequence[Row]) -> Iterable[str]:
 
 
 def _equal_answers(run: ReportInput, dataset: str, a: str, b: str) -> Iterable[str]:
-    """A warning if many answers of two models are identical; the judge can only call such pairs ties."""
+    """A warning if many answers of two models are identical and so cannot tell the models apart."""
     both = answer_pairs(run.answers, dataset, a, b)
     same = sum(first["response"] == second["response"] for first, second in both)
     if same > 0.2 * len(both):

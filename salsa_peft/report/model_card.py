@@ -86,7 +86,7 @@ def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, fold
     base = base_model or recipe.model.base
     if base is None or os.path.isabs(base):
         raise SalsaError(
-            f"base: {'the toy language' if base is None else Path(base).name} exists only on this machine; give the"
+            f"base: {'the toy base' if base is None else Path(base).name} exists only on this machine; give the"
             " base's id on the Hub: --base-model namespace/name, or hub.base_model in the recipe"
         )
     kind, unit = unit_of(recipe, name)
