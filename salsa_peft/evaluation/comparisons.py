@@ -62,7 +62,7 @@ def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[
 
 
 def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> sweeps.Pairs:
-    """Pairs to compare: each candidate of a search against the opponent, then the recipe's pairs.
+    """Pairs to compare: each candidate of a search with `search.against`, then the recipe's pairs.
 
     In the recipe's pairs the picked candidate replaces the searched policy.
     """

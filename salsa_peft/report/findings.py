@@ -18,7 +18,7 @@ from salsa_peft.report.style import MEASURES
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
 FEW = 30
-"""Number of prompts below which a warning is given, as the t-interval assumes a nearly normal mean."""
+"""Number of prompts below which a warning is given, since the t-interval assumes a nearly normal mean."""
 REPLICATE = (
     "One run is one replicate: every interval is over prompts, not over training seeds, so none of them says what the"
     " same recipe would give with other seeds."

@@ -139,7 +139,7 @@ def _policy_summary(policy: PolicyReport, table: dict[str, Any] | None) -> dict[
 
 
 def training(policy: PolicyReport) -> dict[str, Any]:
-    """Training metrics at start and end: β, and means of score, KL and length over a tenth of the updates."""
+    """Metrics at start and end of training: β, and means over the first and last tenth of the updates."""
     rows, tenth = policy.metrics, max(1, len(policy.metrics) // 10)
     table: dict[str, Any] = {"updates": len(rows), "episodes": rows[-1]["episode"]}
     for key, (short, _) in CURVES.items():

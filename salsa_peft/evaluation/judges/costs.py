@@ -1,7 +1,7 @@
 """Estimate of a judge's calls and tokens for --dry-run. Imports no torch.
 
 The number of calls is exact once the answers exist. Until then the calls are counted from the question files, and the
-tokens are an upper bound, for which every answer is assumed to have `generation.max_new_tokens`.
+tokens are an upper bound, for which every answer is assumed to be `generation.max_new_tokens` long.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from salsa_peft.utils.hub import local_folder, readable_hub_errors
 
 WHERE = "evaluate.judge.model"
 ROOM = 64
-"""Number of tokens (or max_tokens, if less) that a prompt must leave for the reply, to be sent at all."""
+"""Number of tokens (or max_tokens, if less) that a prompt must leave for the reply; else it is not sent."""
 
 
 class Row(NamedTuple):

@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
     turns: tuple[str, ...]
     """The user's turns up to the judged one; the first includes any messages before it."""
     a: tuple[str, ...]
-    """The answers shown first, one for each turn."""
+    """Answers of the assistant shown first, one for each turn."""
     b: tuple[str, ...]
     turn: int
     """Number of the judged turn, from 1."""
