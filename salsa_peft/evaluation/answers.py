@@ -1,4 +1,4 @@
-"""Multi-turn answers of one model and their scores, for the evaluate and landscape stages.
+"""Generate and score multi-turn answers of one model, for the evaluate and landscape stages.
 
 All answers in a batch have the same turn, temperature and length limit. Which prompts share a batch does not depend on
 which answers exist already, so that a resumed run gives the same answers as an uninterrupted one.
@@ -86,7 +86,7 @@ def _prompt(index: int, question: Question, turn: int, found: Known, context: St
 def _responses(
     model: nn.Module, prompts: list[TurnPrompt], turn: int, context: StageContext, seed: int, found: Known
 ) -> Iterator[tuple[list[TurnPrompt], Responses]]:
-    """Yield the prompts and responses of each batch; batches whose answers are all known are skipped."""
+    """Yield each batch's prompts and responses; a batch whose answers are all known is skipped."""
     generation, tokenizer = context.recipe.generation, context.tokenizer
     for heat, limit in sorted({(one.temperature, one.limit) for one in prompts}):
         part = [one for one in prompts if (one.temperature, one.limit) == (heat, limit)]

@@ -1,4 +1,4 @@
-"""Win rates of pairs of models by their answers' scores, and the result of a search by reward.
+"""Win rates of pairs of models by the scores of their answers, and the search for β by reward.
 
 The win rates are computed from answers.jsonl on demand, so that a new pair in the recipe needs no new answers. Imports
 no torch.
@@ -20,12 +20,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def clusters(rows: Rows) -> list[int] | None:
-    """Index of each row's question, for intervals over questions; None if every question has one turn."""
+    """Index of each row's question, to cluster intervals by; None if every question has one turn."""
     return [row["index"] for row in rows] if any(row["turn"] > 1 for row in rows) else None
 
 
 def by_set(answers: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """Group the rows: set of questions → model → its rows."""
+    """Group rows of answers.jsonl as set of questions → model → rows of the model."""
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in answers:
         found.setdefault(row["dataset"], {}).setdefault(row["model"], []).append(row)
@@ -46,9 +46,9 @@ def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[
 
 
 def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any] | None:
-    """Result of a search by reward (`sweeps.pick_candidates`); None if the recipe has no such search.
+    """Result of the search for β by reward (`sweeps.pick_candidates`); None without such a search.
 
-    A candidate's win rate is over all questions of the sets in `search.questions`, by default of all sets.
+    A candidate's win rate is over all questions of the sets that `search.questions` names, by default of all sets.
     """
     section = recipe.search
     if section is None or section.by == "judge":
@@ -62,9 +62,9 @@ def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[
 
 
 def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> sweeps.Pairs:
-    """Pairs to compare: a search's candidates against its opponent, then the recipe's pairs.
+    """Pairs to compare: each candidate of a search with `search.against`, then the recipe's pairs.
 
-    In the recipe's pairs the picked candidate stands for the searched policy.
+    In the recipe's pairs the picked candidate replaces the searched policy.
     """
     return list(
         dict.fromkeys(sweeps.candidate_pairs(recipe) + sweeps.with_picked(sweeps.compared_pairs(recipe), found))

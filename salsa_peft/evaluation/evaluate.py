@@ -43,7 +43,7 @@ def model_names(recipe: Recipe) -> list[str]:
 
 
 def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Path]) -> str | None:
-    """Attach the policy or reference called `name`; returns its adapter's name, or None for the base."""
+    """Attach the policy or reference called `name`; returns the adapter's name, or None for the base."""
     adapter = f"model-{len(model.peft_config)}"
     if name in recipe.policies:
         lora.attach(model, inputs[policy_id(recipe, name)], adapter)
@@ -53,10 +53,10 @@ def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Pat
 
 
 def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[str, Callable[[], str | None]]]:
-    """One model for all names, and for each name a function that returns the adapter to activate.
+    """Return one model that serves all evaluated names, and per name a function that prepares the model.
 
-    All adapters are attached beforehand. With full weights, the function reads the weights into the model and returns
-    None.
+    With adapters, all are attached here, and the function returns the name of the adapter to activate (None: the base).
+    With full weights, the function reads the weights of that name into the model and returns None.
     """
     recipe, inputs, names = job.recipe, job.inputs, model_names(job.recipe)
     if recipe.adapter is not None:
@@ -74,9 +74,9 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
 
 
 def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
-    """Mean scores and lengths of each model on one set of questions, with intervals clustered by question.
+    """Means of each model's scores and response lengths on one set of questions, with intervals.
 
-    answers: model → its rows. names: the measures.
+    answers: model → its rows. names: names of the measures.
     """
     rows = next(iter(answers.values()))
     of = clusters(rows)

@@ -16,7 +16,7 @@ from salsa_peft.utils.files import write_atomic
 
 
 def file_stem(name: str) -> str:
-    """File name for a model: the last part of its name, other characters than A-Za-z0-9._- as hyphens."""
+    """File name for a model: the last part of its name, with hyphens for characters not in A-Za-z0-9._-."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name.rstrip("/").rsplit("/", 1)[-1]) or "model"
 
 
@@ -30,7 +30,7 @@ def write_answers(
 ) -> None:
     """Write question.jsonl and model_answer/ of one set of questions into `folder`.
 
-    answers: model → rows of answers.jsonl, in order. If two models have the same file name, the second ends with -2.
+    answers: model → rows of answers.jsonl, in order. If two models have the same file name, -2 is added to the second.
     """
     asked = [
         {"question_id": one.id, "category": one.category or "general", "turns": list(one.turns)}
@@ -64,7 +64,7 @@ def write_answers(
 WINNER = {"a": "model_1", "b": "model_2", "tie": "tie", "missing": "error"}
 """Winner of a comparison → FastChat's name for the winner."""
 BASELINE_FIRST = {"a": "B>A", "b": "A>B", "tie": "A=B", "missing": None}
-"""Winner → score of arena-hard-auto's first game, which shows the baseline, our model b, as assistant A."""
+"""Winner → arena-hard-auto's score for its game 1, in which the baseline (model b) is assistant A."""
 BASELINE_SECOND = {"a": "A>B", "b": "B>A", "tie": "A=B", "missing": None}
 
 
@@ -88,7 +88,7 @@ def write_judgments(
 
 
 def fastchat_row(row: dict[str, Any], prompts: tuple[str, str], judge: list[str], now: float) -> dict[str, Any]:
-    """A line as FastChat's gen_judgment.py writes it in pairwise mode; a missing verdict is "error"."""
+    """A judgment as FastChat's gen_judgment.py writes it in pairwise mode; "error": no verdict."""
     return {
         "question_id": row["question_id"],
         "model_1": file_stem(row["a"]),
@@ -106,7 +106,7 @@ def fastchat_row(row: dict[str, Any], prompts: tuple[str, str], judge: list[str]
 
 
 def arena_hard_row(row: dict[str, Any], prompts: tuple[str, str], judge: str) -> dict[str, Any]:
-    """A line as arena-hard-auto's gen_judgment.py writes it; game 1 shows the baseline's answer first."""
+    """A judgment as arena-hard-auto's gen_judgment.py writes it; game 1 shows the baseline first."""
 
     def game(score: str | None, text: str, prompt: str) -> dict[str, Any]:
         return {"score": score, "judgment": {"answer": text}, "prompt": [{"role": "user", "content": prompt}]}

@@ -21,7 +21,7 @@ from salsa_peft.utils.statistics import (
 NET = {"a": 1, "b": -1, "tie": 0}
 NOTHING = WinRates(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)
 FEW_RUNS = 5
-"""With fewer training seeds, a warning says that the spread between seeds is poorly known."""
+"""Number of training seeds below which a warning says that the spread between seeds is poorly known."""
 
 
 class Judgment(NamedTuple):
@@ -38,14 +38,14 @@ class Judgment(NamedTuple):
 
     @property
     def winner(self) -> str:
-        """The model that wins in both orders (FastChat's rule), else "tie"; "missing" without both verdicts."""
+        """The model that wins in both orders (FastChat), else "tie"; "missing" if a verdict is missing."""
         if "missing" in (self.first, self.second):
             return "missing"
         return self.first if self.first == self.second else "tie"
 
     @property
     def tie_kind(self) -> str | None:
-        """agreed: both verdicts are ties; half: one is; flipped: the two winners differ. None: no tie."""
+        """Kind of a tie: agreed (both verdicts tie), half (one ties), flipped (winners differ); None: no tie."""
         if self.winner != "tie":
             return None
         return ("flipped", "half", "agreed")[(self.first, self.second).count("tie")]
@@ -68,8 +68,9 @@ class PairResult:
     low: float
     high: float
     interval: str
-    """Kind of the interval. `tango`: each question has one judgment, or all questions have the same rate. `bootstrap`:
-    over questions with their turns together, never narrower than Tango's interval for independent judgments."""
+    """Method of the interval [low, high]: `tango` (Tango's score interval) if each question has one judgment or all
+    questions have the same rate, else `bootstrap`, which resamples questions, each with all its turns, and is never
+    narrower than Tango's interval for independent judgments."""
     p_value: float
     """P-value of the exact sign test, or of `statistics.sign_flip_test` if a question has several turns."""
     worst_low: float
@@ -77,7 +78,7 @@ class PairResult:
     worst_high: float
     """Adjusted win rate if every missing judgment were a win."""
     flip_rate: float | None
-    """Share of the judgments with both verdicts whose two verdicts differ; None if there are none."""
+    """Share of judgments whose two verdicts differ, of all with two verdicts. None if no judgment has two."""
     first_position_rate: float | None
     """Share of the verdicts with a winner that prefer the answer shown first: ½ without position bias. None if no
     verdict has a winner."""
@@ -130,11 +131,11 @@ def _check(rows: Sequence[Judgment]) -> None:
     for word in {word for row in rows for word in (row.first, row.second)} - {*NET, "missing"}:
         raise ValueError(f"winner {word!r} is unknown; use a, b, tie or missing")
     if len({(row.question, row.turn) for row in rows}) < len(rows):
-        raise ValueError(f"a turn of a question is judged twice in {len(rows)} judgments; pass one row for each turn")
+        raise ValueError(f"a turn of a question is judged twice in {len(rows)} judgments; pass one for each turn")
 
 
 def counts(rows: Sequence[Judgment]) -> dict[str, int]:
-    """Numbers of a's wins, losses and ties, and of missing judgments."""
+    """Numbers of wins, losses and ties of model a, and of missing judgments."""
     winners = [row.winner for row in rows]
     words = {"wins": "a", "losses": "b", "ties": "tie", "missing": "missing"}
     return {name: winners.count(word) for name, word in words.items()}
@@ -163,18 +164,18 @@ class OverSeeds:
     """Adjusted win rate over all judgments of all runs."""
     low: float
     high: float
-    """95% interval over runs and questions; with one run over questions alone."""
+    """Bounds of the 95% interval over runs and questions; with one run, over questions only."""
     rates: list[float]
     """Adjusted win rate of each run."""
     spread: float | None
-    """Standard deviation of the runs' win rates; None with one run."""
+    """Standard deviation of `rates`; None with one run."""
 
 
 def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
-    """Adjusted win rate over runs of different training seeds; the interval resamples runs and questions.
+    """Adjusted win rate over runs with different training seeds, and its interval over runs and questions.
 
-    runs: the judgments of each run. Equal values of `Judgment.question` are the same question, which some runs may
-    lack. Raises ValueError if there are no runs, or if a run has no verdict.
+    runs: the judgments of each run. Judgments with equal `question` are of the same question; a run may lack some
+    questions. Raises ValueError if there are no runs, or if a run has no verdict.
     """
     kept = [[row for row in rows if row.winner != "missing"] for rows in runs]
     if not kept or not all(kept):

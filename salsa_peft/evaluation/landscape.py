@@ -1,8 +1,8 @@
 """The landscape stage: scores on the line between two seeds and the plane of three (paper, Figure 2).
 
 With adapters, each point sets the members' weights in one stacked adapter, which interpolates the deltas exactly. With
-full weights, each point is computed from the seeds' checkpoints. A control line has no averaging: base + λ·δ of one
-seed.
+full weights, each point is computed from the seeds' checkpoints. The control line averages nothing: its points
+are base + λ·δ with the delta δ of one seed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ POINT = "landscape"
 
 
 def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward]:
-    """Name → reward that scores answers: the recipe's, and for the generated toy data its gold reward."""
+    """Name of a measure → its reward: the recipe's, and for generated toy data also the gold reward."""
     recipe = job.recipe
     rewards = {"reward": recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)}
     if recipe.toy is not None:
@@ -58,7 +58,7 @@ def mean_scores(
     context: StageContext,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Answer every turn once; returns measure → mean score with its interval over questions."""
+    """Answer every turn once; returns measure → mean score and its interval over questions."""
     rows = answer(model, adapter, questions, rewards, context, seed)
     of = clusters(rows)
     return {name: asdict(mean_interval([row["scores"][name] for row in rows], of)) for name in rewards}
@@ -72,10 +72,10 @@ def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
 
 
 def points(section: Landscape, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Figure (`line`, `shrunk`, which is the control line, or `plane`) → its labels and points.
+    """Labels and points of each figure: `line`, `shrunk` (the control line) and `plane`.
 
-    A point is (position on the axis, or None; member → weight). names: names of the members by position (default:
-    seed-0, seed-1 …).
+    A point is a tuple of a position on the x axis (None in the plane) and the members' weights. names: names of the
+    members by position (default: seed-0, seed-1 …).
     """
     found: dict[str, dict[str, Any]] = {}
     name_of: Callable[[int], str] = "seed-{}".format if names is None else names.__getitem__
@@ -134,7 +134,7 @@ def run(job: Job) -> dict[str, Any]:
 def adjustable_model(
     context: StageContext, seeds: Mapping[int, Path]
 ) -> tuple[Any, str | None, Callable[[list[float]], None]]:
-    """A model, its adapter's name or None, and a function that sets the weights to base + Σ w δ of seeds."""
+    """A model, its adapter's name or None, and a function that sets its weights to base + Σ w δ."""
     positions = sorted(seeds)
     if context.recipe.adapter is None:
         model: Any = context.load_base()
@@ -150,7 +150,7 @@ def adjustable_model(
 def measure_points(
     figures: dict[str, dict[str, Any]], score: Callable[[Mapping[int, float]], Any], description: str
 ) -> dict[str, Any]:
-    """Score the figures' points, from `points`; returns {"lines": […], "plane": … or None}."""
+    """Score all points of the figures that `points` returned; returns {"lines": […], "plane": … or None}."""
     known: dict[tuple[tuple[int, float], ...], Any] = {}
     with progress_bar(sum(len(figure["points"]) for figure in figures.values()), description) as bar:
         for figure in figures.values():

@@ -13,7 +13,7 @@ from scipy.special import expit
 from salsa_peft.utils.statistics import TAILS
 
 FEW, DECIDED = 20, 10
-"""Minimum number of questions, and of judgments that are not ties, to estimate two parameters from."""
+"""Minimum number of questions, and of judgments that are not ties, for an estimate."""
 RESAMPLES = 2_000
 RIDGE = 0.1
 """Weight of the term ½ RIDGE φ² in the loss: a weak prior on the slope φ (standard deviation 3.2), which keeps φ finite
@@ -30,7 +30,7 @@ def length_controlled(
     differences (N,): d, length of a's answer − length of b's, in tokens; s is their standard deviation. questions (N,):
     0-based number of each judgment's question. The interval is a percentile bootstrap over questions with s fixed.
     Returns None if the rate cannot be estimated: fewer than 20 questions, fewer than 10 judgments that are not ties,
-    equal outcomes throughout, or one model's answers never longer (equal length would be an extrapolation).
+    equal outcomes throughout, or a model whose answers are never longer (equal length would be an extrapolation).
     """
     spread, count = float(differences.std()), int(np.unique(questions).size)
     one_sided = differences.min(initial=0.0) == 0 or differences.max(initial=0.0) == 0  # also if all are equal

@@ -18,7 +18,7 @@ from salsa_peft.report.style import MEASURES
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
 FEW = 30
-"""With fewer prompts a warning is given: the t-interval assumes that the mean is nearly normal."""
+"""Number of prompts below which a warning is given, since the t-interval assumes a nearly normal mean."""
 REPLICATE = (
     "One run is one replicate: every interval is over prompts, not over training seeds, so none of them says what the"
     " same recipe would give with other seeds."
@@ -40,7 +40,7 @@ def conclusion(difference: Row, a: str, b: str) -> str:
 
 
 def short_conclusion(difference: Row, a: str, b: str) -> str:
-    """The conclusion from the interval of a − b in two words, for a table's cell."""
+    """A short conclusion from the interval of a − b, for a table's cell."""
     return "undecided" if undecided(difference) else f"{a if difference['mean'] > 0 else b} higher"
 
 
@@ -63,7 +63,7 @@ def is_control(name: str, policies: Row) -> bool:
 
 
 def is_untuned_control(one: Row, policies: Row) -> bool:
-    """Whether b of a comparison is a control that is not a policy; `finding` lists these separately."""
+    """Whether b of a comparison is a control that is not a policy; `finding` lists it separately."""
     return one["b"] not in policies and is_control(one["b"], policies)
 
 
@@ -114,7 +114,7 @@ def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[
 
 
 def _policy_with(reference: str, name: str, policies: Row) -> str:
-    """The policy called `name`, else the first policy with this reference, else "" (which is no model)."""
+    """The policy called `name`, else the first policy with this reference, else ""."""
     if name in policies:
         return name
     return next((other for other, policy in policies.items() if policy.reference == reference), "")
@@ -128,7 +128,7 @@ def headline(evaluation: Row) -> str:
 def finding(
     evaluation: Row, landscape: Row | None, compared: Sequence[Row], policies: Row
 ) -> tuple[list[str], list[str]]:
-    """Sentences for the first paragraph (the first dataset, without untuned controls) and for the list."""
+    """Sentences for the first paragraph (first dataset, without untuned controls) and the list below it."""
     if not compared:
         nothing = "This run compared no two models on the same prompts, so there is nothing to conclude about them."
         return [nothing, REPLICATE], _along(landscape) if landscape else []

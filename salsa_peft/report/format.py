@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 Row = Mapping[str, Any]
 """A JSON object."""
 LONGEST = 4000
-"""Maximum number of characters of a prompt or an answer that are shown."""
+"""Maximum number of characters that are shown of a prompt or an answer."""
 
 
 def fixed(value: Any) -> str:
@@ -55,7 +55,7 @@ def percent(share: float) -> str:
 
 
 def rate_of(pair: Row) -> dict[str, float]:
-    """The keys of a result that hold the adjusted win rate and its interval, without the other keys."""
+    """The adjusted win rate of a result and the bounds of its interval, without the other keys."""
     return {key: pair[key] for key in ("adjusted_win_rate", "low", "high")}
 
 
@@ -64,7 +64,7 @@ def p_value(value: float) -> str:
 
 
 def tidy(text: str, longest: int = LONGEST) -> str:
-    """Text cut at `longest` characters, with visible control characters and without lone surrogates."""
+    """Text cut at `longest` characters, with control characters made visible and lone surrogates replaced."""
     text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
     return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"

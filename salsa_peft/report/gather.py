@@ -22,7 +22,7 @@ from salsa_peft.utils.fingerprints import FINGERPRINT
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
 NOT_THE_RECIPE = ("name", "description", "threads", "report_to", "landscape", "num_processes", "accelerate")
-"""Keys of the recipe in which replicates may differ, because the keys affect neither policies nor answers."""
+"""Keys of the recipe in which replicates may differ; these keys affect neither policies nor answers."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ReportInput:
     policies: dict[str, PolicyReport]
     landscape: dict[str, Any] | None
     evaluation: dict[str, Any]
-    """evaluation.json with the `pairs` of each set (comparisons.pairs), and the result of a `search`."""
+    """evaluation.json with `pairs` (comparisons.pairs) added to each set, and the key `search` added."""
     answers: list[dict[str, Any]]
     """The rows of answers.jsonl."""
     verdicts: dict[str, Any] | None = None
@@ -87,7 +87,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
     found = {unit: read_json(folder / manifests.MANIFEST) for unit, folder in inputs.items()}
     evaluation, soup = inputs["evaluate"], inputs["soup"]
     landscape, judge = inputs.get("landscape"), inputs.get("judge")
-    base = recipe.model.base or "the embedded world's"
+    base = recipe.model.base or "toy language"
     replicate_of, training_seeds = identity(recipe)
     answers = read_json_lines(evaluation / "answers.jsonl")
     verdicts = read_json(judge / "verdicts.json") if judge else None
@@ -122,7 +122,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
 def _with_pairs(
     recipe: Recipe, evaluation: dict[str, Any], answers: list[dict[str, Any]], verdicts: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """evaluation.json with the recipe's pairs by every measure, computed from the answers."""
+    """evaluation.json with the recipe's pairs by every measure and the result of a search added."""
     given = comparisons.by_set(answers)
     found = comparisons.searched(recipe, given) or (verdicts or {}).get("search")
     pairs, measures = comparisons.wanted(recipe, found), evaluation["measures"]
@@ -134,7 +134,7 @@ def _with_pairs(
 
 
 def _temperature(recipe: Recipe, answers: list[dict[str, Any]]) -> str:
-    """evaluate.temperature as text; for `category`, the temperatures that it led to."""
+    """evaluate.temperature as text; for `category`, the temperatures that were used."""
     chosen, otherwise = recipe.evaluate.temperature, recipe.generation.temperature
     if chosen != "category":
         return f"{chosen:g}"
@@ -183,7 +183,7 @@ def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward(recipe: Recipe, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """The parts of the reward, unless it is the trained adapter alone, and the reward stage's metrics."""
+    """Rows of the reward's parts (none if only the trained model), then the reward stage's metrics."""
     parts = recipe.reward.parts
     alone = recipe.reward.trained and len(parts) == 1 and parts[0].weight == 1
     rows = {} if alone else {part.name: f"{part.weight:g} · {part.kind} {last_part(part.value)}" for part in parts}
@@ -200,5 +200,5 @@ def answer_pairs(answers: Sequence[Row], dataset: str, a: str, b: str) -> list[t
 
 
 def last_part(value: str) -> str:
-    """The last part of an absolute path, as others may read the report; other text is unchanged."""
+    """The last part of an absolute path, since others may read the report; any other text unchanged."""
     return Path(value).name if Path(value).is_absolute() else value

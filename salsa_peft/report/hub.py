@@ -60,7 +60,7 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
     """Push results of a run; returns {item, to, commit, url, private} of each.
 
     All pushes are listed as pending first, and each is removed from the list once its result is on the Hub. Raises
-    SalsaError that names the failed pushes.
+    a SalsaError that names the failed pushes.
     """
     asked = [(one.item, one.to) for one in wanted]
     queue = [*(one for one in pending(run) if (one.item, one.to) not in asked), *wanted]
@@ -127,13 +127,13 @@ def repository(api: Any, to: str) -> str:
 
 
 def with_retries(call: Callable[[], Result], what: str) -> Result:
-    """Result of a call, which is repeated if the Hub is busy or the connection breaks. Raises SalsaError."""
+    """Result of `call`, retried if the Hub is busy or the connection breaks. Raises SalsaError on failure."""
     from huggingface_hub import errors
 
     for wait in (*WAITS, None):
         try:
             return call()
-        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # last: body is no JSON
+        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # last: invalid response
             if is_local(error):
                 raise SalsaError(f"{what}: {error}") from error
             status, after = status_of(error)
@@ -176,13 +176,13 @@ def error_text(error: BaseException, status: int | None) -> str:
     if isinstance(error, errors.LocalTokenNotFoundError):
         return f"no login on this machine; {login}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it"
+        return "HF_HUB_OFFLINE is set; unset it to use the Hub"
     if status is None:
         return f"no answer from the Hub ({type(error.__cause__ or error).__name__})"
     mend = {
         401: f"; {login}",
         403: "; use a namespace that your token may write to",
-        404: f"; check the name; for a private repository {login}",
+        404: f"; check the name; if the repository is private, {login}",
     }
     return f"the Hub answers {status}{mend.get(status, '')}"
 
@@ -196,7 +196,7 @@ def pending(run: Path) -> list[Push]:
         return TypeAdapter(list[Push]).validate_json(path.read_bytes(), strict=True)
     except (OSError, ValidationError) as error:
         raise SalsaError(
-            f"{path}: is not a list of pending pushes; remove the file, and name the results to push"
+            f"{path}: is not a list of pending pushes; remove the file, then push again and name the results"
         ) from error
 
 

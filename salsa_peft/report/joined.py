@@ -3,7 +3,7 @@
 Runs that differ only in their training seeds form one group. Win rates are by the run's judge, or without a judge by its
 headline measure; a group with several judges has several rows. A group has one rate over its runs and their questions
 (`judge_statistics.over_seeds`). P-values are over questions, with Holm's correction over the cells of a column. Details
-of one run are left to its own report.
+of a run are in its own report.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row]) -> l
     found = [f"{name}: {few}." for name, of in groups if (few := seeds_warning(len(of)))]
     found += [
         f"{row['model']}, {row['dataset']}, by {row['by']}: {row['runs'] - least} of {row['runs']} runs have"
-        " no verdict on a pair and are not part of its rate."
+        " no verdict on a pair and are not part of that pair's rate."
         for row in rows
         if (least := min(cell["runs"] for cell in row["cells"].values())) < row["runs"]
     ]

@@ -15,7 +15,7 @@ from salsa_peft.report import paper
 from salsa_peft.report.format import Row, is_number, rate_of
 from salsa_peft.report.gather import ReportInput, answer_pairs, last_part
 
-ABLATIONS = {  # kind of sweep, with which its policies' names begin → label of the figure's x axis
+ABLATIONS = {  # kind of sweep (the prefix of its policies' names) → label of the figure's x axis
     "alpha": "α: 0 is the first seed, 1 the second (Figure 4a)",
     "members": "members of the soup (Figure 5)",
     "scale": "λ: how much of the seed is left in the reference (the control)",
@@ -25,7 +25,7 @@ SWEPT = re.compile(r"(alpha|members|scale)-([\d.e-]+?)(?:-kl-[\d.e-]+)?\Z")
 
 
 def judged(run: ReportInput) -> dict[str, Any] | None:
-    """The judge, and the results of each set's pairs, with the paper's; None if the run has no judge.
+    """The judge and the results of each set's pairs, beside the paper's; None if the run has no judge.
 
     Candidates that a search did not pick are left out here, and listed in the search's own table.
     """
@@ -88,7 +88,7 @@ def method(run: ReportInput, name: str) -> str:
 
 
 def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> list[Judgment]:
-    """Judgments of a against b, also from rows of b against a; without a judge from scores of `measure`."""
+    """Judgments of a against b, also from rows of b against a; without a judge, by scores of `measure`."""
     if run.verdicts is not None:
         swap = {"a": "b", "b": "a", "tie": "tie", "missing": "missing"}
         rows = []
@@ -110,9 +110,9 @@ def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -
 
 
 def ablations(run: ReportInput, measure: str) -> list[dict[str, Any]]:
-    """Data of figures as in the paper's 4a, 5 and A.4: {kind, dataset, against, xlabel, points, log} each.
+    """Data of figures like the paper's 4a, 5 and A.4, each {kind, dataset, against, xlabel, points, log}.
 
-    A point is one policy's win rate over one opponent, by the judge, or without a judge by the measure. The candidates
+    A point is one policy's win rate over one opponent, by the judge or, without a judge, by the measure. The candidates
     of a search have a figure of their own.
     """
     source = (run.verdicts or run.evaluation).get("datasets", {})
@@ -145,7 +145,7 @@ def _point(x: float, pair: Row) -> dict[str, Any]:
 
 
 def swept(run: ReportInput, name: str, kind: str) -> float | None:
-    """A policy's value on the axis of a sweep, or None; reference seed-0 counts as a soup of one member."""
+    """A policy's value in a sweep, None if not part of it; reference seed-0 is a soup of one member."""
     found = SWEPT.match(name)
     if found and found[1] == kind:
         return float(found[2])
@@ -188,7 +188,7 @@ def _reliability(pairs: Sequence[Row]) -> Iterable[str]:
 
 
 def _equal_answers(run: ReportInput, dataset: str, a: str, b: str) -> Iterable[str]:
-    """A warning if many answers of two models are identical, since they can only tie."""
+    """A warning if many answers of two models are identical and so cannot tell the models apart."""
     both = answer_pairs(run.answers, dataset, a, b)
     same = sum(first["response"] == second["response"] for first, second in both)
     if same > 0.2 * len(both):

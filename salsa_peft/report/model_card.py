@@ -86,7 +86,7 @@ def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, fold
     base = base_model or recipe.model.base
     if base is None or os.path.isabs(base):
         raise SalsaError(
-            f"base: {'the embedded world' if base is None else Path(base).name} exists only on this machine; give the"
+            f"base: {'the toy base' if base is None else Path(base).name} exists only on this machine; give the"
             " base's id on the Hub: --base-model namespace/name, or hub.base_model in the recipe"
         )
     kind, unit = unit_of(recipe, name)
@@ -117,7 +117,7 @@ def result_folders(run: Path) -> dict[str, Path]:
 
 
 def recipe_of_run(run: Path, folders: dict[str, Path]) -> Recipe:
-    """The recipe of the report, since the run's recipe.yaml may be newer; without a report, recipe.yaml."""
+    """The recipe of the report, since the run's recipe.yaml may be newer; without a report, the run's."""
     own = folders.get("report", run) / RECIPE
     return saved_recipe(own if own.is_file() else run / RECIPE)
 
@@ -142,7 +142,7 @@ def check_unchanged(folder: Path) -> None:
 
 
 def published_files(item: Item, card: str) -> dict[str, Path | bytes]:
-    """Name in the repository → path of a file, or bytes (JSON without local paths, recipe, card).
+    """Name in the repository → a file's path, or its bytes (JSON without local paths, recipe, card).
 
     Raises SalsaError if the result has no weights in safetensors, or a text file contains a token of the Hub.
     """
@@ -189,7 +189,9 @@ def check_secrets(files: dict[str, Path | bytes]) -> None:
             continue
         raw = content if isinstance(content, bytes) else content.read_bytes()
         found = (token and token in raw) or (TOKEN.search(raw) and name != "tokenizer.json")
-        require(not found, f"{name}: contains a token of the Hub; remove the token from where it came, and revoke it")
+        require(
+            not found, f"{name}: contains a token of the Hub; revoke the token, and remove it from the recipe or data"
+        )
 
 
 def render_card(item: Item, repo: str, *, online: bool = False) -> str:
@@ -275,7 +277,7 @@ def lineage(item: Item) -> list[tuple[str, str]]:
         limit = "" if source.limit is None else f", {source.limit} rows"
         rows.append((f"data: {name}", f"{last_part(source.path)}, split {source.split}{limit}"))
     if recipe.toy is not None:
-        rows.append(("data", "salsa_peft's embedded world"))
+        rows.append(("data", "salsa_peft's generated toy language"))
     seeds: Iterable[int] = recipe.soup.members if kind == "soup" else range(len(recipe.sft.seeds))
     seeds = [int(item.name.removeprefix("seed-"))] if kind == "seed" else seeds
     rows += [(f"seed-{position}", seed_text(recipe, position)) for position in seeds]

@@ -77,7 +77,7 @@ def context(run: ReportInput) -> dict[str, Any]:
 
 
 def _tiles(run: ReportInput, compared: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tiles of the comparisons. `at`: positions of mean and interval on one scale from 0 to 100 for all."""
+    """Tiles of the comparisons. `at`: mean and interval on the scale from 0 to 100 that all tiles share."""
     reach = max((abs(one[key]) for one in compared for key in ("low", "high")), default=0.0) or 1.0
     return [
         {
@@ -92,7 +92,7 @@ def _tiles(run: ReportInput, compared: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
-    """Content of summary.json: every number of the report, null if not finite. found: from `context`."""
+    """Content of summary.json: every number of the report, null if not finite. found: result of `context`."""
     datasets = run.evaluation.get("datasets", {})
     judged = found["judged"] or {"datasets": {}}
 
@@ -139,7 +139,7 @@ def _policy_summary(policy: PolicyReport, table: dict[str, Any] | None) -> dict[
 
 
 def training(policy: PolicyReport) -> dict[str, Any]:
-    """Training metrics at start and end: β, and means of score, KL and length over a tenth of the updates."""
+    """Metrics at start and end of training: β, and means over the first and last tenth of the updates."""
     rows, tenth = policy.metrics, max(1, len(policy.metrics) // 10)
     table: dict[str, Any] = {"updates": len(rows), "episodes": rows[-1]["episode"]}
     for key, (short, _) in CURVES.items():
@@ -159,7 +159,7 @@ def description(name: str, run: ReportInput) -> str:
 
 
 OUTCOMES = ("win", "loss", "tie", "missing")
-"""Outcomes of a turn for the main pair, by which the page filters questions; a question may have several."""
+"""Outcomes of a turn for the main pair, by which questions are filtered; a question may have several."""
 SHORT = 140
 """Maximum number of characters of a question in its heading."""
 

@@ -21,10 +21,10 @@ from salsa_peft.report.format import p_value, percent, rate_of
 from salsa_peft.utils.statistics import WinRates, holm, win_rates
 
 ROUNDING = 0.01 + 1e-9
-"""Largest difference in percentage points, between a printed rate and the rate of its counts, that rounding or
+"""Largest difference in percentage points between a printed rate and the rate of its counts that rounding or
 truncation of the last digit explains."""
 BASES = {"llama27b": "Llama2-7B", "mistral7b": "Mistral-7B", "gemma2b": "Gemma-2B"}
-"""Beginning of a base's name, in lower case, letters and digits only → the paper's name of the base."""
+"""Beginning of a base's name (lower case, only letters and digits) → the paper's name of the base."""
 SETS = {"mtbench": "MT-Bench", "arenahard": "Arena-Hard", "ultrafeedback": "UltraFeedback"}
 MODELS = {"salsa": "SALSA", "ppo": "PPO", "seed-0": "SFT", "mkl": "MKL"}
 """Name of a model in a recipe → its name in the paper."""
@@ -39,21 +39,21 @@ class Cell:
     dataset: str
     """The set of questions that the counts fit."""
     labelled: str
-    """The set of questions that the paper prints, which differs from `dataset` where two labels are swapped."""
+    """The set of questions that the paper prints; differs from `dataset` where two labels are swapped."""
     a: str
     b: str
     rates: WinRates
     missing: int
     """Number of judgments that the table lacks (FastChat drops judgments without a verdict)."""
     p_holm: float
-    """P-value with Holm's correction over the cells of the same pair: nine in Tables 2 to 4, two in Table 5."""
+    """P-value with Holm's correction over all cells of the pair: nine in Tables 2 to 4, two in Table 5."""
     printed: tuple[str, str]
     """Win rate and adjusted win rate as the paper prints them, in %."""
     flags: tuple[str, ...]
     """Descriptions of printed labels and rates that are inconsistent with the counts."""
 
     def swapped(self) -> Cell:
-        """The result for b over a, without printed rates; `flags` already has the errors in printed rates."""
+        """The result for b over a, without printed rates; `flags` already names the errors in those."""
         counts = self.rates
         return replace(
             self, a=self.b, b=self.a, rates=win_rates(counts.losses, counts.wins, counts.ties), printed=("", "")
@@ -141,7 +141,7 @@ def table1() -> list[tuple[Cell, str]]:
 
 
 def beside(base: str, dataset: str, a: str, b: str) -> Cell | None:
-    """The paper's result for a run's pair, a over b; None if there is none. base: Hub id or folder's name."""
+    """The paper's result for a run's pair, a over b, or None. base: Hub id or name of a local folder."""
 
     def known(names: dict[str, str], name: str) -> str | None:
         letters = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
@@ -184,9 +184,7 @@ def show(console: Console) -> None:
             table.add_row(cell.dataset + ("*" if cell.flags else ""), f"{cell.a} – {cell.b}", str(v.wins), str(v.losses), str(v.ties), str(cell.missing), cell.printed[0],
                           f"{100 * v.win_rate:.2f}", cell.printed[1], _interval(cell), p_value(v.p_value), p_value(cell.p_holm))  # fmt: skip
         console.print(table)
-    console.print(
-        Text("* Inconsistent with its counts:" if flags() else "All printed numbers agree with their counts.")
-    )
+    console.print(Text("* Contradicted by its counts:" if flags() else "All printed numbers agree with their counts."))
     for flag in flags():
         console.print(Text(f"  {flag}"))
     for a, b in (("SALSA", "PPO"), ("SALSA", "SFT")):

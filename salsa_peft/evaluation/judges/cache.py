@@ -1,8 +1,8 @@
 """Cache of judges' replies in one SQLite file, so that no request is sent twice.
 
 A reply is committed to the disk before it is used. The file uses SQLite's rollback journal, because the write-ahead log
-needs shared memory, which network disks lack; the journal's fsyncs are fast compared to a judge. Not stored are
-prompts, which the files for FastChat contain, and requests without a reply (errors, refusals).
+needs shared memory, which network disks lack; the journal's fsyncs are fast compared to a judge. Prompts are
+not stored, because the files for FastChat contain them, nor are requests without a reply (errors, refusals).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def key_of(endpoint: str, model: str, messages: list[dict[str, str]], parameters
 
 
 def digest(row: Sequence[Any]) -> str:
-    """Checksum of a key and its reply, which SQLite does not compute itself."""
+    """Checksum of a key and its reply; SQLite itself stores no checksums."""
     return hashlib.sha256(json.dumps(list(row)).encode()).hexdigest()
 
 
 class Cache:
-    """Persistent key → Reply, safe against kill -9 and against other processes that use the same file."""
+    """Persistent mapping of keys to replies, safe against kill -9 and concurrent processes."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -82,7 +82,7 @@ class Cache:
         self.file.executemany("UPDATE replies SET digest = ? WHERE key = ?", [(digest(row), row[0]) for row in rows])
 
     def get(self, key: str) -> Reply | None:
-        """The reply to a request, or None. A reply that does not match its checksum is reported and deleted."""
+        """The stored reply, or None. A reply that does not match its checksum is reported and deleted."""
         with self._readable_errors():
             row = self.file.execute(f"SELECT {FIELDS}, digest FROM replies WHERE key = ?", [key]).fetchone()
             if row is not None and row[-1] != digest((key, *row[:-1])):
@@ -92,7 +92,7 @@ class Cache:
         return None if row is None else Reply(*row[:-1])
 
     def put(self, replies: Mapping[str, Reply]) -> dict[str, Reply]:
-        """Store all replies or none; returns the stored ones, which another process may have written first."""
+        """Store replies in one transaction. Where another process stored a reply first, its reply is returned."""
         with self._readable_errors(), self.file:
             self.file.execute("BEGIN IMMEDIATE")
             self.file.executemany(
@@ -113,6 +113,6 @@ class Cache:
             yield
         except (sqlite3.Error, OSError, ValueError, OverflowError) as error:
             raise SalsaError(
-                f"{self._name}: cannot use this file as the judge's cache: {one_line(error)}; free space on its disk,"
+                f"{self._name}: cannot use this file as the judge's cache: {one_line(error)}; free space on the disk,"
                 " or move the file away to ask the judge again"
             ) from error

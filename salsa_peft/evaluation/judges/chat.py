@@ -24,7 +24,7 @@ NO_VERDICT = "no verdict in the judge's reply"
 
 
 class Outcome(NamedTuple):
-    """A backend's reply to a request, or the reason why there is none."""
+    """A backend's reply to a request, or the reason why the request has no reply."""
 
     reply: Reply | None
     why: str = ""
@@ -59,8 +59,8 @@ class _Pending:
 class ChatJudge:
     """Judge that asks a chat model. `calls` counts all requests since the judge was created.
 
-    asked: requests sent, without their retries. retried: retries. cached: replies found in the cache. prompt_tokens,
-    completion_tokens: tokens of the requests that were sent and of their replies.
+    asked: number of requests sent, without retries. retried: number of retries. cached: number of replies found in the
+    cache. prompt_tokens, completion_tokens: numbers of tokens in the requests that were sent and in their replies.
     """
 
     def __init__(self, section: Judge, backend: ChatBackend, cache: Path | None, say: Callable[[str], None]) -> None:
@@ -83,7 +83,7 @@ class ChatJudge:
         """Ask about each comparison once; returns the comparisons whose reply had no verdict."""
         section, (endpoint, model) = self.section, self.backend.address
         parameters = {"temperature": float(section.temperature), "max_tokens": section.max_tokens}
-        waiting: dict[str, list[_Pending]] = {}  # equal comparisons (of equal answers) are one request
+        waiting: dict[str, list[_Pending]] = {}  # comparisons with the same prompt share a request
         requests: dict[str, Messages] = {}
         unclear: list[_Pending] = []
         for one in comparisons:

@@ -1,7 +1,7 @@
 """Estimate of a judge's calls and tokens for --dry-run. Imports no torch.
 
-The number of calls is exact once the answers exist. Before that it is counted from the question files, and the tokens
-assume that every answer has `generation.max_new_tokens`, which gives an upper bound.
+The number of calls is exact once the answers exist. Until then the calls are counted from the question files, and the
+tokens are an upper bound, for which every answer is assumed to be `generation.max_new_tokens` long.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from salsa_peft.utils.files import read_json_lines
 CHARACTERS = 4
 """Number of characters per token, a rule of thumb for English."""
 INSTRUCTION = 250
-"""Number of tokens in a judge's prompt without question and answers: one guess for figure7 and fastchat."""
+"""Guess at the number of prompt tokens besides question and answers, for figure7 and fastchat."""
 VERDICT = 250
-"""Number of tokens in one reply, a guess: a brief comparison and the verdict."""
+"""Guess at the number of tokens in one reply, which is a brief comparison and the verdict."""
 COUNTABLE = 500_000_000
 """Size in bytes above which a file of questions is not read for the estimate."""
 
@@ -32,12 +32,12 @@ ON_THE_HUB = {
     ("lmarena-ai/arena-hard-auto-v0.1", "train"): (500, (102,)),
     ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"): (2000, (150,)),
 }
-"""(Hub id, split) of the paper's sets → number of questions, and mean tokens of a question up to each turn (measured,
-for UltraFeedback a guess)."""
+"""(Hub id, split) of a set of questions in the paper → number of questions, and mean number of tokens of the user's
+turns up to each turn. The means are measured, except UltraFeedback's, which is a guess."""
 
 
 class Cost(NamedTuple):
-    """Estimated calls and tokens of a recipe's judge."""
+    """Estimated numbers of calls and tokens of a recipe's judge."""
 
     calls: int
     tokens_in: int
@@ -91,7 +91,7 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
 
 
 def _turns(source: Source) -> list[tuple[int, int]] | None:
-    """(turn, tokens up to that turn) for all turns of a JSONL file or a set of the paper, else None."""
+    """(turn, tokens up to it) of every question; None if the source is neither JSONL nor in the paper."""
     if (source.path, source.split) in ON_THE_HUB:
         count, lengths = ON_THE_HUB[source.path, source.split]
         return list(enumerate(lengths, 1)) * min(count, source.limit or count)
@@ -108,7 +108,7 @@ def _turns(source: Source) -> list[tuple[int, int]] | None:
 
 
 def _texts(row: Any) -> list[str]:
-    """Texts of the user's turns, or of the whole row without `turns`; the evaluate stage checks the row."""
+    """Texts of the user's turns, or the whole row as one text if it has no `turns`; nothing is checked."""
     turns = row.get("turns") if isinstance(row, dict) else None
     if isinstance(turns, list) and turns:
         return [turn if isinstance(turn, str) else json.dumps(turn) for turn in turns]
@@ -116,7 +116,7 @@ def _texts(row: Any) -> list[str]:
 
 
 def _from_answers(path: Path) -> dict[str, list[int]]:
-    """Set of questions → tokens of questions and both answers up to each turn, by mean answer length."""
+    """Set of questions → tokens up to each turn: of the questions and of two answers of mean length."""
     shown: dict[tuple[str, Any, int], list[tuple[int, int]]] = {}
     for row in read_json_lines(path):
         key = (row["dataset"], row["index"], row["turn"])

@@ -1,4 +1,4 @@
-"""A chat model in this process as judge, with its own chat template, greedy or sampled.
+"""Judge by a chat model in this process, with the model's chat template, greedy or sampled.
 
 At a temperature above 0, each request is sampled with its own seed, so that the reply does not depend on the batch. The
 model is loaded for the first request that is not in the cache.
@@ -30,7 +30,7 @@ from salsa_peft.utils.hub import local_folder, readable_hub_errors
 
 WHERE = "evaluate.judge.model"
 ROOM = 64
-"""Number of tokens that a prompt must leave for the reply; longer prompts are not sent."""
+"""Number of tokens (or max_tokens, if less) that a prompt must leave for the reply; else it is not sent."""
 
 
 class Row(NamedTuple):
@@ -60,7 +60,7 @@ class LocalModel:
 
     @property
     def address(self) -> tuple[str, str]:
-        """The word "local" and the model's fingerprint, so that a replaced model misses the old replies."""
+        """The word "local" and the model's fingerprint, so that replies of a replaced model are not reused."""
         return "local", self.identity
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
@@ -72,7 +72,7 @@ class LocalModel:
             ids = self.encode(messages)
             room = min(self.section.max_tokens, longest - len(ids))
             if room < min(ROOM, self.section.max_tokens):
-                done({key: Outcome(None, f"the prompt is too long for the judge, which reads {longest} tokens")})
+                done({key: Outcome(None, f"the prompt is too long for the judge, which reads up to {longest} tokens")})
             else:
                 rows.append(Row(key, ids, room))
         rows.sort(key=lambda row: (row.room, -len(row.ids)))
@@ -84,8 +84,8 @@ class LocalModel:
     def encode(self, messages: Messages) -> list[int]:
         """Token ids of the judge's messages, rendered with the model's chat template.
 
-        If the template rejects the system message, its text is put before the user's. If an answer spells out a special
-        token, a space breaks it up, so that it stays plain text.
+        If the template rejects the system message, the system text is put before the user's text. If a message
+        spells out a special token, a space is inserted into the token, so that it is encoded as plain text.
         """
         messages = [{**message, "content": self._plain(message["content"])} for message in messages]
         try:
@@ -144,7 +144,7 @@ class SeededSampling(LogitsProcessor):
         self.temperature, self.step = temperature, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V) of the next token → 0 for the sampled token, −∞ for all others."""
+        """Sample from the logits (B, V); returns logits of 0 for the sampled token and −∞ for all others."""
         token = sample_token((scores.float() / self.temperature).softmax(-1), self.uniforms[:, self.step])
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

@@ -30,7 +30,7 @@ LONGEST_WAIT = 120
 """Longest Retry-After, in seconds, that the client waits for; a longer one stops the judge."""
 NO_KEY = "none"
 DEFAULT = "https://api.openai.com/v1"
-"""Address that the client uses by default. As in the client, the variable OPENAI_BASE_URL overrides it."""
+"""Address that the client uses by default. The environment variable OPENAI_BASE_URL overrides it."""
 NO_COMPLETION = 599
 """Status given to a successful response without a chat completion (an HTML page, an error), so that the client retries
 the request."""
@@ -51,7 +51,7 @@ STOPS: dict[int | str, str] = {401: "key", 403: "key", 402: "account", 404: "mod
 class BudgetSpentError(openai.OpenAIError):
     """Raised if the run has sent as many requests as `evaluate.judge.budget` allows.
 
-    It is an OpenAIError because the client raises those without a retry.
+    It derives from OpenAIError because the client does not retry after an OpenAIError.
     """
 
 
@@ -107,7 +107,7 @@ class Endpoint:
             raise errors[0] from None
         require(
             self.answered > 0 or self.failed == 0,
-            f"{WHERE}: {self.endpoint} gave no answer to any of {self.failed} requests (the last time: {self.last});"
+            f"{WHERE}: {self.endpoint} gave no answer to any of {self.failed} requests (last problem: {self.last});"
             f" {TRY}",
         )
 
@@ -136,14 +136,14 @@ class Endpoint:
         return Outcome(reply._replace(text=self._clean(reply.text)))
 
     async def _count(self, request: Any) -> None:
-        """Hook before each request, retries included: counts it; BudgetSpentError if the budget is used up."""
+        """Count a request or retry before it is sent. Raises BudgetSpentError if the budget is used up."""
         sent = self.calls["asked"] + self.calls["retried"]
         if self.section.budget is not None and sent >= self.section.budget:
             raise BudgetSpentError
         self.calls["asked" if request.headers[RETRIES] == "0" else "retried"] += 1
 
     async def _check_response(self, response: Any) -> None:
-        """Hook after each response: makes the client retry a missing completion, but not an exhausted account."""
+        """Make the client retry a response without a completion, but not one about an exhausted account."""
         async with asyncio.timeout(self.section.timeout):  # the client's own timeout starts anew with every byte
             await response.aread()
         if response.is_success and reply_of(response.content) is None:
@@ -161,7 +161,7 @@ class Endpoint:
             "key": f"set the environment variable {self.section.api_key_env} to a key that this endpoint accepts",
             "model": f"check {WHERE}.model and {WHERE}.base_url (which usually ends in /v1)",
             "account": "check the account; the replies received so far are kept, and the next run asks for the rest",
-            "parameter": f"set {WHERE} to values that this model accepts (temperature, max_tokens)",
+            "parameter": f"set temperature and max_tokens in {WHERE} to values that this model accepts",
         }
         wrong = STOPS.get(code) or STOPS.get(status)
         if wrong is not None:
@@ -184,7 +184,7 @@ class Endpoint:
         self.failed, self.last = self.failed + 1, problem
         require(
             self.failed < PATIENCE,
-            f"{WHERE}: {self.endpoint} gave no answer to {self.failed} requests in a row (the last time: {problem});"
+            f"{WHERE}: {self.endpoint} gave no answer to {self.failed} requests in a row (last problem: {problem});"
             f" {TRY}",
         )
         return Outcome(None, f"no answer: {problem}")

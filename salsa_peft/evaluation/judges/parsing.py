@@ -1,7 +1,7 @@
 """Read the verdict [[A]], [[B]] or [[C]] from a judge's reply.
 
 FastChat searches for [[A]], then [[B]], then [[C]] anywhere in the reply, and so reads A if the judge repeats its
-instruction or quotes an answer that contains [[A]]. The result differs from FastChat's if a reply has several
+instruction or quotes an answer that contains [[A]]. The result can differ from FastChat's if a reply has several
 brackets, or one that is not a verdict. Each bracket is classified by its use:
 
 - ignored: in the judge's thinking, in a repeated answer or instruction, attributed to an assistant, negated,
@@ -9,9 +9,9 @@ brackets, or one that is not a verdict. Each bracket is classified by its use:
 - a verdict: anywhere else; a declared verdict if the text calls it one ("final verdict: …"), or if it is a line or
   sentence of its own.
 
-Declared verdicts take precedence. If the remaining brackets name different letters, the last one counts if the text
-says that it revises the earlier one, or if it ends the reply; otherwise there is no verdict, and the judge is asked
-again. Imports no torch.
+If there are declared verdicts, the others are dropped. If the remaining verdicts differ, the last one counts if the
+text calls it final or a revision, or if it ends the reply; otherwise there is no verdict, and the judge is asked again.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ THOUGHT = re.compile(r"</think(?:ing)?>|<\|channel\|>final<\|message\|>")
 """End of the judge's thinking, as a tag or as a channel of gpt-oss."""
 THINKS = re.compile(r"<think(?:ing)?>|<\|channel\|>analysis<\|message\|>")
 FORCED = r"(?!\s+(i|we|forced|pressed|asked|made)\b(\s+(had|have|has|must|were|was|am))?)"
-"""Lookahead after "if" that excludes phrases such as "if I had to choose", which announce a real verdict."""
+"""Lookahead after "if" that excludes phrases such as "if I had to choose", which precede a verdict."""
 CONDITION = re.compile(rf"[{QUOTES}]*[ \t,:–—-]*\(?(if{FORCED}|when|whenever|in case)\b", re.IGNORECASE)
 """A condition right after a bracket, as in an instruction: "[[A]] if assistant A is better"."""
 FOR_A_TIE = re.compile(rf"[{QUOTES}]*[\s,:–—-]*\(?(for|in case of|means) (a )?(tie|draw)\b", re.IGNORECASE)
@@ -42,7 +42,7 @@ REPEATED = re.compile(
     r"|<\|The Start of [^|]*\|>.*?(<\|The End of [^|]*\|>|\Z)",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
-"""An answer or a whole prompt that the judge repeats, between the delimiters of figure7, FastChat or Arena-Hard."""
+"""An answer or prompt that the judge repeats, between delimiters of figure7, FastChat or Arena-Hard."""
 FENCE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
 NEGATED = re.compile(
     r"(\b(not|never|nor|neither|cannot|rather than|instead of|as opposed to)\b|n[’']t\b)[^:;.!?\n]{0,30}$",
@@ -54,7 +54,7 @@ CONCEDED = re.compile(
     r"|(was|were|felt) (almost |nearly )?(tempted|inclined|leaning|going)|almost|nearly)\b[^,;:.!?\n]*$",
     re.IGNORECASE,
 )
-"""Words in the clause before a bracket that mark a concession, another view or an abandoned first impression."""
+"""Words in the clause before a bracket that mark a concession, another view or a first impression."""
 HYPOTHETICAL = re.compile(
     rf"(\b(if|unless){FORCED}\b[^.!?\n]*\b(would|could|might)\b|\b(had|were) (it|this|that|the|they|assistant|answer)\b[^.!?\n]*\bwould\b|\bwould have\b)[^.!?\n]*$",
     re.IGNORECASE,
@@ -79,12 +79,12 @@ ATTRIBUTED = re.compile(
     rf"[{QUOTES}>\s]*$",
     re.IGNORECASE,
 )
-"""Words right before a bracket that attribute the bracket to somebody else: "Assistant A ends with"."""
+"""Words that attribute the next bracket to somebody other than the judge: "Assistant A ends with"."""
 ATTRIBUTED_QUOTATION = re.compile(
     rf"({SPEAKER}[^.!?\n]*\b{SAYS}|\b(string|phrase|token|tag|marker|words|text|line|sequence|quotation|instruction))\b[^.!?\n]*$",
     re.IGNORECASE,
 )
-"""Words before a quotation that attribute the quotation to somebody else."""
+"""Words before a quotation that attribute the quotation to somebody other than the judge."""
 AFTER_QUOTATION = re.compile(
     r"[.!]?[\"'”’»`]+[\s,(–—-]*(says?|said|wrote|writes?|claims?|claimed|is what|as (assistant|answer|it)|appears?|appeared|occurs?|stands?|in (its|the|their|assistant|answer)"
     r"|inside|at the end of|by assistant|from (assistant|answer))\b",
@@ -120,7 +120,7 @@ def read_verdict(text: str) -> str | None:
 
 
 def _settled(text: str, said: list[re.Match[str]]) -> str | None:
-    """The verdict of brackets of the same use, SAID or DECLARED; None if ambiguous or without brackets."""
+    """The verdict of brackets with the same use; None if they are ambiguous or there are none."""
     if not said:
         return None
     last = said[-1]

@@ -1,8 +1,9 @@
 """The judge's prompt for one comparison, and the types that all judges share.
 
 `figure7` is the prompt of the paper's judge (Figure 7), reworded. `fastchat` takes a prompt from FastChat's
-judge_prompts.jsonl, chosen by turn and category as in FastChat's gen_judgment.py. If an answer contains delimiters like
-those of figure7, they get a tag; FastChat's delimiters are never changed. Imports no torch.
+judge_prompts.jsonl, chosen by turn and category as in FastChat's gen_judgment.py. If a question or an answer contains
+a delimiter like those of figure7, the prompt's own delimiters get a tag; FastChat's delimiters are never changed.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Comparison(NamedTuple):
     turns: tuple[str, ...]
     """The user's turns up to the judged one; the first includes any messages before it."""
     a: tuple[str, ...]
-    """The answers shown first, one for each turn."""
+    """Answers of the assistant shown first, one for each turn."""
     b: tuple[str, ...]
     turn: int
     """Number of the judged turn, from 1."""
@@ -83,7 +84,7 @@ REMINDER = (
     "\n\n(Your last answer to this had no verdict that could be read. Keep the explanation to two sentences and end"
     " with one of these alone: [[A]], [[B]] or [[C]].)"
 )
-"""Added to the prompt when a judge at temperature 0 is asked again; the same prompt would give the same reply."""
+"""Added to the prompt when asking again at temperature 0, where the same prompt gives the same reply."""
 
 
 def figure7(comparison: Comparison) -> JudgePrompt:
@@ -105,7 +106,7 @@ def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
     """Return a function (name, text) → the text between delimiters that contain the name.
 
     If a text contains something like a delimiter, a tag is added to all delimiters: eight digits of a hash of all
-    texts, the same in both orders of a pair.
+    texts, which is the same in both orders of a pair.
     """
     tag = ""
     if any(re.search(r"=\s*(begin|end)\b", text, re.IGNORECASE) for text in texts):
@@ -115,10 +116,10 @@ def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
 
 
 def fastchat(prompts: Mapping[str, Mapping[str, str]], comparison: Comparison) -> JudgePrompt:
-    """FastChat's prompt: pair-v2, or pair-math-v1 with reference answers; for two turns with -multi-turn."""
+    """FastChat's prompt: pair-v2 or, with references, pair-math-v1; for two turns, their -multi-turn form."""
     require(
         len(comparison.turns) <= 2,
-        f"evaluate.judge.prompt: FastChat's prompts cover at most 2 turns, and a question has {len(comparison.turns)};"
+        f"evaluate.judge.prompt: FastChat's prompts cover at most 2 turns, but a question has {len(comparison.turns)};"
         " set evaluate.judge.prompt=figure7",
     )
     count = len(comparison.turns)

@@ -38,7 +38,7 @@ class PairwiseJudge(Protocol):
 
 
 class RewardJudge:
-    """Judge by `Comparison.scores`: a tie if they differ by at most `margin`, missing if not finite."""
+    """Judge by `Comparison.scores`: tie if they differ by at most `margin`, no verdict if one is not finite."""
 
     def __init__(self, margin: float) -> None:
         self.margin, self.calls = margin, dict.fromkeys(CALLS, 0)

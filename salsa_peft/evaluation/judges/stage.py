@@ -1,8 +1,8 @@
 """The judge stage: a judge compares the answers of each pair of models, turn by turn, in both orders.
 
 A model wins a turn only if it wins in both orders (FastChat's rule). Replies are stored in <run>/judge_cache.sqlite as
-soon as they arrive: after a killed run no request is repeated, and if a pair is added to the recipe, only the requests
-of that pair are sent.
+soon as they arrive: after a killed run no answered request is repeated, and if a pair is added to the recipe, only
+the requests of that pair are sent.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def judgment_row(match: Match, datasets: dict[str, Dataset], verdicts: Sequence[
 
 
 def statistics(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Rates, interval and test of one pair from its rows, which may be of several sets of questions."""
+    """Rates, interval and test of one pair from rows of judgments.jsonl, of one or several sets."""
     judgments = [
         Judgment((row["dataset"], row["index"]), row["turn"], row["first"], row["second"], *row["lengths"])
         for row in rows
@@ -165,7 +165,7 @@ def run(job: Job) -> dict[str, Any]:
         judge_matches(matches(datasets, trials, recipe.search.questions or list(datasets)))
         rates = {a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in trials}
         searched = sweeps.pick_candidates(recipe, rates, list(datasets))
-    # 2. the pairs; a searched policy is represented by the candidate that was picked
+    # 2. the recipe's pairs, with the picked candidate in place of a searched policy
     there = {(row["a"], row["b"], row["dataset"]) for row in rows}
     todo = matches(datasets, sweeps.with_picked(sweeps.compared_pairs(recipe), searched), list(datasets))
     judge_matches([match for match in todo if (match.a, match.b, match.dataset) not in there])

@@ -145,7 +145,7 @@ class TestFastChat:
         assert "answer_a={question} {ref_answer_1} { |" in told.user
 
     def test_a_third_turn_has_no_prompt(self, prompts: Path) -> None:
-        with pytest.raises(SalsaError, match=r"cover at most 2 turns, and a question has 3.*figure7"):
+        with pytest.raises(SalsaError, match=r"cover at most 2 turns, but a question has 3.*figure7"):
             renderer(of_fastchat(prompts))(Comparison(("1", "2", "3"), ("a",) * 3, ("b",) * 3, 3))
 
     @pytest.mark.parametrize(

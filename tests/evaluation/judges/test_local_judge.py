@@ -142,7 +142,7 @@ def test_too_long_is_missing_and_said(judging: Any) -> None:
     fits, hardly, over = READS - bare - 100, READS - bare - 64, READS - bare - 63
     verdicts, calls, said = judging(games(fits, hardly, over, 9000, 0), max_tokens=80)
     assert [verdict.asked for verdict in verdicts] == [1, 1, 0, 0, 1] and calls["asked"] == 3
-    why = f"the prompt is too long for the judge, which reads {READS} tokens"
+    why = f"the prompt is too long for the judge, which reads up to {READS} tokens"
     assert verdicts[2].why == verdicts[3].why == why and f"2: {why}" in said[0]
     assert all(verdict.winner is None for verdict in verdicts[2:4])
 
