@@ -31,7 +31,7 @@ EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
 
 def parser() -> Parser:
     """The parser of the command line."""
-    made = Parser(prog="salsa hub", description="Push results of a run to the Hub, or pull a repository.", epilog=EPILOG,
+    made = Parser(prog="salsa hub", description="Push a run's results to the Hub, or pull a repository.", epilog=EPILOG,
                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="push | pull")
     push = commands.add_parser("push", help="push results of a run, each to a repository in one commit").add_argument

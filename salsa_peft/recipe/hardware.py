@@ -104,8 +104,8 @@ def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES
         f" {smallest_gpu(most.total)} shows what each stage needs",
     )
     return [
-        f"{stage} may not fit the GPU: it needs about {found.total / GIB:.1f} GiB in {found.phase}, and {there[0].name} has"
-        f" {there[0].bytes / GIB:.0f} GiB; --dry-run shows options that help"
+        f"{stage} may not fit the GPU: it needs about {found.total / GIB:.1f} GiB in {found.phase}, and {there[0].name}"
+        f" has {there[0].bytes / GIB:.0f} GiB; --dry-run shows options that help"
         for stage, found in needs.items()
         if there and found.total > there[0].bytes
     ]

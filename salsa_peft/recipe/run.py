@@ -223,7 +223,7 @@ def check_inputs(plan: cache.Plan, asked: set[str]) -> None:
             why = plan[needed].why
             require(
                 why is None or needed in asked,
-                f"--stages: {name} needs {needed}, which has no usable result ({why}); add {plan[needed].unit.stage} too",
+                f"--stages: {name} needs {needed}, which has no usable result ({why}); add {plan[needed].unit.stage}",
             )
 
 
