@@ -164,7 +164,7 @@ def disk() -> Iterator[Finding]:
         place = existing_parent(folder)
         free, advice = shutil.disk_usage(place).free / GIB, None
         if not os.access(place, os.W_OK):
-            advice = f"You are not allowed to write there; choose another folder with {option}"
+            advice = f"You are not allowed to write there; choose another folder ({option})"
         elif free < LOW_DISK:
             advice = f"A run needs at least {LOW_DISK:.0f} GiB; free some space. --dry-run shows what a recipe writes"
         yield Finding(f"disk, {name}", f"{free:.1f} GiB free for {folder}", advice)

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespace:
     """Parse the command line.
 
-    `--lora` may be followed by a preset's name. If a different word follows and there is no recipe, that word is the recipe.
+    `--lora` may be followed by a preset's name. If a different word follows and no recipe is given, it is the recipe.
     """
     presets = bundled_names("adapters")
     parser = Parser(
