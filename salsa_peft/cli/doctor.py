@@ -42,7 +42,7 @@ EXTRAS = {
     "deepspeed": ("deepspeed", "accelerate: zero3"),
     "vllm": ("vllm", "rollout_backend: vllm"),
 }
-"""Optional package → the extra that installs it, and what it is for."""
+"""Optional package → the extra that installs the package, and what the package is for."""
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF",
              "PYTORCH_ALLOC_CONF")  # fmt: skip
@@ -50,7 +50,7 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT",
 DISKS = {"results": "--output-dir", "Hub's cache": "HF_HOME", "temporary": "TMPDIR"}
 """Kind of files → the option or variable that chooses another folder for them."""
 LOW_DISK, LOW_MEMORY, TIMEOUT = 5.0, 2.0, 5.0
-"""Free disk space and memory (GiB) below which there is a warning; timeout for the Hub (seconds)."""
+"""Free disk space and memory (GiB) below which a problem is reported; timeout for the Hub (seconds)."""
 
 
 class Finding(NamedTuple):
@@ -63,7 +63,7 @@ class Finding(NamedTuple):
 
 
 def error_text(error: Exception) -> str:
-    """An error as a short line."""
+    """An error's type and message as a short line."""
     return f"{type(error).__name__}: {one_line(str(error))[:200]}"
 
 
@@ -84,7 +84,7 @@ def extras() -> Iterator[Finding]:
 
 
 def _requirements(extra: str) -> list[Requirement]:
-    """The package's dependencies, or those of an extra; empty if the package itself is not installed."""
+    """salsa-peft's dependencies, or those of one of its extras; empty if salsa-peft is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -97,7 +97,7 @@ def _requirements(extra: str) -> list[Requirement]:
 
 
 def _version(needed: Requirement) -> Finding | None:
-    """The installed version of a dependency; None if it is not installed."""
+    """Finding about the installed version of a dependency; None if the dependency is not installed."""
     try:
         version: str | None = importlib.metadata.version(needed.name)
     except importlib.metadata.PackageNotFoundError:
@@ -134,9 +134,9 @@ def devices() -> Iterator[Finding]:
             free = torch.cuda.mem_get_info(number)[0]
             ones = torch.ones(64, 64, device=f"cuda:{number}")
             if not bool((ones @ ones == 64).all()):
-                advice = "It computes wrong products; do not use this GPU"
+                advice = "This GPU computes wrong products; do not use it"
         except RuntimeError as error:
-            advice = f"It cannot compute ({error_text(error)}); check the driver, or end other processes on this GPU"
+            advice = f"This GPU cannot compute ({error_text(error)}); check the driver, or end other processes on it"
         size = f"{properties.total_memory / GIB:.1f} GiB, {free / GIB:.1f} free"
         compute = f"compute {properties.major}.{properties.minor}"
         yield Finding(f"GPU {number}", f"{properties.name}, {size}, {compute}", advice)
@@ -164,9 +164,9 @@ def disk() -> Iterator[Finding]:
         place = existing_parent(folder)
         free, advice = shutil.disk_usage(place).free / GIB, None
         if not os.access(place, os.W_OK):
-            advice = f"You may not write there; choose another folder ({option})"
+            advice = f"You are not allowed to write there; choose another folder ({option})"
         elif free < LOW_DISK:
-            advice = f"A run needs at least {LOW_DISK:.0f} GiB; --dry-run shows what a recipe writes"
+            advice = f"A run needs at least {LOW_DISK:.0f} GiB; free some space. --dry-run shows what a recipe writes"
         yield Finding(f"disk, {name}", f"{free:.1f} GiB free for {folder}", advice)
 
 
@@ -270,18 +270,18 @@ def run_results(run: Path) -> Iterator[Finding]:
     """Who holds a run's lock, and whether each result's files match its manifest. Writes nothing."""
     holder = lock_holder(run)
     yield Finding("lock", holder or "free")
-    advice = None if os.access(run, os.W_OK) else "You may not write there; change the folder's permissions"
+    advice = None if os.access(run, os.W_OK) else "You are not allowed to write there; change the permissions"
     yield Finding("disk, run", f"{shutil.disk_usage(run).free / GIB:.1f} GiB free for {run}", advice)
     for folder in sorted(path.parent for path in run.glob(f"*/**/{cache.BEGUN}")):
         if cache.KEY_FOLDER.match(folder.name) and not (folder / MANIFEST).exists():
-            state = "in progress" if holder else "unfinished: run the same command again to finish it"
+            state = "in progress" if holder else "unfinished: run the recipe again to finish it"
             yield Finding(folder.relative_to(run).as_posix(), state)
     for folder in sorted(path.parent for path in run.glob(f"*/**/{MANIFEST}")):
         if cache.KEY_FOLDER.match(folder.name):
             name, manifest = folder.relative_to(run), read_manifest(folder)
             damage = f"{MANIFEST} cannot be read" if manifest is None else changed_file(folder, manifest)
             size = sum(entry["size"] for entry in manifest["files"].values()) if manifest is not None else 0
-            again = None if damage is None else f"Run the recipe again, which makes {name.parent} again"
+            again = None if damage is None else f"Run the recipe again to replace the result of {name.parent}"
             yield Finding(name.as_posix(), damage or f"complete, {size / 1e6:.1f} MB", again)
 
 
@@ -292,12 +292,12 @@ def without_logins(name: str, check: Callable[[], Iterator[Finding]]) -> Iterato
         for finding in check():
             yield Finding(finding.name, hide(finding.found), finding.advice and hide(finding.advice))
     except Exception as error:  # the remaining checks still run
-        yield Finding(name, hide(error_text(error)), "This check stopped with an error; correct its cause first")
+        yield Finding(name, hide(error_text(error)), "This check stopped with this error; correct its cause first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `salsa doctor`. Returns 0; 1 if there is a problem; 2 for a folder that is not a run."""
-    parser = Parser(prog="salsa doctor", description="Check what this machine has for a run, and report problems.",
+    """Run the command `salsa doctor`. Returns 0; 1 if there is a problem; 2 if RUN is not a run's folder."""
+    parser = Parser(prog="salsa doctor", description="Check whether this machine can run recipes, and report problems.",
                     epilog="Exit code 0: no problems; 1: there are problems.")  # fmt: skip
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder, to check its results too")
     run = parser.parse_args(sys.argv[1:] if argv is None else argv).run

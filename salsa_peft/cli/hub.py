@@ -1,10 +1,10 @@
 """`salsa hub`: pushes results of a run to the Hub, and pulls them.
 
-    salsa hub push RUN soup salsa --to you/smollm2     you/smollm2-soup, you/smollm2-salsa; private, one commit each
-    salsa hub push RUN                                 again the pending results, whose last push failed
-    salsa hub pull you/smollm2-soup [FOLDER]           the files of a repository; weights only as safetensors
+    salsa hub push RUN soup salsa --to you/smollm2     push to you/smollm2-soup and you/smollm2-salsa, both private
+    salsa hub push RUN                                 push the pending results again (their last push failed)
+    salsa hub pull you/smollm2-soup [FOLDER]           download a repository, with weights only as safetensors
 
-A recipe can name a Hub id as a seed (`sft: {from: […]}`), reward model or reference; it need not be pulled first.
+A recipe can name a Hub id as a seed (`sft: {from: […]}`), reward model or reference, without pulling it first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
 
 def parser() -> Parser:
     """The parser of the command line."""
-    made = Parser(prog="salsa hub", description="Push results of a run to the Hub, or pull one.", epilog=EPILOG,
+    made = Parser(prog="salsa hub", description="Push a run's results to the Hub, or pull a repository.", epilog=EPILOG,
                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="push | pull")
     push = commands.add_parser("push", help="push results of a run, each to a repository in one commit").add_argument
@@ -82,7 +82,7 @@ def push(args: argparse.Namespace) -> int:
     require(base is None or REPO_ID.match(base) is not None, f"--base-model: found {short(base)}, {REPO_EXPECTED}")
     require(
         bool(names) or (not args.public and base is None),
-        "--public, --base-model: work only with items and --to; add these, such as soup --to namespace/name. Without"
+        "--public, --base-model: work only with items and --to; add both, such as soup --to namespace/name. Without"
         " items, pending results are pushed with the options of the first attempt",
     )
     repos = {name: to if len(names) == 1 else f"{to}-{name}" for name in names}
@@ -92,7 +92,7 @@ def push(args: argparse.Namespace) -> int:
     wanted = [hub_push.Push(item=name, to=repo, private=private, base_model=base) for name, repo in repos.items()]
     require(
         bool(wanted or hub_push.pending(run)),
-        f"{args.run}: nothing is pending; name items to push, such as soup, and --to namespace/name",
+        f"{args.run}: no results are pending; name items to push, such as soup, and --to namespace/name",
     )
     if args.dry_run:
         return _show(run, wanted or hub_push.pending(run))
@@ -128,7 +128,7 @@ def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
 
 
 def pull(repo: str, folder: str | None, revision: str | None) -> int:
-    """Download those files of a repository that salsa_peft publishes; print the folder."""
+    """Download a repository's files, only those that `salsa hub push` may push; print the folder."""
     require(REPO_ID.match(repo) is not None, f"ID: found {short(repo)}, {REPO_EXPECTED}")
     require(folder != "" and revision != "", f"{repo}: FOLDER and --revision must not be empty")
     from huggingface_hub import HfApi, snapshot_download

@@ -1,8 +1,8 @@
-"""`salsa landscape`: a measure along the line of two members and on the plane of three.
+"""`salsa landscape`: computes a measure on the line through two members or the plane through three.
 
-This makes the paper's Figure 2 without a recipe. Members are adapters of one base, or checkpoints. Between points,
-adapters only change their scales; the weights of a soup of checkpoints are computed again. The landscape stage of a
-recipe (evaluation/landscape.py) also gives confidence intervals over prompts.
+This makes the paper's Figure 2 without a recipe. Members are adapters of one base, or checkpoints. Adapters are loaded
+once and get new scales at each point; checkpoints are averaged again at each point. The landscape stage of a recipe
+(evaluation/landscape.py) also gives confidence intervals over prompts.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ RESULT = "landscape.json"
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    made = Parser(prog="salsa landscape", description="A measure along the line of two members, and on the plane of"
-                                                      " three.",
+    made = Parser(prog="salsa landscape", description="Compute a measure along the line through two members, and on the"
+                                                      " plane through three.",
                   epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = made.add_argument
     add("out", metavar="OUT", type=Path, help=f"folder for {RESULT} and the figures")
     add("members", metavar="MEMBER", nargs="+", help="two or three adapters, or checkpoints: folders or Hub ids")
-    add("--alphas", metavar="α,α", help="points of the line (default: -0.5 to 1.5 in steps of 0.25)")
-    add("--scales", metavar="λ,λ", help="adapters: also measure the base plus λ times the first member's update")
-    steps = "steps along an edge of the plane's triangle (default: 4)"
+    add("--alphas", metavar="α,α", help="points of the line: 0 and 1 are the members (default: -0.5 to 1.5, step 0.25)")
+    add("--scales", metavar="λ,λ", help="adapters only: also measure the base plus λ times the first member's update")
+    steps = "number of grid steps along an edge of the three members' triangle (default: 4)"
     add("--resolution", type=positive_integer, default=4, help=steps)
     add("--base", metavar="BASE", help="the base's folder or Hub id (default: the base that the adapters name)")
-    add("--same-base", action="store_true", help="adapters: treat their bases as the same, even if the names differ")
+    add("--same-base", action="store_true", help="treat the adapters' bases as the same, even if their names differ")
     add_measure(made)
     add("--debug", action="store_true", help="show the traceback of an error")
     return made
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_and_print(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
-    """Measure all points, and print those of the line."""
+    """Measure all points, and print the values on the lines."""
     found = measure_all(args, accepted)
     for line in found["lines"]:
         print(f"{line['name']}")
@@ -67,16 +67,16 @@ def measure_and_print(args: argparse.Namespace, accepted: Callable[[], None]) ->
 def landscape_section(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
     """Settings of the points to measure.
 
-    shrinks: whether the members can be scaled; the default control points are then included, unless --scales is given.
+    shrinks: whether the members can be scaled. If so, and without --scales, the default control points are included.
 
-    Raises SalsaError unless there are two or three members.
+    Raises SalsaError for a wrong number of members, and for options that are missing or invalid.
     """
     n = len(args.members)
     require(n in (2, 3), f"MEMBER: give two (a line) or three (a plane, and the line of the first two), not {n}")
     require(args.measure is not None, "--measure: is required; use sft_loss, reward or module:name")
     require(
         not args.scales or kind == ADAPTERS,
-        "--scales: needs adapters; the difference of a checkpoint from its base is not known here",
+        "--scales: works only with adapters, since a checkpoint's base is not known here; leave --scales out",
     )
     chosen: dict[str, Any] = {"line": [0, 1], "plane": [0, 1, 2] if n == 3 else None, "resolution": args.resolution}
     for option, text in (("alphas", args.alphas), ("scales", args.scales)):

@@ -22,10 +22,10 @@ HELP = """usage: salsa report RUN [RUN …] | --paper
   salsa report RUN                             write the report of a finished run again, given its folder
   salsa report RUN RUN … [--output-dir DIR]    write one report of several runs (default: joined/ beside the first run)
   salsa report RECIPE --lora …                 write the report of a finished run again, given `salsa run`'s arguments
-  salsa report --paper                         show the paper's Tables 1 to 5 from their counts, and contradictions"""
+  salsa report --paper                         show the paper's Tables 1 to 5, with intervals and contradictions"""
 NO_RUN = "not the folder of a run, since it has no recipe.yaml; check the path"
 JOINED = "joined"
-"""Name of the folder for the report of several runs, beside the folder of the first run."""
+"""Name of the default folder for the report of several runs, beside the folder of the first run."""
 NARROWEST = 165
 """Number of terminal columns that the paper's tables need."""
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             require(_is_run(names[0]), f"{names[0]}: {NO_RUN}")
             require(
                 "--output-dir" not in words,
-                "--output-dir: works only with several runs; leave it out, and the report goes into the run",
+                "--output-dir: works only with several runs; leave it out, and the report goes into the run's folder",
             )
     except SalsaError as error:
         say(one_line(error))

@@ -1,4 +1,4 @@
-"""`salsa run`: a recipe from its SFT seeds to the report.
+"""`salsa run`: runs a recipe, from its SFT seeds to the report.
 
     python -m salsa_peft.recipe quickstart --lora
     python -m salsa_peft.recipe my.yaml --lora --set ppo.learning_rate=1e-5 --dry-run
@@ -30,7 +30,8 @@ from salsa_peft.utils.messages import one_line
 def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES, prog: str = "salsa run") -> int:
     """Run the command `salsa run`.
 
-    Returns 0; 2 for an error in the recipe or options; 1 if a stage failed; 130 and 143 after SIGINT and SIGTERM.
+    Returns 0; 2 if the recipe, an option or this machine does not pass a check; 1 if a stage fails or a file cannot be
+    read or written; 130 after SIGINT; 143 after SIGTERM.
     """
     args = parse_args(sys.argv[1:] if argv is None else argv, prog)
     folder = Path()
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
     except OSError as error:
         line = (
             f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are kept;"
-            " run the same command again"
+            " correct this, and run the same command again"
         )
         code, line = 1, one_line(disk_full_message(error, folder) or line)
     except KeyboardInterrupt:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespace:
     """Parse the command line.
 
-    `--lora` may be followed by a preset's name. If another word follows and no recipe is given, the word is the recipe.
+    `--lora` may be followed by a preset's name. If a different word follows and no recipe is given, it is the recipe.
     """
     presets = bundled_names("adapters")
     parser = Parser(
@@ -75,8 +76,8 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     add = parser.add_argument
     add("recipe", nargs="*", metavar="RECIPE", help="a YAML file, or the name of a bundled recipe")
     names = ", ".join(presets)
-    add("--lora", nargs="?", const="lora", metavar="PRESET", help=f"train adapters: {names} (default: lora)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6")
+    add("--lora", nargs="?", const="lora", metavar="PRESET", help=f"train adapters; presets: {names} (default: lora)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key, such as ppo.learning_rate=1e-6")
     add("--dry-run", action="store_true", help="print the plan and write nothing")
     add("--gpu", type=_gpu, metavar="GIB", help="with --dry-run: GPU memory to plan for (default: this machine's GPU)")
     add("--stages", type=_words, metavar="A,B", help="run only these stages or units, such as sft,ppo/salsa")
@@ -91,7 +92,7 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
         words = " ".join(args.recipe) or "none"
         parser.error(f"RECIPE: give exactly one YAML file or name of a bundled recipe (given: {words})")
     if args.gpu is not None and not args.dry_run:
-        parser.error("--gpu needs --dry-run: it is the GPU to plan for, and does not choose the GPU of a run")
+        parser.error("--gpu needs --dry-run: --gpu is the memory to plan for, and does not choose the GPU of a run")
     args.recipe = args.recipe[0]
     return args
 
@@ -102,7 +103,7 @@ def _gpu(text: str) -> Gpu:
     except ValueError:
         size = math.nan
     if not 0 < size < 10_000:
-        raise argparse.ArgumentTypeError(f"{text} is no memory size in GiB, such as 24")
+        raise argparse.ArgumentTypeError(f"{text} is no memory size in GiB; give a number such as 24")
     return Gpu("--gpu", int(size * 2**30))
 
 

@@ -1,7 +1,7 @@
 """The cache of a run's results: each unit's key and folder, and whether its result is up to date.
 
-A unit's folder is <run>/<stage>/[<name>/]<first 12 digits of the key>. Its manifest is written last, so a folder
-without one is unfinished. torch is not imported.
+A unit's folder is <run>/<stage>/[<name>/]<first 12 digits of the key>. The manifest is written last, so a result
+without a manifest is unfinished. torch is not imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BEGUN = "begun.json"
 TEMPORARY = re.compile(
     r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z|(.*/)?\.[^/]+\.tmp\Z"
 )
-"""Files of a stage that are not part of its result, such as checkpoints and unfinished files."""
+"""Pattern of files in a unit's folder that are not part of its result, such as checkpoints."""
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 
 
@@ -47,7 +47,7 @@ Plan = dict[str, PlannedUnit]
 def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprints: dict[str, str]) -> str:
     """SHA-256 of a unit's key fields, its inputs' keys, its files' fingerprints and the library versions.
 
-    fingerprints: a cache of file fingerprints, to which those of new files are added.
+    fingerprints: file → fingerprint, a cache to which the fingerprints of further files are added.
     """
     for file in unit.files:
         if file not in fingerprints:
@@ -63,7 +63,7 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
 
 
 def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:
-    """Write a result's manifest as its last file: key, files with hashes, input digests, and `facts`."""
+    """Write a result's last file, the manifest: key, digests of the inputs, hashes of the files, `facts`."""
     files = {}
     for file in sorted(planned.folder.rglob("*")):
         name = file.relative_to(planned.folder).as_posix()
@@ -117,7 +117,7 @@ def why_outdated(key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
 
 
 def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> Plan:
-    """The plan of a run. A unit whose inputs have to run has to run too. Writes nothing.
+    """The plan of a run. A unit has to run if one of its inputs has to. Writes nothing.
 
     forced: units or stages that run even if their results are up to date.
     """

@@ -2,8 +2,8 @@
 
     peak = finished results + max(checkpoints of the policy in training, its last checkpoints + the finished policy)
 
-The estimate leaves out logs, answers, reports and tokenizers, which are small, the Hub's cache, and quotas, which
-cannot be queried. The estimates are compared with real runs in tests/recipe/test_disk.py. torch is not imported.
+The estimate leaves out small files (logs, answers, reports, tokenizers) and the Hub's cache. It ignores disk quotas,
+which cannot be queried. The estimates are compared with real runs in tests/recipe/test_disk.py. torch is not imported.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import existing_parent, size_text
 
 AT_ONCE = 3
-"""Most checkpoints of a policy at a time: the third is written before the oldest of two is removed."""
+"""Largest number of checkpoints of a policy at a time: two, and a third until the oldest is removed."""
 MANY = 100_000
-"""Assumed optimizer steps of a policy if the number of prompts is not known (the paper has 61,000)."""
+"""Assumed number of a policy's steps if the number of prompts is not known (61,000 in the paper)."""
 ZERO3 = 6
-"""Bytes per weight of a ZeRO-3 checkpoint besides optimizer states: float32 and bf16 weights."""
+"""Bytes per weight of DeepSpeed's own float32 and bf16 weights in a ZeRO-3 checkpoint."""
 
 
 class Need(NamedTuple):
@@ -43,6 +43,7 @@ class Need(NamedTuple):
     peak: float
     """Largest number of bytes by which the results will have grown at any time during the run."""
     free: int
+    """Number of free bytes on the disk."""
     place: Path
     """The run's folder, or the nearest folder above it that exists."""
 
@@ -67,7 +68,7 @@ def need(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) 
 
 
 def bytes_in(folder: Path) -> int:
-    """Size of a folder's files in bytes. Another process may remove some of the files at the same time."""
+    """Size of a folder's files in bytes, without files that another process removes meanwhile."""
     found = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -77,7 +78,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None) -> tuple[float, float]:
-    """Bytes that one unit of a stage writes: its result, and the peak while it runs."""
+    """Bytes that a unit of a stage takes on the disk: when it is finished, and at most while it runs."""
     width, one, count = _width(recipe, size, gpu), 4.0, size.parameters
     if stage == "ppo":
         return _policy(recipe, size, gpu, width)
@@ -91,7 +92,7 @@ def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None
     if stage == "soup" and recipe.adapter is not None:
         rank = recipe.soup.rank or recipe.adapter.r * len(recipe.soup.members)
         kept = one * size.adapter(rank, recipe.adapter.target_modules)
-    if stage == "reward":  # a score head instead of the output embeddings; for several seeds also their soup
+    if stage == "reward":  # a score head instead of output embeddings; several seeds are also averaged
         seeds = len(recipe.reward.seeds)
         body = count - size.head if recipe.adapter is None else count
         kept = one * (body + size.hidden) * (seeds + (seeds > 1))
@@ -99,7 +100,7 @@ def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None
 
 
 def _policy(recipe: Recipe, size: Architecture, gpu: float | None, width: float) -> tuple[float, float]:
-    """Bytes of a finished policy, and the peak in its training with checkpoints (training/ppo/resume.py)."""
+    """Bytes of a policy when it is finished, and at most while it trains and saves checkpoints."""
     ppo, lora = recipe.ppo, recipe.adapter
     precision = memory.choose_precision(recipe, "ppo", gpu, size) if lora is None else "master"
     weight, _, states = memory.TRAINED[precision]
@@ -117,7 +118,7 @@ def _policy(recipe: Recipe, size: Architecture, gpu: float | None, width: float)
 
 
 def _steps(recipe: Recipe) -> int:
-    """Optimizer steps of a policy; MANY if the number of prompts is not known."""
+    """Number of optimizer steps of a policy; MANY if the number of prompts is not known."""
     ppo = recipe.ppo
     if ppo.max_steps > 0:
         return ppo.max_steps

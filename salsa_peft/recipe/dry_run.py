@@ -28,7 +28,7 @@ from salsa_peft.recipe.hardware import Gpu
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
 PRESET = "--lora"
-"""Key of the adapter preset in a dict of settings; all its other keys are recipe keys."""
+"""Key of the adapter preset in a dict of settings; all other keys of the dict are recipe keys."""
 PRESETS: dict[str, Literal["nf4-double"] | None] = {"lora": None, "qlora": "nf4-double"}
 """Adapter preset → quantisation of the base."""
 FULL_WEIGHTS_ONLY = {"offload": "none", "precision": "auto"}
@@ -44,7 +44,7 @@ ORDER = (
     "lora",
     "qlora",
 )
-"""Changes that save memory, the least expensive first."""
+"""Settings and presets that save memory, in the order in which they are tried."""
 
 
 def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu: Gpu | None) -> None:
@@ -73,7 +73,7 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
 def _print(console: Console, header: list[str], rows: list[list[str]], narrow: int = 28) -> None:
     """Print a table; without a terminal, print it as plain lines of any width.
 
-    narrow: minimum width of a column of the plain lines.
+    narrow: minimum width of a column in the plain lines.
     """
     if not console.is_terminal:
         widths = [max(narrow, *map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -101,7 +101,7 @@ def _print_memory(console: Console, loaded: LoadedRecipe, gpu: Gpu | None) -> No
         helps = None if limit is None else advice(recipe, [stage], size, limit, loaded.reset_by_lora)
         full = recipe.mode == "full" and stage in TRAINING
         weights = memory.choose_precision(recipe, stage, limit, size) if full else recipe.mode
-        fits = "" if limit is None else "fits" if helps is None else f"too large; {helps}"
+        fits = "" if limit is None else "fits" if helps is None else f"too large; use {helps}"
         parts = [_bytes(getattr(found, part)) for part in MEMORY]
         rows.append([stage, f"{found.phase} ({weights})", *parts, _bytes(found.total), fits])
     against = "no GPU" if gpu is None else f"{gpu.name}, {gpu.bytes / memory.GIB:.0f} GiB"
@@ -112,7 +112,7 @@ def _print_memory(console: Console, loaded: LoadedRecipe, gpu: Gpu | None) -> No
         start = "no option makes all stages fit; use" if together == NOTHING else "all stages fit with:"
         console.print(Text(f"{start} {together}\n"))
     for one in memory.uncounted(recipe):
-        console.print(Text(f"not counted: {one}\n"))
+        console.print(Text(f"GPU memory does not include {one}\n"))
 
 
 def _bytes(number: float) -> str:
@@ -123,7 +123,7 @@ def _bytes(number: float) -> str:
 
 
 def _training_rows(recipe: Recipe) -> list[list[str]]:
-    """The plan's row for each training stage: name, batch of an optimizer step, number of steps."""
+    """The plan's rows about training stages: name, batch of an optimizer step, number of steps."""
     kinds = ("demonstrations", "preferences", "prompts")
     demonstrations, pairs, prompts = (number_of_rows(recipe, kind) for kind in kinds)
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
@@ -165,7 +165,7 @@ def _steps(training: Training, rows: float | None) -> str:
 
 
 def _updates(ppo: PPO, rows: int | None) -> str:
-    """The number of PPO updates. An epoch leaves out prompts that do not fill a batch."""
+    """The number of PPO updates, as text. An epoch leaves out prompts that do not fill its last batch."""
     if ppo.max_steps > 0:
         return f"{ppo.max_steps // ppo.steps_per_update} updates (max_steps = {ppo.max_steps} optimizer steps)"
     if rows is None:
@@ -218,7 +218,7 @@ def _fewest(
 def with_settings(recipe: Recipe, settings: dict[str, str]) -> Recipe:
     """The recipe with some of its keys changed.
 
-    PRESET adds an adapter with the default rank, 16, if the recipe has no adapter.
+    The key PRESET adds an adapter with the default rank, 16, if the recipe has no adapter.
     """
     for key, text in settings.items():
         if key == PRESET:

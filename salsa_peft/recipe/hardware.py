@@ -53,7 +53,7 @@ def gpus() -> list[Gpu]:
 
 
 def _visible(found: dict[str, Gpu], variable: str | None) -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names by number or beginning of a UUID; all if it is not set.
+    """The GPUs that CUDA_VISIBLE_DEVICES names by number or start of a UUID; all GPUs if it is not set.
 
     A MIG instance is counted as the first whole GPU, since nvidia-smi's list does not tell its size.
     """
@@ -104,8 +104,8 @@ def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES
         f" {smallest_gpu(most.total)} shows what each stage needs",
     )
     return [
-        f"{stage} may not fit: it needs about {found.total / GIB:.1f} GiB in {found.phase}, and {there[0].name} has"
-        f" {there[0].bytes / GIB:.0f}; --dry-run shows what would help"
+        f"{stage} may not fit the GPU: it needs about {found.total / GIB:.1f} GiB in {found.phase}, and {there[0].name}"
+        f" has {there[0].bytes / GIB:.0f} GiB; --dry-run shows options that help"
         for stage, found in needs.items()
         if there and found.total > there[0].bytes
     ]
@@ -130,15 +130,15 @@ def check_processes(recipe: Recipe) -> None:
 
 
 class Halved(NamedTuple):
-    """A recipe with smaller micro-batches in one stage."""
+    """A recipe with smaller batches, or a smaller judge concurrency, in one stage."""
 
     recipe: Recipe
     changed: dict[str, tuple[int, int]]
-    """Key of the recipe → its value before and after."""
+    """Recipe key that changed → its value before and after."""
 
 
 def halve_batches(recipe: Recipe, stage: str) -> Halved | None:
-    """The recipe with a stage's next smaller micro-batch size or judge concurrency; None if there is none."""
+    """The recipe with a stage's next smaller batch size or judge concurrency; None if it cannot be smaller."""
     if stage in ("sft", "reward", "ppo", *ALGORITHMS):
         return _halve_training(recipe, stage)
     rows = recipe.generation.batch_size

@@ -1,8 +1,8 @@
 """The imports of all stages, loaded once by the fork server, so that each stage starts immediately.
 
-Nothing here may start a thread or use a device, since the stages' processes are forks of the fork server. (pyarrow's
-memory allocator starts one idle thread.) The libraries' own progress bars and messages are switched off: a
-stage has one progress bar, and its metrics are in its folder.
+Nothing here may start a thread or use a device, since the stages' processes are forks of the fork server. The only
+exception is an idle thread of pyarrow's memory allocator. The libraries' own progress bars and messages are switched
+off: each stage shows one progress bar and writes its metrics to its folder.
 
 Garbage collection is off during the imports, which saves a quarter of their time. The imported objects are then frozen
 (gc.freeze): otherwise the garbage collection at the start of every trainer would take 0.3 s longer.

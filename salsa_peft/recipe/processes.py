@@ -1,8 +1,8 @@
-"""Runs each stage in processes of its own, so that its memory is freed when it ends.
+"""Runs each stage in processes of its own, so that the stage's memory is freed when it ends.
 
 One process is forked from a fork server that has imported the libraries (recipe/preload.py); several are started by
 `accelerate launch`. In both cases the processes run recipe/worker.py: each connects to a Unix socket, receives the job
-and sends back one report. The processes end when the command ends, even by kill -9. torch is not imported here.
+and sends back one report. The processes end when the command ends, even after kill -9. torch is not imported here.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class Result:
     """What the stage function returned."""
     seconds: float
     peak_mb: float
-    """Peak resident memory of all processes together."""
+    """Sum over the processes of their peak resident memory, in MB."""
     gpu_peak_mb: float | None = None
-    """Peak memory that PyTorch's allocator reserved on one GPU; None without a GPU."""
+    """Largest peak of a process's GPU memory (as PyTorch reserved it), in MB; None without a GPU."""
 
 
 def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Result:
     """Run a job in `count` new processes and wait for them.
 
-    log: file for the traceback of an error, or for the launcher's output. Raises StageError with the first error of any
-    process. Before any exception is raised, the processes are ended.
+    log: file for the traceback of an error, or for the launcher's output. Raises StageError if a process fails or is
+    killed. All processes have ended before any exception is raised.
     """
     with tempfile.TemporaryDirectory(prefix="salsa-") as folder, socket.socket(socket.AF_UNIX) as server:
         address = os.path.join(folder, "socket")
@@ -101,7 +101,7 @@ def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Resu
 
 
 def to_result(reports: dict[int, dict[str, Any]], unit: str, log: Path, *, debug: bool) -> Result:
-    """Combine the reports of a job's processes (by rank): facts and seconds of rank 0, memory of all.
+    """Combine the reports (by rank) of a job's processes; facts and seconds are those of rank 0.
 
     Raises StageError with the first error if any process failed, after writing the tracebacks to `log`.
     """
@@ -124,7 +124,7 @@ def to_result(reports: dict[int, dict[str, Any]], unit: str, log: Path, *, debug
 
 
 class _Workers:
-    """The command's view of a job's processes; `process` is the only process, or their launcher."""
+    """A job's processes: connections, ids, reports. `process` is the only one, or the launcher of several."""
 
     def __init__(self, job: Job, server: socket.socket, process: Any) -> None:
         self.job, self.server, self.process = job, server, process
@@ -233,11 +233,11 @@ def _exec_launcher(command: list[str], log: str) -> None:
 
 
 def exit_reason(code: int | None) -> str:
-    """How a process that sent no report has ended, as text."""
+    """Text that says how a process without a report has ended."""
     if code is None or code >= 0:
         return f"its process ended with code {code} and without a result"
     name = signal.Signals(-code).name
-    hint = ", perhaps for lack of memory; a smaller micro_batch_size needs less" if name == "SIGKILL" else ""
+    hint = ", perhaps for lack of memory; a smaller micro_batch_size needs less memory" if name == "SIGKILL" else ""
     return f"its process was killed by {name}{hint}"
 
 

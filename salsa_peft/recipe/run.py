@@ -1,4 +1,4 @@
-"""Runs a recipe: its stages in order, each in a process of its own. Cached results are not made again.
+"""Runs a recipe: its stages in order, each in its own processes. Cached results are not made again.
 
 The command is recipe/__main__.py. torch is not imported.
 """
@@ -33,9 +33,9 @@ class Stage(NamedTuple):
     run: str
     """The stage function, "module:name"."""
     units: Callable[[Recipe, str], list[Unit]]
-    """The recipe's units of work in this stage."""
+    """Function that returns the stage's units of work for a recipe. Its second argument is `run`."""
     resumes: bool = False
-    """Whether the stage can resume its unfinished result, which is then kept."""
+    """Whether the stage can resume its unfinished result. If not, the unfinished result is removed."""
     trains: bool = False
     """Whether the stage runs in the recipe's num_processes processes; if not, it runs in one."""
 
@@ -73,7 +73,7 @@ def run(
 ) -> None:
     """Run a recipe in a folder, or print its plan (`dry_run`).
 
-    Raises SalsaError, and StageError for a stage that failed.
+    Raises SalsaError if a check fails, and StageError if a stage fails.
 
     only: the stages or units to run; None for all. force: stages or units to run even if their results are cached.
     gpu: the GPU that a dry run plans for; None for this machine's GPU.
@@ -115,7 +115,7 @@ def run(
 
 
 def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str], debug: bool) -> None:
-    """Run the units of the plan in order; the run's folder is locked."""
+    """Run the units in `asked` in the plan's order. The caller holds the lock of the run's folder."""
     say(f"results: {folder}")
     if "report" in asked:
         say(f"report:  {folder / REPORT}")
@@ -161,7 +161,7 @@ def _run_unit(
 def _run_job(
     job: Job, planned: cache.PlannedUnit, plan: cache.Plan, resumed: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
-    """Run a job; after each out-of-memory error, run it again with a smaller micro-batch size.
+    """Run a job; after each out-of-memory error, run it again with smaller batches (`halve_batches`).
 
     Returns the result, the job as it was run last, and the values of the recipe keys that were made smaller.
     """
@@ -223,7 +223,7 @@ def check_inputs(plan: cache.Plan, asked: set[str]) -> None:
             why = plan[needed].why
             require(
                 why is None or needed in asked,
-                f"--stages: {name} needs {needed}, which is not finished ({why}); add {plan[needed].unit.stage} too",
+                f"--stages: {name} needs {needed}, which has no usable result ({why}); add {plan[needed].unit.stage}",
             )
 
 
@@ -251,7 +251,7 @@ def check_data(recipe: Recipe, plan: cache.Plan, asked: set[str], hub: bool = Fa
 def check_machine(recipe: Recipe, plan: cache.Plan, asked: set[str]) -> list[str]:
     """Raise SalsaError if the units to run need more than this machine has; return warnings.
 
-    The checks are for a GPU, enough GPUs for the processes, disk space, and the judge's API key.
+    Checks the GPU's memory, the number of GPUs, the disk space, the judge's API key, and the login at the Hub.
     """
     from huggingface_hub import get_token
 

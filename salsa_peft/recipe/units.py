@@ -1,8 +1,8 @@
 """A recipe's units of work by stage: the inputs of each unit, and the fields of its cache key.
 
 The key fields of a unit are the settings that its result depends on. All other settings can change without running the
-unit again: `evaluate` is in no policy's key, and `name`, `description` and `threads` are in no key at all. For local
-files and folders, the key has the content and not the path.
+unit again: `evaluate` is in no policy's key (except the prompts that ppo.eval_prompts names); `name`, `description` and
+`threads` are in no key at all. For local files and folders, the key has the content and not the path.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class _UnitBuilder:
         self.files: list[str] = []
 
     def unit(self, stage: str, key_fields: dict[str, Any], *inputs: str, name: str = "", toy: bool = True) -> Unit:
-        """Make the unit. name: for a stage with several units. toy: whether it reads the toy stage's result."""
+        """Make the unit.
+
+        name: given in stages with several units. toy: whether the unit reads the toy stage's result.
+        """
         first = ["toy"] if toy and self.recipe.toy else []
         return Unit(
             stage=stage,
@@ -43,7 +46,10 @@ class _UnitBuilder:
         )
 
     def path(self, value: str | None) -> str | None:
-        """The key field of a path: a Hub id itself, or "local" for a local path."""
+        """The key field of a path or Hub id: a Hub id or None unchanged; "local" for a local path.
+
+        A local path is added to `files`.
+        """
         if value is None or not is_local(value):
             return value
         self.files.append(value)
@@ -65,7 +71,7 @@ class _UnitBuilder:
         return {**fields, "label": None, "path": self.path(reference.path)}
 
     def reward(self) -> list[dict[str, Any]]:
-        """The key field of the reward: its parts."""
+        """The key field of the reward: a list of the reward's parts."""
         value: dict[str, Callable[[str], Any]] = {"function": self.function}
         parts = self.recipe.reward.parts
         return [{**asdict(part), "value": value.get(part.kind, self.path)(part.value)} for part in parts]
@@ -87,12 +93,12 @@ def _seed(position: int) -> str:
 
 
 def _reward(recipe: Recipe) -> list[str]:
-    """The id of the reward unit, if the recipe trains a reward model, as a list."""
+    """List with the reward unit's id; empty if the recipe trains no reward model."""
     return ["reward"] if recipe.reward.trained else []
 
 
 def _of_references(references: list[Reference]) -> list[str]:
-    """Ids of the units whose results the references are made from."""
+    """Ids of the SFT and soup units whose results the references use."""
     soup = ["soup"] if any(reference.soup for reference in references) else []
     return [_seed(member) for reference in references for member in reference.members] + soup
 
@@ -126,7 +132,7 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def reward_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The reward model's unit, if the recipe trains one; its training starts from seed-0."""
+    """The unit that trains the reward model, starting from seed-0, if the recipe trains a reward model."""
     if not recipe.reward.trained:
         return []
     builder = _UnitBuilder(recipe, run)
@@ -161,7 +167,7 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
-    """The units of the policies that an algorithm trains; their training starts from seed-0."""
+    """The units of the policies that an algorithm trains. Each policy's training starts from seed-0."""
     return [_policy(recipe, run, name) for name, policy in recipe.policies.items() if policy.algorithm == algorithm]
 
 
@@ -193,7 +199,7 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The unit of the scores on the line and the plane of seeds, if the recipe asks for one of the two."""
+    """The unit that scores points on a line or plane of seeds, if `landscape` sets a line or plane."""
     landscape = recipe.landscape
     if landscape is None or (landscape.line is None and landscape.plane is None):
         return []
@@ -212,7 +218,7 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The unit of responses and scores of seed-0, the soup, all policies, and evaluate.models."""
+    """The unit that evaluates seed-0, the soup, all policies, and evaluate.models: responses and scores."""
     builder, options = _UnitBuilder(recipe, run), recipe.evaluate
     others = [model for model in options.models if model not in recipe.policies]
     references = [reference for model in others for reference in parse_reference("evaluate.models", model)]
@@ -232,7 +238,7 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def judge_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The unit of the judge's verdicts, if any. The key leaves out options that do not affect verdicts."""
+    """The judge's unit, if the recipe has a judge. Its key has only the options that affect verdicts."""
     judge = recipe.evaluate.judge
     if judge is None:
         return []

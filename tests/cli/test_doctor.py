@@ -275,14 +275,14 @@ class TestARun:
         """A flipped bit is named; nothing is written."""
         monkeypatch.setattr(doctor, "CHECKS", {})
         assert cli.main(["doctor", str(run)]) == 0
-        assert "ppo/salsa/222222222222 unfinished: run the same command again to finish it" in capsys.readouterr().out
+        assert "ppo/salsa/222222222222 unfinished: run the recipe again to finish it" in capsys.readouterr().out
         (run / "soup" / ("0" * 12) / "weights.bin").write_bytes(b"weighss")
         before = sorted(run.rglob("*"))
         assert cli.main(["doctor", str(run)]) == 1
         said = capsys.readouterr().out
         assert (
             "! soup/000000000000  changed: weights.bin" in said
-            and "Run the recipe again, which makes soup again" in said
+            and "Run the recipe again to replace the result of soup" in said
         )
         assert "  sft/seed-0/111111111111 complete, 0.0 MB" in said and sorted(run.rglob("*")) == before
 

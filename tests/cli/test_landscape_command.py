@@ -84,7 +84,7 @@ def test_line_and_plane_of_adapters_are_those_of_their_checkpoints(made: Path, t
     [
         (["a0"], "MEMBER: give two (a line) or three (a plane, and the line of the first two), not 1"),
         (["a0", "a1", "--alphas", "0,nan"], "--alphas: the numbers must be finite, not 0,nan"),
-        (["c0", "c1", "--scales", "0.5"], "--scales: needs adapters; the difference of a checkpoint from its base"),
+        (["c0", "c1", "--scales", "0.5"], "--scales: works only with adapters, since a checkpoint's base is not known"),
         (["a0", "c1"], "a soup cannot mix adapters and checkpoints: merge the adapters into their base first"),
         (["a0", "nowhere/at/all"], "no such folder: nowhere/at/all"),
     ],

@@ -152,7 +152,7 @@ def test_stages(go):
     assert made == []
     assert err.count("\n") == 1
     assert "--stages: ppo/" in err
-    assert "not finished (new)" in err
+    assert "has no usable result (new)" in err
     assert not Path("runs").exists()
     assert go("--stages", "toy,sft")[1] == UNITS[:3]
     assert go("--stages", "reward,soup,ppo/salsa")[1] == ["reward", "soup", "ppo/salsa"]
@@ -168,7 +168,7 @@ def test_stages(go):
         ("crash", "reward failed: RuntimeError: boom and more (add --debug to see the traceback; traceback in "),
         (
             "kill",
-            "reward failed: its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less",
+            "reward failed: its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less memory",
         ),
         ("exit", "reward failed: its process ended with code 3 and without a result\n"),
         ("nan", "reward failed: ValueError: Out of range float values are not JSON compliant"),

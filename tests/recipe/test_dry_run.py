@@ -109,7 +109,7 @@ def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "NVIDIA X, 80 GiB" in plan and "step (stochastic)" in plan and "67.6 GiB" in plan and "fits" in plan
     assert salsa_run(["llama2_full", "--dry-run", "--gpu", "24"]) == 0
     plan = capsys.readouterr().out
-    assert "--gpu, 24 GiB" in plan and "too large; --lora" in plan and "all stages fit with: --lora\n" in plan
+    assert "--gpu, 24 GiB" in plan and "too large; use --lora" in plan and "all stages fit with: --lora\n" in plan
     assert salsa_run(["llama2_full", "--dry-run", "--gpu", "1"]) == 0
     assert "no option makes all stages fit; use a larger GPU" in capsys.readouterr().out
     assert salsa_run(["smollm2", "--lora", "--dry-run"]) == 0
@@ -119,7 +119,7 @@ def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     )
     for words, line in (
         (["--gpu", "24"], "--gpu needs --dry-run"),
-        (["--dry-run", "--gpu", "big"], "big is no memory size in GiB, such as 24"),
+        (["--dry-run", "--gpu", "big"], "big is no memory size in GiB; give a number such as 24"),
     ):
         with pytest.raises(SystemExit) as caught:
             salsa_run(["llama2_full", *words])

@@ -40,7 +40,9 @@ def test_a_large_model_without_a_gpu_stops_at_once(
     assert hardware.check_gpu(job, [], {"soup", "report"}) == []  # what needs none
     assert all(line.startswith("sft ") for line in hardware.check_gpu(job, there, {"sft", "soup"}))
     warned = hardware.check_gpu(job, there)
-    assert any(line.startswith("ppo may not fit: it needs about 23.") and "A has 16" in line for line in warned)
+    assert any(
+        line.startswith("ppo may not fit the GPU: it needs about 23.") and "A has 16 GiB" in line for line in warned
+    )
 
 
 def test_nvidia_smi_is_read_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:

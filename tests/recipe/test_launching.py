@@ -80,7 +80,7 @@ def test_two_processes_do_the_work_once(tmp_path: Path) -> None:
     [
         ({"_0": "refuse", "_1": "refuse"}, "data.prompts: found nothing, expected something\n", "SalsaError"),
         ({"_0": "late", "_1": "first"}, "RuntimeError: boom and more (add --debug to see the traceback; traceback in ", "process 1:\nTraceback"),
-        ({"_0": "wait", "_1": "kill"}, "its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less", "exitcode  : -9"),
+        ({"_0": "wait", "_1": "kill"}, "its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less memory", "exitcode  : -9"),
         ({"_0": "exit"}, "its process ended with code 3 and without a result", "exitcode  : 3"),
     ],
     ids=["both refuse", "the second crashes first", "one is killed", "one ends"],

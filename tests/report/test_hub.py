@@ -276,7 +276,7 @@ def test_a_push_that_fails_is_pending_and_made_up_for(server: Hub, run: Path, tm
     made_up = command(server, tmp_path / "home", "push", str(run))
     assert made_up.returncode == 0, made_up.stderr
     assert len(server.repos["tester/tiny-soup"].commits) == 2 and not (run / hub_push.PENDING).exists()
-    assert "nothing is pending" in command(server, tmp_path / "home", "push", str(run)).stderr
+    assert "no results are pending" in command(server, tmp_path / "home", "push", str(run)).stderr
 
 
 def test_no_login_a_wrong_token_and_another_s_namespace_are_said_at_once(
