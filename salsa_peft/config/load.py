@@ -226,7 +226,7 @@ def _with_seed_defaults(data: dict[str, Any]) -> dict[str, Any]:
     """Add the defaults that depend on the seeds.
 
     With sft.from but without sft.seeds, the seeds are the positions in sft.from. With one seed, the soup has one member
-    and the landscape no line.
+    and the landscape has no line.
     """
     sft, soup, landscape = (data.get(key) for key in ("sft", "soup", "landscape"))
     if not isinstance(sft, dict):

@@ -29,7 +29,7 @@ class Soup:
     )
     """Positions in sft.seeds of the models to average."""
     weights: list[float] | None = None
-    """One weight per member, which sum to 1. None: equal weights. The paper's best soup has two members of weight ½."""
+    """One weight per member, summing to 1. None: equal weights. The paper's best soup has two members of weight ½."""
 
     @property
     def resolved_weights(self) -> list[float]:
@@ -171,7 +171,7 @@ class SoupSection(Soup):
     step_size: Positive = 0.1
     """Adam's learning rate for the weights' logits in strategy learned (value of Wortsman et al.)."""
     rank: Count | None = None
-    """Rank to which the soup's deltas are compressed. soup.json records the error. None: uncompressed, rank Σ r_i."""
+    """Rank to which the soup's deltas are compressed; soup.json records the error. None: sum of the members' ranks."""
 
     @property
     def uses_measure(self) -> bool:

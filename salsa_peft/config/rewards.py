@@ -43,7 +43,7 @@ class RewardPart:
     """One reward and its weight in the sum."""
 
     kind: str
-    """adapter, function or classifier."""
+    """Kind of reward: adapter, function or classifier."""
     value: str
     """The word adapter, a function as [FOLDER/]module:name, or a classifier's folder or Hub id."""
     weight: float = 1.0

@@ -40,7 +40,7 @@ class Source:
     """Hub id, hf://datasets/ path, folder, or file (.jsonl, .json, .parquet, .csv, .tsv, also compressed). Relative
     paths start at the recipe's folder; with `--set`, at the current folder."""
     name: str | None = None
-    """Configuration of the Hub dataset."""
+    """Name of the Hub dataset's configuration."""
     split: str = "train"
     """Split of a Hub dataset or folder, or a slice (train[:80%]). A single file has only train and its slices."""
     revision: str | None = None
@@ -82,7 +82,7 @@ class Adapter:
     """LoRA, under the field names of PEFT's LoraConfig."""
 
     r: Count = 16
-    """Rank."""
+    """Rank of the adapters."""
     lora_alpha: Positive = 32
     """Scaling: an adapter adds lora_alpha / r · B A to a weight (with use_rslora lora_alpha / √r · B A)."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -116,7 +116,7 @@ class SFT(Training):
     learning_rate: Positive = 2.5e-5
     """Peak learning rate. Paper A.1."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Fraction of the steps in which the learning rate rises. Paper A.1."""
+    """Fraction of the steps, at the start, in which the learning rate rises. Paper A.1."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the rows that each seed trains on, drawn at random for each seed. Paper: all rows."""
     from_: list[str | None] | None = None
@@ -124,7 +124,7 @@ class SFT(Training):
     full weights, of a checkpoint), or null to train that model. A bare string is a list of one. None: train all."""
 
     def existing_seed(self, position: int) -> str | None:
-        """Folder or Hub id of the SFT model that already exists for a position; None if it is to be trained."""
+        """Folder or Hub id of the existing SFT model at a position in `seeds`; None if this run trains it."""
         return None if self.from_ is None else self.from_[position]
 
 
@@ -234,7 +234,7 @@ class Landscape:
     """Mean score along a line and on a plane through the seeds' weights (paper, Figure 2)."""
 
     line: list[int] | None = dataclasses.field(default_factory=lambda: [0, 1])
-    """Two positions in sft.seeds: θ = (1 − α) θ_a + α θ_b. None: no line."""
+    """Two positions a and b in sft.seeds, of the line θ = (1 − α) θ_a + α θ_b. None: no line."""
     alphas: list[float] = dataclasses.field(default_factory=lambda: [-0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
     """Values of α on the line."""
     scales: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
@@ -244,7 +244,7 @@ class Landscape:
     resolution: Count = 4
     """Number of grid steps along an edge of the seeds' triangle. The grid extends one step beyond the triangle."""
     prompts: str | None = None
-    """Name of a set in evaluate.prompts. None: the first set."""
+    """Name of the set in evaluate.prompts that is answered. None: the first set."""
     limit: Count | None = None
     """Number of prompts at each point. None: all prompts."""
     seed: Seed = 0
@@ -258,7 +258,7 @@ class Evaluate:
     prompts: dict[str, DataSource] = dataclasses.field(default_factory=dict)
     """Name of each set of prompts → its source. Empty: the two sets of the embedded world (section `toy`)."""
     pairs: list[list[str]] = dataclasses.field(default_factory=list)
-    """Pairs of models to compare. The name of a searched policy means the candidate that was picked. Empty: every
+    """Pairs of models to compare. The name of a searched policy stands for its picked candidate. Empty: every
     policy and the soup against seed-0, and all pairs of policies."""
     models: list[str] = dataclasses.field(default_factory=list)
     """Models to evaluate besides seed-0, soup and policies, written as in `reference`: base, seed-1 …"""
@@ -328,7 +328,7 @@ class Recipe:
     policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
     """Name of each policy → the policy."""
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
-    """Scores of models between the SFT models. None: no landscape stage."""
+    """Scores on a line and a plane through the SFT models. None: no landscape stage."""
     generation: Generation = dataclasses.field(default_factory=Generation)
     """Sampling of responses."""
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)

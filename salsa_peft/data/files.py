@@ -339,4 +339,4 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
 """Suffix → function that reads the rows of a file."""
 TYPE_NAMES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 BUILDER_SUFFIXES = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
-"""Builder of the package datasets → suffixes of the files that it reads in a folder. It silently ignores others."""
+"""Builder of the package datasets → suffixes of the files that it reads in a folder; others are silently ignored."""

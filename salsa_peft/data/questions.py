@@ -54,7 +54,7 @@ class Question(NamedTuple):
 def questions(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Question]:
-    """The questions of a source. Raises SalsaError with row and column, also for an id that repeats.
+    """The questions of a source. Raises SalsaError for a bad row or a repeated id that is no prompt_id.
 
     columns: keep the data's other columns. tokenizer: renders each row with its chat template as a check.
     """

@@ -117,7 +117,7 @@ def demonstration(row: Row, where: str) -> Demonstration:
 
 
 def is_undesirable(row: Row) -> bool:
-    """Whether KTO's `label` marks a row's answer as undesirable, so that it is no demonstration."""
+    """Whether KTO's `label` marks a row's answer as undesirable, so that the row is no demonstration."""
     return row.get("label") is False or row.get("label") in ("False", "false")
 
 

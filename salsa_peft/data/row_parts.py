@@ -16,7 +16,7 @@ INPUTS = ("input", "context")
 """Columns with the input of an instruction, in Alpaca and in Dolly."""
 SYSTEMS = ("system", "system_prompt")
 TURN_MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|system|>", "[INST]")
-"""Starts of text that is already rendered with a chat template: chatml, Llama 3 and 2, Mistral, Gemma, Zephyr, Phi."""
+"""Marks at the start of text that a chat template has rendered: chatml, Llama 3 and 2, Mistral, Gemma, Zephyr, Phi."""
 
 
 def has_columns(row: Row, *names: str) -> bool:
@@ -54,8 +54,8 @@ def read_text(row: Row, name: str, where: str) -> str:
 def read_question(row: Row, name: str, where: str) -> Messages:
     r"""The messages of a question column: plain text, messages, or a transcript in HH-RLHF's form.
 
-    Only plain text is combined with other columns, as in LLaMA-Factory: `history` (pairs of question and answer) comes
-    before it, and after an `instruction` comes "\n" and the column `input` or `context`.
+    Only plain text is combined with other columns, as in LLaMA-Factory: the pairs of question and answer in `history`
+    come before it, and if the column is `instruction`, "\n" and the column `input` or `context` come after it.
     """
     value = parse_json_messages(row[name])
     if is_hh(value):

@@ -119,7 +119,7 @@ def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress
 
 
 def _render(prompt: str, answer: list[str] | None = None) -> str:
-    """CHAT_TEMPLATE for one turn, faster than Jinja. With answer None, the text ends after <assistant>."""
+    """Render one turn as CHAT_TEMPLATE does, but faster. Without answer, the text ends after <assistant>."""
     return f"<bos><user>{prompt}<assistant>" + ("" if answer is None else " ".join(answer) + "<eos>")
 
 
@@ -238,7 +238,7 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
 
 
 def draw_demonstrations(config: Toy, name: str, n: int) -> list[tuple[str, list[str]]]:
-    """n prompts with answers, some with an error. `name` is part of the random seed."""
+    """n prompts with answers, some of which have an error. `name` is part of the random seed."""
     rng = random.Random(f"{config.seed} {name}")
     prompts = draw_prompts(rng, n, LENGTHS_IN, config.seed)
     return [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in prompts]

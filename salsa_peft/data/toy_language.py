@@ -40,7 +40,7 @@ MAX_NEW_TOKENS = 10
 ERROR_WEIGHTS = (4, 3, 1, 1, 2, 2)
 """Relative frequencies of the six kinds of errors in `add_errors`, about as in answers of SFT models."""
 UNFINISHED_PENALTY = 0.5
-"""Subtracted from the gold reward of a response without EOS."""
+"""Penalty subtracted from the gold reward of a response without EOS."""
 
 
 class Task(NamedTuple):
@@ -162,7 +162,7 @@ def add_errors(rng: random.Random, answer: list[str], errors: int) -> list[str]:
 
 
 def is_held_out(prompt: str, seed: int) -> bool:
-    """Whether an instruction is reserved for evaluation: a quarter of all, chosen by hash."""
+    """Whether an instruction is reserved for evaluation: a quarter of all instructions, chosen by hash."""
     return hashlib.sha256(f"{seed}:{prompt}".encode()).digest()[0] < 64
 
 

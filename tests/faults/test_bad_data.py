@@ -593,7 +593,7 @@ class TestTemplates:
         line = refusal(read, put(row), tokenizer=make_chat_tokenizer(None))  # type: ignore[arg-type]
         assert (
             line
-            == f"rows.jsonl, row 1, {column}: has messages, but the tokenizer has no chat template; set one, or give text"
+            == f"rows.jsonl, row 1, {column}: has messages, but the tokenizer has no chat template; set a chat template, or give text"
         )
 
 

@@ -24,7 +24,7 @@ REPO_EXPECTED = (
 
 @dataclass(config=STRICT, kw_only=True)
 class Hub:
-    """Results to push after the report. A run whose push fails still succeeds; `salsa hub push` pushes later."""
+    """Results to push after the report. A failed push fails no run; `salsa hub push` repeats the push."""
 
     push: list[str] = dataclasses.field(default_factory=list)
     """Results to push, each into its own repository: soup, reward, seed-N, a policy's name. Empty: none."""

@@ -13,7 +13,7 @@ from salsa_peft.utils.errors import require
 
 @dataclasses.dataclass(kw_only=True)
 class Sampling:
-    """Sampling of responses, without top-p and top-k, so that log-probs are of the sampled distribution."""
+    """Sampling of responses, without top-p and top-k, which would change the sampled distribution."""
 
     max_new_tokens: Count = 128
     """Maximum length of a response, EOS included (TRL's response_length)."""

@@ -45,4 +45,4 @@ class Toy:
     prompts: Count = 6_400
     """Number of PPO's prompts. The default fills 50 rollout batches of 128."""
     eval_prompts: Count = 256
-    """Number of prompts of each evaluation set (in and out of distribution). None repeats or is in training data."""
+    """Number of prompts of each evaluation set (in and out of distribution). None of them repeats or is in training data."""
