@@ -1,1 +1,1 @@
-"""The recipe: its schema, reading it, and checking it. Imports no torch."""
+"""The recipe: its schema, its parser and its checks. Imports no torch."""

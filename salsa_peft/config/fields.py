@@ -18,7 +18,7 @@ from salsa_peft.utils.messages import did_you_mean, short
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
 MAX_POLICIES = 1000
-"""Maximum number of policies after sweeps and searches are expanded; a short sweep could ask for millions."""
+"""Maximum number of policies after sweeps and searches are expanded. A sweep of a few lines could ask for millions."""
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Positive = Annotated[float, Field(gt=0)]
@@ -37,7 +37,7 @@ UNSUPPORTED_LORA_FIELDS = (
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from YAML is an int or a float below 1e300 in magnitude. A bool is not."""
+    """Whether a value from YAML is an int or a float below 1e300 in magnitude. A bool does not count."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
@@ -47,13 +47,13 @@ def require_unique(key: str, values: Sequence[Any]) -> None:
 
 
 def require_multiple(key: str, value: int, factor: int, of: str, more: str = "") -> None:
-    """Raise SalsaError unless `value` is a multiple of `factor`. of, more: texts for the message."""
+    """Raise SalsaError unless `factor` divides `value`. of: names the factor. more: end of the message."""
     whole = math.ceil(value / factor) * factor
     require(value % factor == 0, f"{key}: {value} is not a multiple of {of}; set {key}={whole}{more}")
 
 
 def check_keys(label: str, value: Any, root: type) -> None:
-    """Raise SalsaError for the first key of `value` that the dataclass `root` or its sections lack.
+    """Raise SalsaError for the first unknown key in `value`, the settings of the dataclass `root`.
 
     label: start of the message. The message also suggests the nearest known key.
     """
@@ -83,7 +83,7 @@ def _advice(where: str, key: str, known: list[str], root: type) -> str:
     """Advice for an unknown key: the nearest known key, the right section, or the supported LoRA fields."""
     if where == "adapter" and key in (*UNSUPPORTED_LORA_FIELDS, "lora"):
         inside = ", not under `lora`" if key == "lora" else ""
-        return f"of PEFT's LoraConfig only {', '.join(known)} are supported; write them in `adapter`{inside}"
+        return f"only {', '.join(known)} of PEFT's LoraConfig are supported; write them in `adapter`{inside}"
     names = [name.rstrip("_") for name in known]
     parts = [(name, part) for name, hint in field_types(root).items() for part in (hint, *typing.get_args(hint))]
     of = [name for name, part in parts if dataclasses.is_dataclass(part) and key in field_types(typing.cast(Any, part))]

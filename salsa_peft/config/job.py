@@ -16,7 +16,7 @@ class Unit:
     stage: str
     """Name of the stage, such as sft or ppo."""
     name: str
-    """Name within the stage, such as seed-0 or salsa; the stage's name if the stage has only this unit."""
+    """Name within the stage, such as seed-0 or salsa; the stage's name if the stage can have only one unit."""
     run: str
     """Function that does the work, as "module:name". It takes a Job and returns facts for the manifest."""
     inputs: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Unit:
 
     @property
     def id(self) -> str:
-        """stage/name (sft/seed-0), or the stage's name if the stage has only one unit (soup)."""
+        """stage/name, such as sft/seed-0; the stage's name, such as soup, if the stage can have only one unit."""
         return f"{self.stage}/{self.name}" if self.multi_unit else self.stage
 
 
@@ -43,7 +43,7 @@ class Job:
     unit: Unit
     """The work to do."""
     folder: Path
-    """Output folder. At the start it holds begun.json, and the checkpoints of a stage that resumes."""
+    """Output folder. Before the work it holds begun.json and, if the stage resumes, the stage's checkpoints."""
     inputs: dict[str, Path]
     """Id of each input unit → folder with its finished result."""
     recipe_yaml: str
@@ -51,7 +51,7 @@ class Job:
 
 
 def policy_id(recipe: Recipe, name: str) -> str:
-    """Id of the unit that trains a policy: ppo/salsa, dpo/salsa-dpo."""
+    """Id of the unit that trains a policy, such as ppo/salsa or dpo/salsa-dpo."""
     return f"{recipe.policies[name].algorithm}/{name}"
 
 

@@ -29,16 +29,16 @@ class Judge:
     """openai: name of the model at the endpoint. local: folder or Hub id of a chat model. function: module:name, as in
     reward.model; evaluation/judges/registry.py shows the signature."""
     base_url: str | None = None
-    """openai: address of the endpoint, such as http://localhost:8000/v1. None: the default of the package openai."""
+    """Kind openai: address of the endpoint, such as http://localhost:8000/v1. None: the openai package's default."""
     api_key_env: str = "OPENAI_API_KEY"
-    """openai: name of the environment variable with the API key. The key itself is never in a recipe, log or file."""
+    """Kind openai: environment variable with the API key. The key itself is never in a recipe, log or file."""
     prompt: Literal["figure7", "fastchat"] = "figure7"
     """Prompt of the judge. figure7: the paper's Figure 7, reworded. fastchat: FastChat's, by turn and category."""
     prompts: str | None = None
-    """fastchat: path of FastChat's judge_prompts.jsonl."""
+    """Prompt fastchat: path of FastChat's judge_prompts.jsonl."""
     references: str | None = None
-    """fastchat: path of FastChat's reference answers (reference_answer/gpt-4.jsonl) for math, reasoning and coding.
-    None: the reference answers in the questions' data. A question without reference answers gets a prompt without them."""
+    """Prompt fastchat: path of FastChat's reference answers (reference_answer/gpt-4.jsonl) for math, reasoning and
+    coding. None: those in the questions' data. A question without reference answers gets a prompt without them."""
     temperature: NonNegative = 0.0
     """Sampling temperature of the judge (FastChat's default)."""
     max_tokens: Count = 2048
@@ -46,16 +46,16 @@ class Judge:
     concurrency: Count = 8
     """openai: number of simultaneous requests. local: comparisons per batch. function: comparisons per call."""
     timeout: Positive = 120.0
-    """openai: seconds until a request times out."""
+    """Kind openai: seconds until a request times out."""
     retries: Annotated[int, Field(ge=0)] = 6
-    """openai: number of retries, with growing pauses, after 408, 409, 429, 5xx, time-outs and lost connections."""
+    """Kind openai: retries, with growing pauses, after HTTP 408, 409, 429, 5xx, time-outs and lost connections."""
     ask_again: Annotated[int, Field(ge=0)] = 1
     """How often the judge is asked again after a reply without a verdict, before the judgment counts as missing."""
     budget: Count | None = None
-    """openai: maximum number of requests of a run, including retries. Judgments beyond it count as missing, and the
-    next run asks for them. None: no limit."""
+    """Kind openai: maximum number of requests of a run, including retries. Judgments beyond this number count as
+    missing, and the next run requests them. None: no limit."""
     margin: NonNegative = 0.0
-    """reward: largest difference of two scores that counts as a tie."""
+    """Kind reward: largest difference of two scores that counts as a tie."""
 
     def check(self, where: str) -> None:
         """Raise SalsaError for bad settings, and for local files or functions that are missing or unusable.
@@ -107,7 +107,7 @@ def as_judge(value: Any) -> Any:
 
 
 def _check_address(where: str, url: str) -> None:
-    """Raise SalsaError for an invalid address. An address that may hold a password is not shown."""
+    """Raise SalsaError for an invalid address, without showing one that may hold a password."""
     try:
         parts = urlsplit(url)
         host, secret = parts.hostname, parts.username is not None or bool(parts.query)
@@ -116,7 +116,7 @@ def _check_address(where: str, url: str) -> None:
     require(
         not secret,
         f"{where}: must not contain a password or a query, because recipes are saved; put the key into an environment"
-        " variable, and its name into api_key_env",
+        " variable, and the variable's name into api_key_env",
     )
     fits = parts.scheme in ("http", "https") and bool(host)
     require(fits, f"{where}: must be an address such as http://localhost:8000/v1, not {short(url)}")
@@ -180,7 +180,7 @@ def _fields(template: str) -> set[str]:
 
 
 def read_references(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Read FastChat's reference answers: question id as text → answers by turn. Raises SalsaError."""
+    """Read FastChat's reference answers as {question id as text: answers by turn}. Raises SalsaError."""
     found = {}
     for row in _rows(path, "reference answers"):
         try:

@@ -31,7 +31,7 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, explain_validation_error, short
 
 ATOMIC = {"reference"}
-"""Keys whose value a later layer replaces as a whole, because {soup: …} and {shrunk: …} do not merge."""
+"""Keys whose value a later layer replaces as a whole: {soup: …} merged with {shrunk: …} would be no valid reference."""
 NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"))
 """Keys of mappings from names to values. A null in a later layer removes the name from the mapping."""
 SOURCE_KEYS = {field.name for field in dataclasses.fields(Source)}
@@ -43,7 +43,7 @@ class Layer:
     """Settings from one source, without the defaults."""
 
     label: str
-    """Name of the source, with which error messages start: the file's name, or --set."""
+    """Start of error messages about the layer, such as the file's name or --set."""
     data: dict[str, Any]
 
 
@@ -57,7 +57,7 @@ class LoadedRecipe:
     path: Path
     """The recipe file."""
     preset: str | None
-    """Name of the adapter preset (--lora)."""
+    """Name of the adapter preset (--lora). None: no --lora."""
     changes: list[tuple[str, Any, Any]]
     """(key, old value or None, new value) of each setting that the preset or the recipe's `lora:` section changed."""
     reset_by_lora: frozenset[str] = frozenset()
@@ -196,7 +196,7 @@ def _place(data: dict[str, Any], keys: list[str], nested: Any, text: str) -> dic
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A new mapping: `under` updated with `over`. Nested mappings are merged, other values are replaced.
+    """Merge `over` into a copy of `under`. Nested mappings are merged, and other values are replaced.
 
     If `under` has a value in place of a section (`sft: 3`), the value stays, so that the schema reports it.
     """
@@ -226,7 +226,7 @@ def _with_seed_defaults(data: dict[str, Any]) -> dict[str, Any]:
     """Add the defaults that depend on the seeds.
 
     With sft.from but without sft.seeds, the seeds are the positions in sft.from. With one seed, the soup has one member
-    and the landscape no line.
+    and the landscape has no line.
     """
     sft, soup, landscape = (data.get(key) for key in ("sft", "soup", "landscape"))
     if not isinstance(sft, dict):
@@ -260,7 +260,7 @@ def _typed(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
 
 @contextlib.contextmanager
 def _naming_layer(layers: list[Layer], file: str) -> Iterator[None]:
-    """Put the label of the layer that set the key in front of a SalsaError `key: …` from the block."""
+    """Context that puts the label of the layer that set the key in front of a SalsaError `key: …`."""
     try:
         yield
     except SalsaError as error:

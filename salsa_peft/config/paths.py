@@ -37,7 +37,7 @@ def is_local(value: str) -> bool:
 
 
 def is_source(keys: list[str]) -> bool:
-    """Whether `keys` lead to a data source, for which a bare string is the path."""
+    """Whether `keys` lead to a data source, which may be given as a bare string, its path."""
     return (len(keys) == 2 and keys[0] == "data") or (len(keys) == 3 and keys[:2] == ["evaluate", "prompts"])
 
 
@@ -67,7 +67,7 @@ def _path(value: Any, folder: str) -> Any:
 
 
 def _source(value: Any, folder: str) -> Any:
-    """A data source, given as a mapping or as its path, with an absolute path."""
+    """Make the path of a data source absolute. The source is a mapping or the path alone."""
     return _change(value, ["path"], _path, folder) if isinstance(value, dict) else _path(value, folder)
 
 
@@ -170,16 +170,16 @@ def _check_base(base: str) -> None:
             f" merge the adapter first: `salsa soup MERGED {short(Path(base).name)[1:-1]} --merge --base {own or 'BASE'}`"
         )
     for ending, remedy in (
-        (".gguf", "a format of llama.cpp. Use the original model, with safetensors"),
-        (".bin", "a pickle, which is never loaded. Load it with Transformers and save it again (save_pretrained writes safetensors)"),
-        (".pth", "a pickle, which is never loaded. Convert it to Transformers' format, with safetensors"),
+        (".gguf", "a file of llama.cpp. Use the original model, with weights in safetensors"),
+        (".bin", "a pickle, which is never loaded. Load the model with Transformers and save it again (save_pretrained writes safetensors)"),
+        (".pth", "a pickle, which is never loaded. Convert the model to Transformers' format, with safetensors"),
     ):  # fmt: skip
         file = next((name for name in names if name.lower().endswith(ending) and name != "training_args.bin"), None)
         require(bool(weights) or file is None, f"{start} has its weights only in {file}, {remedy}")
 
 
 def check_template(recipe: Recipe) -> None:
-    """Raise SalsaError if the template's file is missing, or with `tokenizer` if the base has no template."""
+    """Raise SalsaError if the template's file, or for `tokenizer` the local base's template, is missing."""
     template, base = recipe.model.chat_template, recipe.model.base
     if template == OWN_TEMPLATE and base is not None and os.path.isdir(base):
         require(
@@ -198,7 +198,7 @@ def check_template(recipe: Recipe) -> None:
 
 
 def check_path(where: str, path: str, what: str, file: str) -> None:
-    """Raise SalsaError if a local folder lacks `file`, or if a Hub id is malformed. what: for the message."""
+    """Raise SalsaError if a folder lacks `file` or a Hub id is malformed. what: kind of model to ask for."""
     if not is_local(path):
         check_hub_id(where, path, f"the folder or Hub id (namespace/name) of {what}")
         return

@@ -1,4 +1,4 @@
-"""The `soup` section, and references of the KL term: a seed, a soup, the base, or a model at a path.
+"""The `soup` section, and the KL term's references: a seed's model, a soup, the base, or a path.
 
 To add a kind of reference that is written as a mapping, add a function and an entry of REFERENCE_KINDS.
 """
@@ -29,7 +29,7 @@ class Soup:
     )
     """Positions in sft.seeds of the models to average."""
     weights: list[float] | None = None
-    """One weight per member, with sum 1. None: equal weights. The paper's best soup has two members of weight ½."""
+    """One weight per member, summing to 1. None: equal weights. The paper's best soup has two members of weight ½."""
 
     @property
     def resolved_weights(self) -> list[float]:
@@ -37,7 +37,7 @@ class Soup:
         return self.weights if self.weights is not None else [1 / len(self.members)] * len(self.members)
 
     def check(self, where: str, seeds: int) -> None:
-        """Raise SalsaError for missing or repeated members, and for weights of wrong number or sum."""
+        """Raise SalsaError for missing or repeated members, and for weights whose number or sum is wrong."""
         for member in self.members:
             require_seed(f"{where}.members", member, seeds)
         require_unique(f"{where}.members", self.members)
@@ -64,7 +64,7 @@ class Reference:
     label: str
     """Name for plots and logs."""
     members: list[int] = dataclasses.field(default_factory=list)
-    """Positions in sft.seeds."""
+    """Positions in sft.seeds of the members."""
     weights: list[float] = dataclasses.field(default_factory=list)
     """One weight per member."""
     soup: bool = False
@@ -74,7 +74,7 @@ class Reference:
     sync_every: int | None = None
     """Number of updates between two EMA steps of a soup towards the policy (TR-DPO). None: no such steps."""
     mixup_alpha: float = 0.1
-    """α of such a step: θ_ref ← (1 − α) θ_ref + α θ_policy."""
+    """α of an EMA step: θ_ref ← (1 − α) θ_ref + α θ_policy."""
 
 
 def _shrunk(where: str, value: Any) -> Reference:
@@ -126,8 +126,8 @@ REFERENCE_KINDS = {"soup": _inline_soup, "shrunk": _shrunk}
 def parse_reference(where: str, value: Any) -> list[Reference]:
     """Parse a policy's `reference:`. The KLs to several references are averaged.
 
-    A string is seed-N, base, soup, or an adapter's folder or Hub id. A mapping has a key of REFERENCE_KINDS. A list has
-    such strings and mappings. Raises a SalsaError that names the key.
+    A string is seed-N, base, soup, or a model's folder or Hub id. A mapping has one key, which is in REFERENCE_KINDS. A
+    list has such strings and mappings. Raises a SalsaError that names the key.
     """
     if isinstance(value, list):
         require(bool(value), f"{where}: is an empty list; name at least one reference")
@@ -159,19 +159,19 @@ class SoupSection(Soup):
 
     strategy: Literal["linear", "slerp", "greedy", "learned"] = "linear"
     """linear: Σ w_i θ_i (the paper). slerp: spherical interpolation between two members' deltas, with t = the second
-    weight. greedy: a member joins the uniform mean if the measure does not fall. learned: gradient steps on the measure
-    find the weights. greedy and learned follow Wortsman et al., 2022."""
+    weight. greedy: a member joins the uniform mean if the measure does not get worse. learned: gradient steps on the
+    measure find the weights. greedy and learned follow Wortsman et al., 2022."""
     measure: str = "sft_loss"
     """Measure of greedy and learned: sft_loss on data.held_out, reward (mean score of responses to data.prompts), or
     module:name (a Python function of the model, where higher is better). learned supports sft_loss only."""
     limit: Count = 128
     """Number of rows that the measure uses: the first rows of its data."""
     steps: Count = 20
-    """learned: number of Adam steps."""
+    """Number of Adam steps of strategy learned."""
     step_size: Positive = 0.1
-    """learned: Adam's learning rate for the weights' logits (value of Wortsman et al.)."""
+    """Adam's learning rate for the weights' logits in strategy learned (value of Wortsman et al.)."""
     rank: Count | None = None
-    """Rank to which the soup's deltas are compressed. soup.json records the error. None: uncompressed, rank Σ r_i."""
+    """Rank to which the soup's deltas are compressed; soup.json records the error. None: sum of the members' ranks."""
 
     @property
     def uses_measure(self) -> bool:
@@ -180,7 +180,7 @@ class SoupSection(Soup):
 
     @property
     def measure_source(self) -> str | None:
-        """Key of `data` that the measure reads, or None."""
+        """Key of the section `data` that the measure reads; None if it reads none or there is no measure."""
         return {"sft_loss": "held_out", "reward": "prompts"}.get(self.measure) if self.uses_measure else None
 
     def check(self, where: str, seeds: int) -> None:
@@ -199,7 +199,7 @@ class SoupSection(Soup):
         known = self.measure in MEASURES
         require(
             known or FUNCTION.match(self.measure) is not None,
-            f"{where}.measure: must be {', '.join(MEASURES)} or module:name, a function of the model, not"
+            f"{where}.measure: must be {', '.join(MEASURES)} or module:name (a function of the model), not"
             f" {self.measure!r:.60}",
         )
         require(

@@ -1,6 +1,6 @@
 """Forms of `reward.model`: a reward adapter, a classifier, a Python function, a weighted sum.
 
-A function is only looked up in its source file. Reading a recipe imports and runs no code of the user's.
+Reading a recipe neither imports nor runs user code: a function is only looked up in its source file.
 """
 
 import ast
@@ -43,9 +43,9 @@ class RewardPart:
     """One reward and its weight in the sum."""
 
     kind: str
-    """adapter, function or classifier."""
+    """Kind of reward: adapter, function or classifier."""
     value: str
-    """By kind: adapter, [FOLDER/]module:name, or a folder or Hub id."""
+    """The word adapter, a function as [FOLDER/]module:name, or a classifier's folder or Hub id."""
     weight: float = 1.0
     """Factor in the weighted sum."""
     name: str
@@ -53,7 +53,7 @@ class RewardPart:
 
 
 def parse_reward(where: str, value: Any) -> list[RewardPart]:
-    """The parts of `reward.model`; only a weighted sum has several. Raises SalsaError for another value."""
+    """Parse `reward.model` into its parts; only a weighted sum has several. Raises SalsaError."""
     if not isinstance(value, list):
         return [_part(where, value)]
     require(bool(value), f"{where}: {ACCEPTED_MODELS}, but this list is empty")
@@ -102,7 +102,7 @@ def split_function(value: str, where: str = "reward") -> tuple[str | None, str, 
 
 
 def find_module(folder: str | None, module: str) -> Path | None:
-    """Path of a module's file, or None if there is none. folder=None: on Python's path. Imports nothing."""
+    """Path of a module's file, or None if missing. folder=None: search Python's path. Imports nothing."""
     importlib.invalidate_caches()
     finders: list[Any] = [PathFinder] if folder is not None else sys.meta_path
     search, spec = None if folder is None else [folder], None
@@ -146,7 +146,7 @@ def check_signature(where: str, value: str) -> None:
 
 
 def check_columns(where: str, value: str, columns: Collection[str], data: str) -> None:
-    """Raise SalsaError if a required argument is neither one of `columns` nor one of REWARD_ARGUMENTS."""
+    """Raise SalsaError if a function requires an argument outside `columns` and REWARD_ARGUMENTS."""
     arguments = _arguments(value)
     if arguments is None:
         return
@@ -157,9 +157,9 @@ def check_columns(where: str, value: str, columns: Collection[str], data: str) -
     absent = [name for name in needs if name not in REWARD_ARGUMENTS and name not in passed]
     require(
         not absent,
-        f"{where}: {value.rpartition(':')[2]} takes {', '.join(absent)}, which is no column of {data} (columns besides"
-        f" the prompt: {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(REWARD_ARGUMENTS)}. Add the"
-        " column, or give the argument a default",
+        f"{where}: {value.rpartition(':')[2]} requires {', '.join(absent)}, which is neither a column of {data}"
+        f" (columns besides the prompt: {', '.join(sorted(passed)) or 'none'}) nor one of"
+        f" {', '.join(REWARD_ARGUMENTS)}. Add the column, or give the argument a default",
     )
 
 
@@ -173,7 +173,7 @@ def _parsed(where: str, file: Path) -> ast.Module:
 
 
 def defines_name(tree: ast.Module, name: str) -> bool:
-    """Whether a module may define or import the first part of `name`, also by a star import."""
+    """Whether a module may define or import the first part of the dotted `name`, also by a star import."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -202,7 +202,7 @@ def _not_installed(tree: ast.Module, file: Path) -> list[str]:
 
 
 def _arguments(value: str) -> ast.arguments | None:
-    """Parameters of a function, read from its source; None unless it is one undecorated `def` or lambda."""
+    """Parameters of a function from its source; None unless one undecorated `def` or lambda defines it."""
     folder, module, name = split_function(value)
     file = find_module(folder, module)
     if file is None or file.suffix != ".py":

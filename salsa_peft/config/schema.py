@@ -1,4 +1,4 @@
-"""The recipe's schema: all sections and defaults. The text under a field gives its unit and source.
+"""The recipe's schema: all sections, with defaults. The text under a field says what it sets.
 
 `config/load.py` builds a `Recipe` from YAML, an adapter preset and `--set`. Imports no torch, so that a bad recipe is
 rejected within two seconds.
@@ -40,13 +40,13 @@ class Source:
     """Hub id, hf://datasets/ path, folder, or file (.jsonl, .json, .parquet, .csv, .tsv, also compressed). Relative
     paths start at the recipe's folder; with `--set`, at the current folder."""
     name: str | None = None
-    """Configuration of the Hub dataset."""
+    """Name of the Hub dataset's configuration."""
     split: str = "train"
     """Split of a Hub dataset or folder, or a slice (train[:80%]). A single file has only train and its slices."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     limit: Count | None = None
-    """Number of rows to use: the first ones after a shuffle with a fixed seed. None: all."""
+    """Number of rows to use: the first ones after a shuffle with a fixed seed. None: all rows."""
 
 
 DataSource = Annotated[Source, BeforeValidator(_source)]
@@ -69,12 +69,12 @@ class Model:
     quantization: Literal["nf4", "nf4-double"] | None = None
     """4-bit quantization of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantizes the scales. Adapters only."""
     attn_implementation: str | None = None
-    """As in Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto: flash_attention_2 on CUDA
-    if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""
+    """Attention implementation of Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto:
+    flash_attention_2 on CUDA if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""
     max_length: Count = 1024
-    """Maximum tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
+    """Maximum number of tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
-    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the embedded world's."""
+    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the embedded world's (`toy`)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -82,7 +82,7 @@ class Adapter:
     """LoRA, under the field names of PEFT's LoraConfig."""
 
     r: Count = 16
-    """Rank."""
+    """Rank of the adapters."""
     lora_alpha: Positive = 32
     """Scaling: an adapter adds lora_alpha / r · B A to a weight (with use_rslora lora_alpha / √r · B A)."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -95,14 +95,14 @@ class Adapter:
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
-    """Training data. None: the embedded world's. data/row_formats.py lists all accepted sets of columns."""
+    """Training data. None: the embedded world's (`toy`). data/row_formats.py lists the accepted columns."""
 
     demonstrations: DataSource | None = None
     """SFT: rows with `messages`, `prompt` and `completion`, or another accepted set of columns."""
     preferences: DataSource | None = None
     """Reward model, DPO, KTO: rows with `chosen` and `rejected`, and with `prompt` unless these two contain it."""
     prompts: DataSource | None = None
-    """PPO, RLOO, GRPO: rows with `prompt`, `messages` (without the last answer), or another accepted column."""
+    """PPO, RLOO, GRPO: rows with `prompt`, `messages` (whose last answer is cut off), or another accepted column."""
     held_out: DataSource | None = None
     """Demonstrations that no seed was trained on, for the measure sft_loss of greedy and learned soups."""
 
@@ -116,7 +116,7 @@ class SFT(Training):
     learning_rate: Positive = 2.5e-5
     """Peak learning rate. Paper A.1."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Fraction of the steps in which the learning rate rises. Paper A.1."""
+    """Fraction of the steps, at the start, in which the learning rate rises. Paper A.1."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the rows that each seed trains on, drawn at random for each seed. Paper: all rows."""
     from_: list[str | None] | None = None
@@ -124,7 +124,7 @@ class SFT(Training):
     full weights, of a checkpoint), or null to train that model. A bare string is a list of one. None: train all."""
 
     def existing_seed(self, position: int) -> str | None:
-        """Folder or Hub id of the SFT model that already exists for a position; None if it is to be trained."""
+        """Folder or Hub id of the existing SFT model at a position in `seeds`; None if this run trains it."""
         return None if self.from_ is None else self.from_[position]
 
 
@@ -132,8 +132,8 @@ class SFT(Training):
 class Reward(Training):
     """The reward that PPO, RLOO and GRPO maximize.
 
-    model: adapter trains a reward model with TRL's RewardTrainer, from seed-0 and with a linear head. A string or list in
-    place of the section is its `model`.
+    `model: adapter` trains a reward model with TRL's RewardTrainer, from seed-0 and with a linear head. A string or
+    list in place of the section is the value of `model`.
     """
 
     model: Any = "adapter"
@@ -145,7 +145,7 @@ class Reward(Training):
     weight_decay: NonNegative = 0.001
     """AdamW's weight decay. Paper A.2."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
-    """Seeds of the data order. With several, the reward models are averaged into a soup (WARM, Ramé et al., 2024)."""
+    """Seeds of the data order, one per reward model. Several models are averaged (WARM, Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Fraction of the pairs that is not trained on but used for the accuracy in the metrics."""
 
@@ -179,7 +179,7 @@ class PPO(PPOOptions, Training):
     learning_rate: Positive = 2.0e-6
     """Peak learning rate. Paper A.3 (Gemma: 1e-7)."""
     num_train_epochs: Positive = 2.0
-    """Passes over the prompts. Our reading of "2 epochs of training" in paper A.3."""
+    """Number of passes over the prompts: our reading of "2 epochs of training" in paper A.3."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Learning rate schedule, as in Transformers. linear is the default of TRL's PPO."""
     seed: Seed = 0
@@ -194,7 +194,7 @@ class PPO(PPOOptions, Training):
     """Number of prompts of eval_prompts that are used: the first ones."""
 
     def check(self, section: str, processes: int = 1) -> None:
-        """Raise SalsaError for indivisible batch sizes, contradictory options, or a last update cut short."""
+        """Raise SalsaError for indivisible batch sizes, contradictory options, or an update cut by max_steps."""
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
         self.check_options(f"{section}.")
         steps = self.steps_per_update
@@ -234,19 +234,19 @@ class Landscape:
     """Mean score along a line and on a plane through the seeds' weights (paper, Figure 2)."""
 
     line: list[int] | None = dataclasses.field(default_factory=lambda: [0, 1])
-    """Two positions in sft.seeds: θ = (1 − α) θ_a + α θ_b. None: no line."""
+    """Two positions a and b in sft.seeds, of the line θ = (1 − α) θ_a + α θ_b. None: no line."""
     alphas: list[float] = dataclasses.field(default_factory=lambda: [-0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
     """Values of α on the line."""
     scales: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
     """Values of λ of control models base + λ·δ, where δ is the delta of the line's first seed. An empty list: none."""
     plane: list[int] | None = None
-    """Three positions in sft.seeds. None: no plane."""
+    """Three positions in sft.seeds, whose weights span the plane. None: no plane."""
     resolution: Count = 4
     """Number of grid steps along an edge of the seeds' triangle. The grid extends one step beyond the triangle."""
     prompts: str | None = None
-    """Name of a set in evaluate.prompts. None: the first set."""
+    """Name of the set in evaluate.prompts that is answered. None: the first set."""
     limit: Count | None = None
-    """Number of prompts at each point. None: all."""
+    """Number of prompts at each point. None: all prompts."""
     seed: Seed = 0
     """Sampling seed, the same at each point."""
 
@@ -256,9 +256,9 @@ class Evaluate:
     """Answers of all models to held-out prompts, scored by the reward and compared by a judge."""
 
     prompts: dict[str, DataSource] = dataclasses.field(default_factory=dict)
-    """Name of each set of prompts → its source. Empty: the embedded world's two sets."""
+    """Name of each set of prompts → its source. Empty: the two sets of the embedded world (section `toy`)."""
     pairs: list[list[str]] = dataclasses.field(default_factory=list)
-    """Pairs of models to compare. The name of a searched policy means the candidate that was picked. Empty: every
+    """Pairs of models to compare. The name of a searched policy stands for its picked candidate. Empty: every
     policy and the soup against seed-0, and all pairs of policies."""
     models: list[str] = dataclasses.field(default_factory=list)
     """Models to evaluate besides seed-0, soup and policies, written as in `reference`: base, seed-1 …"""
@@ -284,7 +284,7 @@ class Recipe:
     report_to: list[str] = dataclasses.field(default_factory=list)
     """Where PPO logs its metrics besides metrics.jsonl, as in TrainingArguments: tensorboard, trackio, wandb …"""
     threads: Count | None = None
-    """CPU threads of each stage. None: PyTorch's default."""
+    """Number of CPU threads of each stage. None: PyTorch's default."""
     precision: Literal["auto", "master", "stochastic"] = "auto"
     """Precision of full-weight training (adapters are always float32). master: float32 weights and AdamW under bf16
     autocast. stochastic: bf16 weights with stochastic rounding and 8-bit AdamW (torchao, the extra `full`). auto:
@@ -292,7 +292,7 @@ class Recipe:
     offload: Literal["none", "frozen"] = "none"
     """frozen: full-weight references and reward models are kept in CPU memory while the policy generates and trains."""
     num_processes: Count = 1
-    """Processes of sft, reward and ppo, one per GPU. `accelerate launch` starts more than one."""
+    """Number of processes of sft, reward and ppo, one per GPU. `accelerate launch` starts more than one."""
     accelerate: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     """Parallelism of several processes: the name of a file in recipes/accelerate. No effect with one process."""
     export: list[Literal["merged"]] = dataclasses.field(default_factory=list)
@@ -306,7 +306,7 @@ class Recipe:
     search: Search | None = None
     """Trains policies at several KL coefficients and picks the best candidate of each (config/sweeps.py)."""
     toy: Toy | None = None
-    """Sizes of the embedded world. None: the recipe names its own base and data."""
+    """Sizes of the embedded world, a tiny model with toy data. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)
     """Training data."""
     sft: SFT = dataclasses.field(default_factory=SFT)
@@ -326,9 +326,9 @@ class Recipe:
     grpo: GRPO = dataclasses.field(default_factory=GRPO)
     """Settings of policies with algorithm grpo."""
     policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
-    """Name → policy."""
+    """Name of each policy → the policy."""
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
-    """Scores of models between the SFT models. None: no landscape stage."""
+    """Scores on a line and a plane through the SFT models. None: no landscape stage."""
     generation: Generation = dataclasses.field(default_factory=Generation)
     """Sampling of responses."""
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)

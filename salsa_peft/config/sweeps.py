@@ -2,7 +2,7 @@
 
 A sweep makes policies that differ in one number. A search trains each policy at several KL coefficients and picks the
 candidate with the highest win rate, as the paper does for each method. Both add their policies to `policies` before the
-recipe is checked. A searched policy in `evaluate.pairs` means the candidate that was picked. The win rate of a picked
+recipe is checked. A searched policy in `evaluate.pairs` stands for the picked candidate. The win rate of a picked
 candidate is biased upwards on the questions of the search, as the report says; `search.questions` can limit the search
 to some sets. To add a sweep, add a function and an entry of SWEEPS. Imports no torch.
 """
@@ -29,7 +29,7 @@ ReferenceValues = Iterator[Any]
 
 
 def alpha(where: str, values: list[float], seeds: int, members: Any = (0, 1)) -> ReferenceValues:
-    """References θ = (1 − α) θ_a + α θ_b of two seeds (paper, Figure 4a); at α = 0 and 1 a seed alone."""
+    """References θ = (1 − α) θ_a + α θ_b of two seeds (paper, Figure 4a); at α = 0 or 1, one seed's model."""
     two = isinstance(members, list | tuple) and len(members) == 2 and members[0] != members[1]
     require(
         two and all(_is_seed(member, seeds) for member in members),
@@ -78,7 +78,7 @@ SWEEPS: dict[str, tuple[Callable[..., ReferenceValues], tuple[str, ...]]] = {
 }
 """Kind of sweep → (function that makes its references, its keys besides values and kl_coef)."""
 NAME_PREFIX = {"kl_coef": "kl"}
-"""Kind of sweep → prefix of its policies' names, where the prefix is not the kind."""
+"""Kind of sweep → prefix of its policies' names, if the prefix is not the kind itself."""
 
 
 def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
@@ -173,8 +173,8 @@ def expand_search(data: dict[str, Any]) -> dict[str, Any]:
     require_unique("search.kl_coef", betas)
     require(
         len(policies) * len(betas) <= MAX_POLICIES,
-        f"search.kl_coef: {len(betas)} numbers for {len(policies)} policies are more than {MAX_POLICIES} policies; use"
-        " fewer",
+        f"search.kl_coef: {len(betas)} coefficients × {len(policies)} policies are more than {MAX_POLICIES} policies;"
+        " use fewer",
     )
     methods = search.get("methods") or list(policies)
     if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
@@ -211,12 +211,12 @@ def candidates(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def check_search(recipe: Recipe, models: Sequence[str]) -> None:
-    """Raise SalsaError if a search has no judge or no opponent. models: names of the evaluated models."""
+    """Raise SalsaError for a search without its judge or with a bad `against`. models: evaluated models."""
     if (search := recipe.search) is None:
         return
     require(
         search.by != "judge" or recipe.evaluate.judge is not None,
-        "search.by: judge needs evaluate.judge; add it, or set search.by=reward",
+        "search.by: judge needs evaluate.judge; add evaluate.judge, or set search.by=reward",
     )
     require(
         search.against in models,
@@ -225,7 +225,8 @@ def check_search(recipe: Recipe, models: Sequence[str]) -> None:
     )
     require(
         all(search.against not in names for names in candidates(recipe).values()),
-        f"search.against: {short(search.against)} is a candidate of the search; name a model that is none, such as {SEED_0}",
+        f"search.against: {short(search.against)} is a candidate of the search; name a model that is not a candidate,"
+        f" such as {SEED_0}",
     )
 
 
@@ -249,7 +250,7 @@ def compared_pairs(recipe: Recipe) -> Pairs:
 def pick_candidates(
     recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[str]
 ) -> dict[str, Any] | None:
-    """Pick the candidate of each searched policy with the highest adjusted win rate (the first of equals).
+    """For each searched policy, pick the first candidate with the highest adjusted win rate.
 
     rates: candidate → {adjusted_win_rate, low, high} against search.against. Returns None without a search.
     """
@@ -267,7 +268,7 @@ def pick_candidates(
 
 
 def with_picked(pairs: Pairs, result: Mapping[str, Any] | None) -> Pairs:
-    """Replace searched policies in `pairs` by their picked candidates. result: of pick_candidates."""
+    """Replace searched policies in `pairs` by their picked candidates. result: value of pick_candidates."""
     best = {method: found["best"] for method, found in (result or {"methods": {}})["methods"].items()}
     named = ((best.get(a, a), best.get(b, b)) for a, b in pairs)
     return list(dict.fromkeys(pair for pair in named if pair[0] != pair[1]))

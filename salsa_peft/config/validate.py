@@ -28,7 +28,7 @@ from salsa_peft.utils.messages import short
 
 
 def check(recipe: Recipe) -> None:
-    """Raise SalsaError for the first setting that does not fit the others or this machine's files."""
+    """Raise SalsaError for the first setting that contradicts other settings or this machine's files."""
     _check_name("name", recipe.name)
     seeds = recipe.sft.seeds
     require_unique("sft.seeds", seeds)
@@ -69,7 +69,7 @@ def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
 
 
 def _check_existing_seeds(recipe: Recipe) -> None:
-    """Raise SalsaError unless sft.from has one entry per seed, with weights of the run's mode."""
+    """Raise SalsaError unless sft.from has one usable adapter or checkpoint, or null, per seed."""
     entries, seeds = recipe.sft.from_, recipe.sft.seeds
     if entries is None:
         return
@@ -84,7 +84,7 @@ def _check_existing_seeds(recipe: Recipe) -> None:
 
 
 def _check_weights(where: str, path: str, recipe: Recipe) -> None:
-    """Raise SalsaError if a local adapter or checkpoint is incomplete or not of the run's mode."""
+    """Raise SalsaError unless `path` can be an adapter or, in a run with full weights, a checkpoint."""
     adapters = recipe.adapter is not None
     what = "a LoRA adapter" if adapters else "a checkpoint"
     require(
@@ -234,13 +234,13 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
 
 
 def _check_reward(recipe: Recipe) -> None:
-    """Raise SalsaError for an unusable part of the reward, or without the adapter that ppo.value needs."""
+    """Raise SalsaError if a part of the reward is unusable, or ppo.value lacks its reward adapter."""
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)
             check_signature("reward.model", part.value)
             if recipe.data.prompts is None and recipe.toy is not None:
-                check_columns("reward.model", part.value, ["prompt"], "the embedded world's prompts")
+                check_columns("reward.model", part.value, ["prompt"], "the toy data's prompts")
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
     require(
@@ -325,7 +325,7 @@ def _check_hub(recipe: Recipe) -> None:
     require(
         not section.push or section.base_model is not None or (base is not None and not is_local(base)),
         "hub.base_model: is required, because the base is"
-        f" {'the embedded world' if base is None else 'a local folder'}; give the base's Hub id (namespace/name)",
+        f" {'the toy model' if base is None else 'a local folder'}; give the base's Hub id (namespace/name)",
     )
 
 
@@ -348,5 +348,5 @@ def _check_required(recipe: Recipe) -> None:
         hint = hints.get(key, "add it")
         require(
             bool(value) or recipe.toy is not None,
-            f"{key}: is required; {hint} (or add a `toy` section, the embedded world)",
+            f"{key}: is required; {hint} (or add a `toy` section, which builds a tiny model and toy data)",
         )

@@ -28,7 +28,7 @@ SCALARS = (
 )
 """Tag, pattern and first characters of each kind of scalar that is not text."""
 BASES: Any = (Composer, yaml.CSafeLoader) if yaml.__with_libyaml__ else (yaml.SafeLoader,)
-"""Base classes of the loader. libyaml parses, if PyYAML has it. Nodes are composed in Python for `compose_node`."""
+"""Base classes of the loader. libyaml parses if PyYAML has it; `compose_node` needs the Python composer."""
 
 
 class _Rejected(yaml.MarkedYAMLError):

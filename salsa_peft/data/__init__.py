@@ -1,1 +1,1 @@
-"""Demonstrations, preferences, prompts and questions from data of many formats; the embedded world."""
+"""Demonstrations, preferences, prompts and questions from data of many formats; toy data."""

@@ -40,7 +40,7 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short, short_path
 
 MAX_COUNTED_BYTES = 500_000_000
-"""Size of the largest .jsonl file whose rows are counted. The largest .json file has a tenth of this size."""
+"""Size of the largest .jsonl file whose rows are counted; for .json files, a tenth of this size."""
 
 
 def check_local(recipe: Recipe) -> None:
@@ -65,7 +65,7 @@ def check_local(recipe: Recipe) -> None:
 
 
 def _check_rows(recipe: Recipe) -> None:
-    """Raise SalsaError if a local file, or the embedded world, has fewer rows than a batch."""
+    """Raise SalsaError if a local file, or the toy data, has fewer rows than a batch."""
     sft, reward = recipe.sft, recipe.reward
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
     for key, stage, used in (
@@ -95,7 +95,7 @@ def _check_rows(recipe: Recipe) -> None:
 
 
 def number_of_rows(recipe: Recipe, key: str) -> int | None:
-    """Number of rows of `data.<key>`, or without it of the embedded world's data; None if unknown."""
+    """Number of rows of `data.<key>`, or of the toy data if the key is unset; None if unknown."""
     source = getattr(recipe.data, key)
     return count_rows(source) if source is not None else getattr(recipe.toy, key) if recipe.toy is not None else None
 
@@ -154,7 +154,7 @@ def _first_of_object(path: str, text: str) -> Any:
 
 
 def _check_columns(where: str, kind: str, path: str) -> None:
-    """Raise SalsaError if the first row of a local file lacks the columns of its kind of data."""
+    """Raise SalsaError if the first row of a local file lacks the columns that its kind of data needs."""
     name, suffix = short(Path(path).name), str(data_suffix(path))
     try:
         row = _first_row(path)
@@ -176,7 +176,7 @@ def _check_columns(where: str, kind: str, path: str) -> None:
 
 
 MAX_CHECKED_BYTES = 300_000_000
-"""Size of the largest local file or folder of which every row is checked, in a few seconds."""
+"""Size of the largest local file or folder whose rows are all checked, which takes a few seconds."""
 STAGE_DATA = {
     "sft": ("demonstrations",), "soup": ("held_out",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
     "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),

@@ -37,13 +37,13 @@ TOY_FILES = {name: f"{name}.jsonl" for name in ("demonstrations", "preferences",
 
 
 def training_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
-    """Name → source: the recipe's training data and held_out, or else the embedded world's in `toy`."""
+    """Name → source of training data and held_out: the recipe's, or else the toy data in folder `toy`."""
     given = {name: getattr(recipe.data, name) for name in TOY_FILES}
     return {name: source or Source(path=str(toy / TOY_FILES[name])) for name, source in given.items() if source or toy}  # type: ignore[operator]
 
 
 def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
-    """Name → source of evaluation prompts: the recipe's sets, or else the embedded world's in `toy`."""
+    """Name → source of evaluation prompts: the recipe's sets, or else the toy data in folder `toy`."""
     if recipe.evaluate.prompts or toy is None:
         return dict(recipe.evaluate.prompts)
     return {name: Source(path=str(toy / file)) for name, file in TOY_PROMPTS.items()}
@@ -56,7 +56,7 @@ IDENTICAL_PAIR = "are left out, because chosen and rejected are the same"
 UNDESIRABLE = "are left out, because their label is false: an undesirable answer of KTO's data"
 REPEATED_PROMPT = "repeat the prompt at the start of chosen and rejected; this repetition is removed"
 UNRELATED_PROMPT = (
-    "have a prompt column that is no part of chosen; it is ignored, because chosen and rejected are whole chats"
+    "have a prompt column that is no part of chosen; the column is ignored, because chosen and rejected are whole chats"
 )
 PLACEHOLDER_INPUT = "have a placeholder such as 'n/a' in input, which stays in the prompt"
 PROMPT_WITHOUT_SYSTEM = "have a system turn in their chats but not in `prompt`; the system turn is not used"
@@ -175,8 +175,8 @@ def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
     turn = 1 + (min(len(chosen), len(rejected)) if place is None else place)
     require(
         answers,
-        f"{where}: this chat and chosen must have the same prompt and differ first in an assistant turn; they differ"
-        f" in turn {turn}",
+        f"{where}: this chat and chosen must have the same prompt and differ first in an assistant turn; they first"
+        f" differ in turn {turn}",
     )
 
 
@@ -214,7 +214,7 @@ def check_no_template_options(rows: Sequence[dict[str, Any]], stage: str) -> Non
 
 
 def read_prompt(row: dict[str, Any], where: str) -> Prompt:
-    """The prompt of a row. Raises SalsaError that names `where` and the column."""
+    """The prompt of a row. Raises a SalsaError that names `where` and the column."""
     prompt = row_formats.prompt(row, where)
     require(prompt.messages[-1]["role"] != "assistant", f"{where}, {prompt.column}: {row_formats.ENDS_WITH_ANSWER}")
     return prompt
@@ -226,7 +226,8 @@ def prompt_tokens(
     """Token ids of a row's prompt.
 
     `input_ids` are returned as they are. Messages are rendered with the chat template and the row's `tools` and
-    `chat_template_kwargs`. Text is tokenized with one BOS. number, name: of row and dataset, for error messages.
+    `chat_template_kwargs`. Text is tokenized with at most one BOS and without EOS. number, name: row number and
+    name of the data, for messages.
     """
     if "input_ids" in row:
         return list(row["input_ids"])

@@ -36,7 +36,7 @@ ACCEPTED_SOURCES = (
 
 
 def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
-    """(number from 1, row) for each row of a source; with `limit`, the first ones after a fixed shuffle.
+    """Pairs (row number from 1, row) of a source; with `limit`, the first ones after a fixed shuffle.
 
     Blank lines are not counted. The package datasets does not read local files here, because its cache depends only on
     path and time, and its errors name no row. Raises SalsaError, also for a source without rows.
@@ -55,7 +55,7 @@ def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
 
 
 def is_single_file(source: Source) -> bool:
-    """Whether a source is one file, which is read here and not by datasets."""
+    """Whether a source is one file, which this module reads without the package datasets."""
     return data_suffix(source.path) is not None and not Path(source.path).is_dir()
 
 
@@ -298,7 +298,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def check_table_widths(folder: Path) -> None:
-    """Raise SalsaError for a row with more fields than the header: pandas would take the first as index."""
+    """Raise SalsaError for a row wider than the header: pandas would take its first field as an index."""
     for path in _files(folder) if not (folder / "README.md").is_file() else ():  # README.md may define how to read them
         if data_suffix(str(path)) in (".csv", ".tsv"):
             read_file(str(path))
@@ -339,4 +339,4 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
 """Suffix → function that reads the rows of a file."""
 TYPE_NAMES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 BUILDER_SUFFIXES = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
-"""Builder of the package datasets → suffixes of the files that it reads in a folder. It silently ignores others."""
+"""Builder of the package datasets → suffixes of the files that it reads in a folder; others are silently ignored."""

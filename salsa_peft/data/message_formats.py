@@ -37,7 +37,7 @@ def parse_messages(value: Any, where: str) -> Messages:
         value = parse_json(value, where)
     fits = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
     columns = isinstance(value, list) and bool(value) and all(isinstance(message, list) for message in value)
-    hint = "; the file seems to hold one list per column, write one object per row" if columns else ""
+    hint = "; the file seems to hold one list per column: write one object per row" if columns else ""
     require(fits, f"{where}: must be a list of {{role, content}} messages, not {describe(value)}{hint}")
     return [_message(message, where) for message in value]
 
@@ -156,7 +156,7 @@ def _as_list(value: Any, where: str, what: str) -> list[Any]:
 
 
 def parse_json(value: Any, where: str) -> Any:
-    """The value of JSON text; a value that is no text, unchanged. Raises a SalsaError that names `where`."""
+    """Parse JSON text. Return other values unchanged. Raises a SalsaError that names `where`."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:

@@ -24,14 +24,14 @@ GREEDY = ("extraction", "math", "coding", "reasoning", "arena-hard-200")
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, **dict.fromkeys(GREEDY, 0.0)}
 """Category → sampling temperature of the answers, as in FastChat's llm_judge."""
 ID_COLUMNS = ("question_id", "uid", "prompt_id")
-"""Columns with a question's id, in FastChat, arena-hard-auto and on the Hub. If a prompt_id repeats, row numbers are the ids."""
+"""Columns with a question's id, in FastChat, arena-hard-auto and on the Hub. If a prompt_id repeats, ids are row numbers."""
 
 
 class Question(NamedTuple):
     """A question, or a conversation with several questions."""
 
     id: int | str
-    """Id in the data; the row's number if the data has no ids."""
+    """Id in the data; the row's number if the data has no ids or repeats a prompt_id."""
     category: str | None
     """Category in the data, such as MT-Bench's."""
     messages: Messages
@@ -54,7 +54,7 @@ class Question(NamedTuple):
 def questions(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Question]:
-    """The questions of a source. Raises SalsaError with row and column, also for an id that repeats.
+    """The questions of a source. Raises SalsaError for a bad row or a repeated id that is no prompt_id.
 
     columns: keep the data's other columns. tokenizer: renders each row with its chat template as a check.
     """
@@ -69,8 +69,8 @@ def questions(
         twice = other is not None
         require(
             not twice or name is not None,
-            f"{where}: has no id ({', '.join(ID_COLUMNS)}), and its row number {number} is the id of row {other}; give"
-            " every row an id, or none",
+            f"{where}: has no id ({', '.join(ID_COLUMNS)}), so its row number {number} would be its id, but row {other}"
+            " has that id; give every row an id, or remove the ids of all rows",
         )
         require(
             not twice or name == ID_COLUMNS[-1],
@@ -101,7 +101,7 @@ def questions(
 
 
 def temperature(question: Question, chosen: float | str, otherwise: float) -> float:
-    """Sampling temperature for a question. chosen: of `evaluate`. otherwise: of `generation`."""
+    """Temperature for a question. chosen: evaluate.temperature. otherwise: generation.temperature."""
     if not isinstance(chosen, str):
         return float(chosen)
     return TEMPERATURES.get(question.category or "", otherwise)

@@ -1,7 +1,7 @@
 """Row formats: for each kind of data, a table of columns and the functions that read them.
 
-Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's dataset types, read as TRL, alignment-handbook and
-LLaMA-Factory do. To add a format, add a function and an entry of its table. README, "Data", lists the formats for users.
+Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's dataset types are read as in TRL, alignment-handbook and
+LLaMA-Factory. To add a format, add a function and an entry of its table. README, "Data", lists the formats for users.
 Imports no torch.
 """
 
@@ -103,7 +103,7 @@ DEMONSTRATIONS: dict[tuple[str, ...], Callable[[Row, Sequence[str], str], Demons
 
 
 def demonstration(row: Row, where: str) -> Demonstration:
-    """The chat of a row. Raises SalsaError that names `where` and the column."""
+    """The chat of a row. Raises a SalsaError that names `where` and the column."""
     for names, read in DEMONSTRATIONS.items():
         if has_columns(row, *names):
             return read(row, names, where)
@@ -117,7 +117,7 @@ def demonstration(row: Row, where: str) -> Demonstration:
 
 
 def is_undesirable(row: Row) -> bool:
-    """Whether KTO's `label` marks a row's answer as undesirable, so that it is no demonstration."""
+    """Whether KTO's `label` marks a row's answer as undesirable, so that the row is no demonstration."""
     return row.get("label") is False or row.get("label") in ("False", "false")
 
 
@@ -166,7 +166,7 @@ def preference(row: Row, where: str) -> Pair:
     names = pair_columns(row)
     missing = [name for name in names if row.get(name) is None]
     if missing:
-        label = "; rows with a `label` are unpaired data for KTO" if isinstance(row.get("label"), bool) else ""
+        label = "; rows with a `label` are KTO data without pairs" if isinstance(row.get("label"), bool) else ""
         raise missing_columns(row, " and ".join(missing) + label, where, missing)
     prompt = _prompt_of_pair(row, where)
     texts, text = [row[name] for name in names], None if prompt is None else row[prompt.column]

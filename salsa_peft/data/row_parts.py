@@ -16,7 +16,7 @@ INPUTS = ("input", "context")
 """Columns with the input of an instruction, in Alpaca and in Dolly."""
 SYSTEMS = ("system", "system_prompt")
 TURN_MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|system|>", "[INST]")
-"""Starts of text that is already rendered with a chat template: chatml, Llama 3 and 2, Mistral, Gemma, Zephyr, Phi."""
+"""Marks at the start of text that a chat template has rendered: chatml, Llama 3 and 2, Mistral, Gemma, Zephyr, Phi."""
 
 
 def has_columns(row: Row, *names: str) -> bool:
@@ -30,7 +30,7 @@ def first_column(row: Row, names: Sequence[str]) -> str | None:
 
 
 def missing_columns(row: Row, expected: str, where: str, missed: Sequence[str] = ()) -> SalsaError:
-    """A SalsaError for a row that lacks columns; the caller raises it. missed: columns that may be null."""
+    """Return a SalsaError for a row that lacks columns. missed: columns to mention if they are null."""
     found = f"has the columns {one_line(', '.join(sorted(map(str, row))))}" if row else "has no columns"
     null = "".join(f"; {name} is null" for name in missed if name in row and row[name] is None)
     return SalsaError(f"{where}: {found}; it needs {expected}{null}")
@@ -52,10 +52,10 @@ def read_text(row: Row, name: str, where: str) -> str:
 
 
 def read_question(row: Row, name: str, where: str) -> Messages:
-    r"""The messages of a question: text, messages, or HH-RLHF's text.
+    r"""The messages of a question column: plain text, messages, or a transcript in HH-RLHF's form.
 
-    An instruction and its input are joined by "\n", and `history` (pairs of question and answer) comes first, as in
-    LLaMA-Factory.
+    Only plain text is combined with other columns, as in LLaMA-Factory: the pairs of question and answer in `history`
+    come before it, and if the column is `instruction`, "\n" and the column `input` or `context` come after it.
     """
     value = parse_json_messages(row[name])
     if is_hh(value):
@@ -69,7 +69,7 @@ def read_question(row: Row, name: str, where: str) -> Messages:
 
 
 def _messages(value: Any, where: str) -> Messages:
-    """One message, or a list of them. Raises SalsaError."""
+    """Parse one message or a list of messages. Raises SalsaError."""
     fits = isinstance(value, list) or (isinstance(value, dict) and bool({"role", "from"} & set(value)))
     require(fits, f"{where}: must be text or messages, not {describe(value)}")
     return parse_messages([value] if isinstance(value, dict) else value, where)
@@ -95,7 +95,7 @@ def parse_json_messages(value: Any) -> Any:
 
 
 def raw_chat(row: Row, name: str, where: str) -> Any:
-    """The unparsed messages of a whole chat, which may be Capybara's pairs or LIMA's list of texts."""
+    """The unparsed messages of a whole chat. Capybara's pairs and LIMA's lists of texts are converted."""
     value = row[name]
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value, f"{where}, {name}")
@@ -127,7 +127,7 @@ def read_answer(row: Row, name: str, where: str) -> Messages:
 
 
 def with_system(row: Row, messages: Messages, where: str) -> Messages:
-    """Messages that start with the row's `system` column. Raises SalsaError if they have a different one."""
+    """Put the row's system prompt first. Raises SalsaError if the messages have a different one."""
     name = first_column(row, SYSTEMS)
     if name is None or not (words := read_text(row, name, where)).strip():
         return messages
@@ -141,7 +141,7 @@ def with_system(row: Row, messages: Messages, where: str) -> Messages:
 
 
 def append_answer(prompt: Messages, answer: Messages) -> Messages:
-    """The prompt followed by the answer. An answer that contains the prompt is not preceded by it again."""
+    """The prompt followed by the answer. If the answer contains the prompt, the prompt is not repeated."""
     systems = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
     rest = prompt[len(systems) :]
     if answer[0]["role"] not in ("user", "system"):
@@ -151,7 +151,7 @@ def append_answer(prompt: Messages, answer: Messages) -> Messages:
 
 
 def _older_tools(row: Row, where: str) -> bool:
-    """Whether the column `functions` holds OpenAI's older form of tools, also as JSON text."""
+    """Whether the column `functions` holds OpenAI's older form of tools, possibly as JSON text."""
     value = row.get("functions")
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         value = parse_json(value, f"{where}, functions")

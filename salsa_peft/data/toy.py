@@ -1,8 +1,8 @@
-"""The embedded world: a tiny Llama, pre-trained on an artificial language, and datasets in it.
+"""The embedded world: a tiny Llama, pre-trained on a toy language, and datasets in this language.
 
 data/toy_language.py defines the language and its gold reward. The base is pre-trained on noisy text of all lengths,
 some of it followed by a word that grades the answer. Demonstrations, preferences and PPO's prompts have short answers
-only (in distribution). Evaluation prompts occur in none of them. Preferences do not depend on the SFT models, as
+only (in distribution). Evaluation prompts occur in none of these. Preferences do not depend on the SFT models, as
 in UltraFeedback: they compare samples of the base, or right answers with errors added, ranked by `gold`.
 """
 
@@ -68,7 +68,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> tuple[LlamaForCausalLM, float]:
-    """The pre-trained base, and its mean loss over the last 50 steps, nats per token.
+    """The pre-trained base, and its mean loss over the last 50 steps in nats per token.
 
     The loss excludes the instructions: they are drawn uniformly, so there is nothing to learn in them.
     """
@@ -119,7 +119,7 @@ def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress
 
 
 def _render(prompt: str, answer: list[str] | None = None) -> str:
-    """CHAT_TEMPLATE for one turn, faster than Jinja. With answer None, the text ends after <assistant>."""
+    """Render one turn as CHAT_TEMPLATE does, but faster. Without answer, the text ends after <assistant>."""
     return f"<bos><user>{prompt}<assistant>" + ("" if answer is None else " ".join(answer) + "<eos>")
 
 
@@ -152,7 +152,10 @@ def sample(
 def draw_preferences(
     config: Toy, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, progress: Progress
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Pairs ranked by `gold`: two samples of the base, or two right answers with up to two errors each."""
+    """Pairs ranked by `gold`: two samples of the base, or two right answers with up to two errors each.
+
+    Also returns the fraction of the drawn pairs of each kind that is kept.
+    """
     rng = random.Random(f"{config.seed} preferences")
     sampled = round(config.preferences * config.preference_sampled)
     wanted = {"sampled": sampled, "damaged": config.preferences - sampled}
@@ -184,7 +187,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Write base/ and the six jsonl files of the world to `folder`, and return facts for the manifest.
+    """Write base/ and the six jsonl files of toy data to `folder`, and return facts for the manifest.
 
     The same config gives the same bytes on one machine. Runs on one thread (a second one slows a model this small) and
     restores torch's random state. Files are written directly, so `folder` must not be in use.
@@ -235,7 +238,7 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
 
 
 def draw_demonstrations(config: Toy, name: str, n: int) -> list[tuple[str, list[str]]]:
-    """n prompts with answers, some with an error. `name` is part of the random seed."""
+    """n prompts with answers, some of which have an error. `name` is part of the random seed."""
     rng = random.Random(f"{config.seed} {name}")
     prompts = draw_prompts(rng, n, LENGTHS_IN, config.seed)
     return [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in prompts]

@@ -1,4 +1,4 @@
-"""The language of the embedded world: instructions whose answers a program can grade. Pure Python.
+"""The toy language of the embedded world: instructions whose answers a program can grade. Pure Python.
 
 Five operations over 36 words of 6 categories:
     list three birds               three different birds; also `list one birds and two tools`
@@ -40,7 +40,7 @@ MAX_NEW_TOKENS = 10
 ERROR_WEIGHTS = (4, 3, 1, 1, 2, 2)
 """Relative frequencies of the six kinds of errors in `add_errors`, about as in answers of SFT models."""
 UNFINISHED_PENALTY = 0.5
-"""Subtracted from the gold reward of a response without EOS."""
+"""Penalty subtracted from the gold reward of a response without EOS."""
 
 
 class Task(NamedTuple):
@@ -69,7 +69,10 @@ def parse(prompt: str) -> Task:
             return Task(tuple(_allowed(operation, word) for word in rest), False)
     except (ValueError, KeyError):
         pass
-    raise SalsaError(f"prompt {prompt!r}: is not an instruction of the embedded world, such as 'copy owl saw'")
+    raise SalsaError(
+        f"prompt {prompt!r}: is not an instruction of the toy language, such as 'copy owl saw' (operations:"
+        f" {', '.join(OPERATIONS)})"
+    )
 
 
 def _allowed(operation: str, word: str) -> tuple[str, ...]:
@@ -79,12 +82,13 @@ def _allowed(operation: str, word: str) -> tuple[str, ...]:
 
 
 def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None = None, **kwargs: Any) -> list[float]:
-    """The gold reward (TRL's signature): right positions / max(words asked for, words given), in [0, 1].
+    """The gold reward (TRL's signature): right positions / max(words asked for, words given).
 
     A position is right if its word is allowed there and, in `list`, has not occurred before. A response without EOS
     (`finished` is False) loses 0.5; without the argument `finished` all count as finished. Prompts and completions are
-    texts or lists of messages, whose last user or assistant message counts. Special tokens in a completion are wrong
-    words, except one final <eos>. An empty answer scores 0. Other columns and `completion_ids` are ignored.
+    texts or lists of messages. Of a list, only the last user (prompt) or assistant (completion) message counts. Special
+    tokens in a completion are wrong words, except one final <eos>. An empty answer scores 0. Other columns and
+    `completion_ids` are ignored.
     """
     ended = finished if finished is not None else [True] * len(completions)
     return [
@@ -94,7 +98,7 @@ def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None
 
 
 def grade(prompt: str, answer: str) -> float:
-    """The gold reward of one finished answer."""
+    """The gold reward of one finished answer, in [0, 1]."""
     task, words = parse(prompt), _split(answer)
     words = words[:-1] if words[-1:] == ["<eos>"] else words
     right = 0
@@ -116,7 +120,7 @@ def _text(turns: Any, role: str) -> str:
 
 
 def draw_prompt(rng: random.Random, lengths: tuple[int, ...]) -> str:
-    """A random instruction whose answer has one of `lengths` words, uniform in operation and length."""
+    """A random instruction, uniform in the operation and in the answer's number of words (from `lengths`)."""
     operation, n = rng.choice(OPERATIONS), rng.choice(lengths)
     if operation == "list":
         first = rng.choice(range(1, n + 1))
@@ -158,7 +162,7 @@ def add_errors(rng: random.Random, answer: list[str], errors: int) -> list[str]:
 
 
 def is_held_out(prompt: str, seed: int) -> bool:
-    """Whether an instruction is reserved for evaluation: a quarter of all, chosen by hash."""
+    """Whether an instruction is reserved for evaluation: a quarter of all instructions, chosen by hash."""
     return hashlib.sha256(f"{seed}:{prompt}".encode()).digest()[0] < 64
 
 

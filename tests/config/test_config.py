@@ -95,13 +95,13 @@ REFUSED = [
     (
         "adapter.use_dora=true",
         [
-            "adapter.use_dora: unknown key; of PEFT's LoraConfig only r, lora_alpha, lora_dropout, target_modules, use_rslora are supported; write them in `adapter`"
+            "adapter.use_dora: unknown key; only r, lora_alpha, lora_dropout, target_modules, use_rslora of PEFT's LoraConfig are supported; write them in `adapter`"
         ],
     ),
     (
         "adapter.lora={r: 8}",
         [
-            "adapter.lora: unknown key; of PEFT's LoraConfig only r, lora_alpha, lora_dropout, target_modules, use_rslora are supported; write them in `adapter`, not under `lora`"
+            "adapter.lora: unknown key; only r, lora_alpha, lora_dropout, target_modules, use_rslora of PEFT's LoraConfig are supported; write them in `adapter`, not under `lora`"
         ],
     ),
     ("adapter.alpha=3", ["adapter.alpha: unknown key; did you mean lora_alpha?"]),
@@ -276,7 +276,7 @@ REFUSED = [
             "/x.jinja' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr",
         ],
     ),
-    ("toy=null", ["model.base: is required; add it (or add a `toy` section, the embedded world)"]),
+    ("toy=null", ["model.base: is required; add it (or add a `toy` section, which builds a tiny model and toy data)"]),
     ("a", ["--set a: must be key=value, such as ppo.learning_rate=1e-6"]),
     ("=1", ["--set =1: must be key=value with a key such as ppo.learning_rate"]),
     ("sft..x=1", ["--set sft..x=1: must be key=value with a key such as ppo.learning_rate"]),

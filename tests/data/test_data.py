@@ -198,7 +198,7 @@ class TestRefusals:
         bare.chat_template = None
         with pytest.raises(
             SalsaError,
-            match="prompts, row 4, prompt: has messages, but the tokenizer has no chat template; set one, or give text",
+            match="prompts, row 4, prompt: has messages, but the tokenizer has no chat template; set a chat template, or give text",
         ):
             datasets.prompt_tokens({"prompt": [user("copy owl")]}, bare, 4)
         assert datasets.prompt_tokens({"prompt": "copy owl"}, bare) == bare("copy owl")["input_ids"]

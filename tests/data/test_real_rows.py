@@ -122,8 +122,16 @@ REFUSED = {
     ("demonstrations", "ultrafeedback_binarized", 3): "messages: has no assistant turn; add one",
     ("demonstrations", "sharegpt", 3): "conversations: has no assistant turn; add one",
     ("demonstrations", "sharegpt", 4): "conversations: has no assistant turn; add one",
-    ("preferences", "kto_and_parts", 1): "it needs chosen and rejected; rows with a `label` are unpaired data for KTO",
-    ("preferences", "kto_and_parts", 2): "it needs chosen and rejected; rows with a `label` are unpaired data for KTO",
+    (
+        "preferences",
+        "kto_and_parts",
+        1,
+    ): "it needs chosen and rejected; rows with a `label` are KTO data without pairs",
+    (
+        "preferences",
+        "kto_and_parts",
+        2,
+    ): "it needs chosen and rejected; rows with a `label` are KTO data without pairs",
 }
 """Lines that say more than which columns there are."""
 

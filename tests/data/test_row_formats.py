@@ -210,7 +210,7 @@ class TestPreferences:
     def test_unpaired_rows_are_refused(self, put: Any) -> None:
         with pytest.raises(
             SalsaError,
-            match=r"rows\.jsonl, row 1: has the columns label, messages; it needs chosen and rejected; rows with a `label` are unpaired data for KTO",
+            match=r"rows\.jsonl, row 1: has the columns label, messages; it needs chosen and rejected; rows with a `label` are KTO data without pairs",
         ):
             datasets.preferences(put({"messages": PLAIN, "label": True}))
 
@@ -488,7 +488,7 @@ class TestBeforeAStageBegins:
                 if absent is None:
                     check.check_every_row(recipe, {stage})
                     continue
-                line = rf"reward.model: {name} takes {absent}, which is no column of .*jsonl \(columns besides the prompt: level\)"
+                line = rf"reward.model: {name} requires {absent}, which is neither a column of .*jsonl \(columns besides the prompt: level\)"
                 with pytest.raises(SalsaError, match=line):
                     check.check_every_row(recipe, {stage})
 
@@ -639,7 +639,7 @@ class TestWrapped:
             ),
             (
                 {"messages": [turns("q", "a")]},
-                r"rows\.json, row 1, messages: must be a list of \{role, content\} messages, not the list \[\[\{'role': 'user', 'content': 'q'\}, \{'role': 'assistant',…; the file seems to hold one list per column, write one object per row",
+                r"rows\.json, row 1, messages: must be a list of \{role, content\} messages, not the list \[\[\{'role': 'user', 'content': 'q'\}, \{'role': 'assistant',…; the file seems to hold one list per column: write one object per row",
             ),
         ):
             path.write_text(json.dumps(whole))

@@ -102,7 +102,7 @@ def test_gold_reads_messages_and_rendered_prompts() -> None:
     "prompt", ["", "sing owl", "list owl birds", "list two birds or two tools", "copy", "repeat two", "copy hawk"]
 )
 def test_gold_refuses_a_foreign_prompt(prompt: str) -> None:
-    with pytest.raises(SalsaError, match="not an instruction of the embedded world"):
+    with pytest.raises(SalsaError, match="not an instruction of the toy language"):
         gold([prompt], ["owl"])
 
 

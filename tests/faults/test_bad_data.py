@@ -378,7 +378,7 @@ class TestPairs:
     def test_of_other_prompts(self, put: Any, chosen: Any, rejected: Any, place: int) -> None:
         """The turn where they part is named; a `prompt` before one of them only is another prompt too."""
         line = refusal(datasets.preferences, put(PAIR, {"prompt": "q", "chosen": chosen, "rejected": rejected}))
-        expected = f"this chat and chosen must have the same prompt and differ first in an assistant turn; they differ in turn {place}"
+        expected = f"this chat and chosen must have the same prompt and differ first in an assistant turn; they first differ in turn {place}"
         assert line == f"rows.jsonl, row 2, rejected: {expected}"
 
     def test_conversations_that_part_at_an_answer(self, put: Any) -> None:
@@ -404,7 +404,7 @@ class TestIds:
         """The row has no id of its own, which the line says."""
         line = refusal(questions, put({"question_id": 2, "prompt": "a"}, {"prompt": "b"}))
         assert line == (
-            "rows.jsonl, row 2: has no id (question_id, uid, prompt_id), and its row number 2 is the id of row 1; give every row an id, or none"
+            "rows.jsonl, row 2: has no id (question_id, uid, prompt_id), so its row number 2 would be its id, but row 1 has that id; give every row an id, or remove the ids of all rows"
         )
         assert [one.id for one in questions(put({"question_id": 9, "prompt": "a"}, {"prompt": "b"}))] == [9, 2]
 
@@ -593,7 +593,7 @@ class TestTemplates:
         line = refusal(read, put(row), tokenizer=make_chat_tokenizer(None))  # type: ignore[arg-type]
         assert (
             line
-            == f"rows.jsonl, row 1, {column}: has messages, but the tokenizer has no chat template; set one, or give text"
+            == f"rows.jsonl, row 1, {column}: has messages, but the tokenizer has no chat template; set a chat template, or give text"
         )
 
 

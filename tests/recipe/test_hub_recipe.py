@@ -124,7 +124,7 @@ def test_seeds_can_be_taken_some_trained(tmp_path: Path, tokenizer: Any) -> None
     [
         (
             ["sft.from=[null, a/b]"],
-            "data.demonstrations: is required; add it (or add a `toy` section, the embedded world)",
+            "data.demonstrations: is required; add it (or add a `toy` section, which builds a tiny model and toy data)",
         ),
         (
             ["sft.from=[a/b]", "sft.seeds=[0, 1]"],

@@ -418,7 +418,7 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
         (["hub.push=[salas]"], "hub.push: this recipe has no result 'salas'; did you mean salsa?"),
         (
             ["hub.push=[soup]"],
-            "hub.base_model: is required, because the base is the embedded world; give the base's Hub id",
+            "hub.base_model: is required, because the base is the toy model; give the base's Hub id",
         ),
         (
             ["hub={push: [soup], base_model: nobody}"],

@@ -43,7 +43,7 @@ class GuardSetting(NamedTuple):
 
 
 def parse_guards(guards: Mapping[str, Any], where: str = "guards") -> dict[str, GuardSetting]:
-    """The setting of every guard, from a recipe's `guards`. Raises SalsaError that starts with `where`."""
+    """Parse `guards` into a setting for every guard. Raises a SalsaError that starts with `where`."""
     require(isinstance(guards, Mapping), f"{where}: must be a mapping such as {{length: stop}}, not {short(guards)}")
     for name in guards:
         if name not in DEFAULTS:

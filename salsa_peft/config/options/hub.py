@@ -15,7 +15,7 @@ from salsa_peft.utils.messages import short
 PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,%d}[A-Za-z0-9_])?(?<!\.git)"
 NAMESPACE = re.compile(PART % 62 + r"\Z")
 REPO_ID = re.compile((PART % 62).replace(".*", "[^/]*") + "/" + PART % 94 + r"\Z")
-"""Pattern of ids of repositories to create. `utils.hub.HUB_ID` is less strict and matches all that exist."""
+"""Pattern of ids of repositories to create. `utils.hub.HUB_ID` is less strict: it matches every id that exists."""
 REPO_EXPECTED = (
     "which is no repository id; give namespace/name, of letters, digits and single dots, - and _ between them, at most 96"
     " characters"
@@ -24,7 +24,7 @@ REPO_EXPECTED = (
 
 @dataclass(config=STRICT, kw_only=True)
 class Hub:
-    """Results to push after the report. A failed push does not fail the run; `salsa hub push` repeats it."""
+    """Results to push after the report. A failed push fails no run; `salsa hub push` repeats the push."""
 
     push: list[str] = dataclasses.field(default_factory=list)
     """Results to push, each into its own repository: soup, reward, seed-N, a policy's name. Empty: none."""

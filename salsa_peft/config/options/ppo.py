@@ -13,7 +13,7 @@ from salsa_peft.utils.errors import require
 
 @dataclasses.dataclass(kw_only=True)
 class Sampling:
-    """Sampling of responses, without top-p and top-k, so that log-probs are of the sampled distribution."""
+    """Sampling of responses, without top-p and top-k, which would change the sampled distribution."""
 
     max_new_tokens: Count = 128
     """Maximum length of a response, EOS included (TRL's response_length)."""
@@ -25,7 +25,7 @@ class Sampling:
 
 @dataclasses.dataclass(kw_only=True)
 class PPOOptions:
-    """Options of PPO, under the names of TRL's PPOConfig (1.12) where that has the same option.
+    """Options of PPO. Those that TRL's PPOConfig (1.12) has too are named as there.
 
     A plain dataclass, from which the recipe's `ppo` section and `SalsaPPOConfig` inherit.
     """
@@ -42,7 +42,7 @@ class PPOOptions:
     """Options of the backend. paged: fields of Transformers' ContinuousBatchingConfig. vllm: arguments of TRL's
     VLLMGeneration. config/options/rollout.py lists them."""
     rollout_compile: bool = False
-    """hf on CUDA: generate with a static cache and a compiled decoding step."""
+    """Generate with a static cache and a compiled decoding step (rollout_backend hf on CUDA)."""
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
     """Source of log-probs and values before the update. recompute: a forward pass as in training. rollout: recorded
     during generation, which saves this forward pass but differs from it by rounding (noticeably in bf16)."""
@@ -57,7 +57,7 @@ class PPOOptions:
     """Initial KL coefficient β. Paper A.3: 0.2 for PPO, 0.01 for SALSA. A policy's kl_coef overrides it."""
     # The names are the keys of KL_ESTIMATORS in training/ppo/losses.py, and "full".
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
-    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman); abs = |k1|; full: exact."""
+    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman); abs = |k1|; full: exact KL."""
     kl_per: Literal["response", "token"] = "response"
     """KL penalty of a response: the sum over its tokens, or their mean. With the mean, short responses have no
     advantage over long ones. Logs, kl_target and the adaptive controller always use the sum."""
@@ -86,7 +86,7 @@ class PPOOptions:
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance without shifting the mean (TRL's default)."""
     max_ratio: Positive = 10.0
-    """Minibatches with a higher mean probability ratio are skipped (TRL 0.8: ratio_threshold)."""
+    """Maximum mean probability ratio of a minibatch. Minibatches above it are skipped (TRL 0.8: ratio_threshold)."""
     target_kl: Positive | None = None
     """Target of approxkl, in nats per token: above 1.5 · target_kl the update ends early (TRL 0.8). None: off."""
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -98,7 +98,7 @@ class PPOOptions:
     normalize_scores: bool = False
     """Divide scores by their running standard deviation (TRL 0.8: use_score_scaling)."""
     max_prompt_length: Count | None = None
-    """Maximum length of a prompt. Longer ones are dropped, which is logged. None: model's maximum − max_new_tokens."""
+    """Maximum length of a prompt; longer ones are dropped and logged. None: the model's maximum − max_new_tokens."""
 
     @property
     def steps_per_update(self) -> int:
@@ -150,9 +150,9 @@ class PPOOptions:
             )
         require(
             self.kl_coef_min <= self.kl_coef,
-            f"{prefix}kl_coef: {self.kl_coef:g} is below kl_coef_min {self.kl_coef_min:g}",
+            f"{prefix}kl_coef: {self.kl_coef:g} is below kl_coef_min {self.kl_coef_min:g}; change one of the two",
         )
         require(
             self.kl_coef_max is None or self.kl_coef <= self.kl_coef_max,
-            f"{prefix}kl_coef: {self.kl_coef:g} is above kl_coef_max {self.kl_coef_max or 0:g}",
+            f"{prefix}kl_coef: {self.kl_coef:g} is above kl_coef_max {self.kl_coef_max or 0:g}; change one of the two",
         )

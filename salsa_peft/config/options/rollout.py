@@ -16,8 +16,9 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
         "enable_sleep_mode", "model_impl",
     ),
 }  # fmt: skip
-"""Fields of Transformers' ContinuousBatchingConfig and of TRL's VLLMGeneration. tensor_parallel_size is left out,
-because TRL would split the responses into equal shares, and their number may not be divisible."""
+"""Rollout backend → its options: fields of Transformers' ContinuousBatchingConfig (paged) and arguments of TRL's
+VLLMGeneration (vllm). tensor_parallel_size is left out: TRL would split the responses into equal shares, which may be
+impossible for their number."""
 
 
 def check_rollout_options(prefix: str, backend: str, options: Mapping[str, Any]) -> None:

@@ -13,14 +13,14 @@ SEED_0 = "seed-0"
 
 @dataclass(config=STRICT, kw_only=True)
 class Search:
-    """Trains policies at several KL coefficients and picks the one with the highest win rate."""
+    """Trains each policy at several KL coefficients and picks the candidate with the best win rate."""
 
     kl_coef: Annotated[list[NonNegative], Field(min_length=1)]
     """Initial KL coefficient β of each candidate."""
     by: Literal["reward", "judge"] = "reward"
     """What decides a comparison: the recipe's reward, or evaluate.judge (as in the paper)."""
     methods: list[str] = dataclasses.field(default_factory=list)
-    """Policies to search. Empty: all."""
+    """Policies to search. Empty: all policies."""
     against: str = SEED_0
     """Model that the candidates are compared with."""
     questions: list[str] = dataclasses.field(default_factory=list)

@@ -1,11 +1,11 @@
-"""The `toy` section: sizes of the embedded world."""
+"""The `toy` section: sizes of the embedded world, a tiny model with toy data."""
 
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import STRICT, Count, Positive, Seed, Share
 
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
-"""Each set of the embedded world's evaluation prompts, in and out of distribution → its file."""
+"""Name of each set of toy evaluation prompts, in and out of distribution → its file."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -21,7 +21,7 @@ class Toy:
     num_heads: Count = 4
     """Number of attention heads of the base."""
     pretrain_examples: Count = 20_000
-    """Number of pre-training conversations, of all operations and lengths, without the evaluation prompts."""
+    """Number of pre-training conversations, with all operations and answer lengths, but no evaluation prompt."""
     pretrain_long: Share = 0.3
     """Fraction of pre-training conversations with answers of five or six words, lengths that no later stage trains on."""
     pretrain_noise: Share = 0.5
@@ -45,4 +45,4 @@ class Toy:
     prompts: Count = 6_400
     """Number of PPO's prompts. The default fills 50 rollout batches of 128."""
     eval_prompts: Count = 256
-    """Number of prompts of each evaluation set (in and out of distribution). None repeats or is in training data."""
+    """Number of prompts of each evaluation set (in and out of distribution). None of them repeats or is in training data."""

@@ -25,7 +25,7 @@ class Training:
     weight_decay: NonNegative = 0.0
     """AdamW's weight decay."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the steps in which the learning rate rises."""
+    """Fraction of the steps, at the start, in which the learning rate rises."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Learning rate schedule, as in Transformers."""
     max_grad_norm: Positive = 1.0

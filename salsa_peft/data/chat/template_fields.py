@@ -41,10 +41,10 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
-    """The result of apply_chat_template. Raises SalsaError for a missing template or an error in it."""
+    """The result of apply_chat_template. Raises SalsaError for a missing template or rejected messages."""
     require(
         tokenizer.chat_template is not None,
-        f"{where}: has messages, but the tokenizer has no chat template; set one, or give text",
+        f"{where}: has messages, but the tokenizer has no chat template; set a chat template, or give text",
     )
     try:
         return tokenizer.apply_chat_template(messages, **options)

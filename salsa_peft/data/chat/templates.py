@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 def cached_per_tokenizer(
     look: Callable[[PreTrainedTokenizerBase], Result],
 ) -> Callable[[PreTrainedTokenizerBase], Result]:
-    """Cache a function of a tokenizer until its template, BOS, EOS or size change."""
+    """Cache a function of a tokenizer until the tokenizer's template, BOS, EOS or size changes."""
     known: WeakKeyDictionary[Any, tuple[Any, Result]] = WeakKeyDictionary()
 
     @wraps(look)
@@ -73,7 +73,7 @@ def in_parts(messages: Messages) -> Messages:
 
 
 def try_render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str | None:
-    """The text of messages, rendered without conversion; None without a template, or if it rejects them."""
+    """Render messages without conversion. Returns None without a template, or if it rejects the messages."""
     if tokenizer.chat_template is None:
         return None
     try:

@@ -33,7 +33,7 @@ class AssistantTurn(NamedTuple):
     end: int | None
     """Token that ends the turn. None: there is no template, or it writes no such token (LLaVA)."""
     after: tuple[int, ...]
-    """Tokens that the template writes after `end`: Qwen's newline, Phi-3's <|endoftext|>. TRL's rewards read them."""
+    """Tokens that the template writes after `end`: Qwen's newline, Phi-3's <|endoftext|>. Reward models score them."""
     opening: str
     """Text of the generation prompt: Qwen's <|im_start|>assistant and a newline."""
 
@@ -126,9 +126,9 @@ def tokenizer_notes(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -
 def padding_token(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> str:
     """A padding token that no template writes and that is not in `stop_ids`.
 
-    In this order: the tokenizer's own, one with "pad" in its name, a reserved one, unk, another special token, and last
-    the EOS (GPT-2 has no other). EOS is safe: this package never finds a sequence's end by its padding, and the reward
-    stage sets up Transformers' classifiers accordingly.
+    Candidates, in this order: the tokenizer's own, one with "pad" in its name, a reserved one, unk, other special
+    tokens, and last the EOS (GPT-2 has no other). EOS is safe: this package never finds a sequence's end by its
+    padding, and the reward stage sets up Transformers' classifiers accordingly.
     """
     used = {*stop_ids, *_written(tokenizer)}
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder

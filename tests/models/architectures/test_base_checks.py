@@ -218,9 +218,9 @@ def test_a_mistyped_folder_is_no_hub_id(
         ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}', "adapter_model.safetensors": "", "config.json": "{}"},
          r"is an adapter, not a model. Set model.base to some/base, the model that .* `salsa soup MERGED theirs --merge --base some/base`$"),
         ({"adapter_config.json": "{}", "adapter_model.bin": ""}, "Set model.base to the model that it was trained on"),
-        ({"model-q4.gguf": ""}, "model.base: '.*theirs' has its weights only in model-q4.gguf, a format of llama.cpp"),
-        ({"config.json": "{}", "pytorch_model.bin": "", "training_args.bin": ""}, "only in pytorch_model.bin, a pickle, which is never loaded. Load it"),
-        ({"params.json": "{}", "consolidated.00.pth": ""}, "only in consolidated.00.pth, a pickle, which is never loaded. Convert it"),
+        ({"model-q4.gguf": ""}, "model.base: '.*theirs' has its weights only in model-q4.gguf, a file of llama.cpp"),
+        ({"config.json": "{}", "pytorch_model.bin": "", "training_args.bin": ""}, "only in pytorch_model.bin, a pickle, which is never loaded. Load the model"),
+        ({"params.json": "{}", "consolidated.00.pth": ""}, "only in consolidated.00.pth, a pickle, which is never loaded. Convert the model"),
     ],
 )  # fmt: skip
 def test_a_base_that_is_no_model_in_safetensors(

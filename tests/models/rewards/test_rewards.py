@@ -856,7 +856,7 @@ class TestRecipe:
             else:
                 with pytest.raises(
                     SalsaError,
-                    match=r"data\.preferences: is required; add it \(or add a `toy` section, the embedded world\)",
+                    match=r"data\.preferences: is required; add it \(or add a `toy` section, which builds a tiny model and toy data\)",
                 ):
                     load_recipe("whole.yaml", lora="lora", overrides=[])
 
