@@ -5,8 +5,6 @@
 The names are imported on first use, so that importing the package does not import torch.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

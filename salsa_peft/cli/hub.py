@@ -7,8 +7,6 @@
 A recipe can name a Hub id as a seed (`sft: {from: […]}`), reward model or reference, without pulling it first.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import os

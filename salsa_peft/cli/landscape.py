@@ -5,8 +5,6 @@ once and get new scales at each point; checkpoints are averaged again at each po
 (evaluation/landscape.py) also gives confidence intervals over prompts.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """The `salsa` command, which calls one of COMMANDS."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 The pages are made in report/page.py and report/joined.py.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

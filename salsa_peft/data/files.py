@@ -1,7 +1,5 @@
 """Reading the rows of a data source: files, folders, the Hub. Errors name the file and the row."""
 
-from __future__ import annotations
-
 import bz2
 import codecs
 import csv

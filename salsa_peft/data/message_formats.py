@@ -4,8 +4,6 @@ TRL's maybe_convert_to_chatml only renames keys, and TRL imports torch, which a 
 are kept; data/chat/template_fields.py checks which of them the chat template shows. Imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -5,8 +5,6 @@ LLaMA-Factory. To add a format, add a function and an entry of its table. README
 Imports no torch.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

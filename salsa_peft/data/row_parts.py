@@ -1,7 +1,5 @@
 """Parts of rows: text, questions, answers, whole chats, system turns, tools. Imports no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Mapping, Sequence

@@ -12,8 +12,6 @@ Left out: tasks with answers of free length (a policy could lower the KL by shor
 turns, system turns.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from typing import Any, NamedTuple

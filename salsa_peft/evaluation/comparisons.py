@@ -4,8 +4,6 @@ The win rates are computed from answers.jsonl on demand, so that a new pair in t
 no torch.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

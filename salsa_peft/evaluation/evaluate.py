@@ -3,8 +3,6 @@
 Answers are saved batch by batch: if the stage is killed, the next run generates only the missing answers.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Questions, answers and judgments in the file formats of FastChat and arena-hard-auto."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

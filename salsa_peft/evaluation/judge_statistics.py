@@ -1,7 +1,5 @@
 """Win rates, intervals and tests from judgments in both orders, and the reliability of the judge."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple

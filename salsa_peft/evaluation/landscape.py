@@ -5,8 +5,6 @@ full weights, each point is computed from the seeds' checkpoints. The control li
 are base + λ·δ with the delta δ of one seed.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -5,8 +5,6 @@ the outcome from tanh of the standardised length difference, and the rate is the
 term for a question's difficulty is left out, since it needs many models on the same questions.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.special import expit
 

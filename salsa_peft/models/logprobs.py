@@ -4,8 +4,6 @@ Logits are scaled and soft-capped as in the architecture. Shapes: N tokens, n to
 vocabulary, H hidden size.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@
 This module has the command line and the exit codes of errors; recipe/run.py runs the recipe.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

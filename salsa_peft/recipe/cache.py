@@ -4,8 +4,6 @@ A unit's folder is <run>/<stage>/[<name>/]<first 12 digits of the key>. The mani
 without a manifest is unfinished. torch is not imported.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -6,8 +6,6 @@ The estimate leaves out small files (logs, answers, reports, tokenizers) and the
 which cannot be queried. The estimates are compared with real runs in tests/recipe/test_disk.py. torch is not imported.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """The plan that --dry-run prints: units, batch sizes, memory, disk space, and what --lora changes."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter

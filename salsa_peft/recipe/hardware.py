@@ -3,8 +3,6 @@
 The GPUs are those that nvidia-smi lists; torch is not imported.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

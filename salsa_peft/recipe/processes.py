@@ -5,8 +5,6 @@ One process is forked from a fork server that has imported the libraries (recipe
 and sends back one report. The processes end when the command ends, even after kill -9. torch is not imported here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

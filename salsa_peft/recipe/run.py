@@ -3,8 +3,6 @@
 The command is recipe/__main__.py. torch is not imported.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

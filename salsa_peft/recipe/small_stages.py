@@ -3,8 +3,6 @@
 The table of all stages is STAGES in recipe/run.py. recipe/cache.py decides which units are skipped, and why.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from typing import Any

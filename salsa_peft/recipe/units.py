@@ -5,8 +5,6 @@ unit again: `evaluate` is in no policy's key (except the prompts that ppo.eval_p
 `threads` are in no key at all. For local files and folders, the key has the content and not the path.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import asdict

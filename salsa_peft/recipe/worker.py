@@ -4,8 +4,6 @@
 socket of the command. The connection closes when the command ends, even by kill -9, and the process then kills itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

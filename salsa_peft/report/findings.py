@@ -5,8 +5,6 @@ better". A sentence that compares the soup with a control (a `shrunk` reference,
 means for averaging. No sentence claims anything about other training seeds, because one run is one replicate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any

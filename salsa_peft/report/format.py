@@ -1,7 +1,5 @@
 """Filters of the report's templates, which format numbers and untrusted text for HTML and Markdown."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Read the folders of a finished run into the input of its report, and identify replicates."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -4,8 +4,6 @@ Failed requests are repeated; failed pushes stay pending. huggingface_hub finds 
 login`); the token is sent only in the Authorization header.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

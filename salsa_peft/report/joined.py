@@ -6,8 +6,6 @@ headline measure; a group with several judges has several rows. A group has one 
 of a run are in its own report.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Hashable, Sequence

@@ -4,8 +4,6 @@ Without a judge, ablations and joined reports compare pairs by the headline meas
 those of the paper, the paper's win rate is shown beside the run's.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any

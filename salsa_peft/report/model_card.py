@@ -1,7 +1,5 @@
 """Published files of a result, and its model card with loading code, lineage and metrics."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

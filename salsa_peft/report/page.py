@@ -1,7 +1,5 @@
 """Write report.html, report.md and summary.json of a run, with sample answers side by side."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

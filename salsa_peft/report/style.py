@@ -4,8 +4,6 @@ A model has the same colour, dash and marker in every figure (Okabe and Ito's pa
 Uses matplotlib's object interface, not pyplot's global state.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Collection, Sequence

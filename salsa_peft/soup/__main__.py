@@ -1,7 +1,5 @@
 """The command `salsa soup OUT MEMBER MEMBER …`. In Python, call `salsa_peft.soup.soup`."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import logging

@@ -4,8 +4,6 @@ This module uses NumPy and not torch, because importing torch takes longer than 
 has no bfloat16, so its bits are taken as the upper half of a float32. Values are rounded to nearest, ties to even.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterable

@@ -5,8 +5,6 @@
 PEFT opens a soup of adapters, and Transformers opens a soup of checkpoints.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

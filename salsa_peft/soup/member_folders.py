@@ -1,7 +1,5 @@
 """Finds the local folders of a soup's members, their kind (adapters or checkpoints) and their names."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ averaging them: their hash is given if it is known (from a run's manifest or the
 covers the name, shape, dtype and first 64 KiB of every tensor. No entry depends on the time of the call.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

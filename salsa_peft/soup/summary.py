@@ -1,7 +1,5 @@
 """The types of a soup's summary (soup.json), and the statistics of the members' deltas in it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A checkpoint is written in a temporary folder, which is renamed when a manifest 
 So the previous checkpoint remains if a process is killed while it saves. This module does not import torch.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

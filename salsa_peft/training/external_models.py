@@ -4,8 +4,6 @@ The models may be local folders or Hub ids, written by PEFT, unsloth, axolotl, L
 adapter_config.json or config.json and the headers of the weights. This module does not import torch.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path

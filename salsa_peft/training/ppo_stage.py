@@ -1,7 +1,5 @@
 """The ppo stage: SalsaPPOTrainer trains one policy of the recipe against its references."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

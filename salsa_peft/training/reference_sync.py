@@ -7,8 +7,6 @@ the soup's and the policy's. Later syncs give the best approximation of that ran
 with full weights are float32, since bfloat16 would round small changes away.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ A recipe's reference is `base`, a `path`, or the base plus a weighted sum of the
 is a separate model. training/ppo/rollout.py computes the references' log-probs and the KL to them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A reward model starts from seed-0 with a new score head, which is linear on the 
 A.2). The loss is −log σ(R(x, y_w) − R(x, y_l)).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -10,8 +10,6 @@ into one, whose log-probs are the mean of theirs: log π = mean_k log π_k. The 
 mean of the KLs (paper eq. 5, MKL).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands' argument parser, messages on standard error, and progress bars. Imports no torch."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

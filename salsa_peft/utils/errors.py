@@ -1,7 +1,5 @@
 """The error class for mistakes that a user can correct."""
 
-from __future__ import annotations
-
 
 class SalsaError(ValueError):
     """A mistake that the user can correct. The message is one line: what is wrong, where, and what to do."""

@@ -1,7 +1,5 @@
 """Atomic file writes, JSON files, the lock of a run's folder, and disk space. torch is not imported."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

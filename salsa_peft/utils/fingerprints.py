@@ -3,8 +3,6 @@
 torch is not imported.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

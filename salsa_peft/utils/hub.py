@@ -1,7 +1,5 @@
 """Downloads of Hub repositories, and the errors of the Hub and Transformers as one line each."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys

@@ -1,7 +1,5 @@
 """The manifest.json of a result: reading it, and checking files against their size and SHA-256."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

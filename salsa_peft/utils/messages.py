@@ -3,8 +3,6 @@
 torch is not imported.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from typing import Any

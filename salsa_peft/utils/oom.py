@@ -4,8 +4,6 @@ transformers.Trainer's auto_find_batch_size restarts training with a smaller glo
 its size. torch is not imported; accelerate is imported only after an out-of-memory error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

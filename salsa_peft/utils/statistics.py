@@ -5,8 +5,6 @@ values give the same interval, and comparing b with a gives the mirror image of 
 are imported, SciPy by the functions that use it: importing scipy.stats takes 0.6 s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 

@@ -5,8 +5,6 @@ needs shared memory, which network disks lack; the journal's fsyncs are fast com
 not stored, because the files for FastChat contain them, nor are requests without a reply (errors, refusals).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sqlite3

@@ -5,8 +5,6 @@ backend (an endpoint or a model in this process) gets distinct requests that are
 reply as soon as it arrives.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

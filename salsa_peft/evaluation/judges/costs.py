@@ -4,8 +4,6 @@ The number of calls is exact once the answers exist. Until then the calls are co
 tokens are an upper bound, for which every answer is assumed to be `generation.max_new_tokens` long.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -4,8 +4,6 @@ At a temperature above 0, each request is sampled with its own seed, so that the
 model is loaded for the first request that is not in the cache.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence

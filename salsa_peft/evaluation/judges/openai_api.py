@@ -5,8 +5,6 @@ Retry-After header says. This module adds a limit of simultaneous requests, a bu
 between errors that concern one comparison and errors that concern all of them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -14,8 +14,6 @@ text calls it final or a revision, or if it ends the reply; otherwise there is n
 Imports no torch.
 """
 
-from __future__ import annotations
-
 import re
 
 BRACKET = re.compile(r"(?<!\w)\[\[\s*([ABC])\s*\]\](?!\w)", re.IGNORECASE)

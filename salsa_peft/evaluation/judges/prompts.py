@@ -6,8 +6,6 @@ a delimiter like those of figure7, the prompt's own delimiters get a tag; FastCh
 Imports no torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ counters in `calls`. The judge calls `progress` with the number of comparisons j
 answers are two separate comparisons.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import math

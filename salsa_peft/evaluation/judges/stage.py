@@ -5,8 +5,6 @@ soon as they arrive: after a killed run no answered request is repeated, and if 
 the requests of that pair are sent.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass

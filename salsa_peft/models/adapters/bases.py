@@ -1,7 +1,5 @@
 """Finding the base that an adapter was trained on, and checking that a run uses the same base."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ a twentieth.
 Layers with DoRA, dropout, biases, merged or quantised weights, and batches for several adapters use PEFT's forward.
 """
 
-from __future__ import annotations
-
 from types import MethodType
 from typing import Any
 

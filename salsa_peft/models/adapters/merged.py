@@ -1,7 +1,5 @@
 """Computing the base's weights with one adapter merged in, without changing the shared base."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Tensor names in the adapter files of PEFT, TRL and LLaMA-Factory. Imports no torch."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable

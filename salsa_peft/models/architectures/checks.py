@@ -5,8 +5,6 @@ downloaded its config.json. The architectures that Transformers supports are rea
 importing its tables would import torch.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import re

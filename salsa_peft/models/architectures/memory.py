@@ -7,8 +7,6 @@ adapters and heads float32. Other programs on the GPU and what `uncounted` lists
 tests/models/architectures/test_memory_measured.py compares the estimate with PPO on a CPU. Imports no torch.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 

@@ -7,8 +7,6 @@ is no parameter of the model (rotary frequencies, causal masks) is averaged too;
 tensor of the checkpoint whose layout is written takes its place.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

@@ -11,8 +11,6 @@ it, so that the soup of equal members equals them bit for bit. The differences, 
 float32 if all values have 16 bits, else float64.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

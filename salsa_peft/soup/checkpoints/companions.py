@@ -6,8 +6,6 @@ first member with a template, and the generation and processor settings of the f
 whose ids disagree were rejected before (vocabularies.py).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

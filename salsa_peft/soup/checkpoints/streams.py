@@ -5,8 +5,6 @@ and products are added in the order of the pieces, so the same members give the 
 the pieces bounds the memory.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """Reads and compares the files of tokenizers: the ids of tokens, and the BOS and EOS tokens."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ interrupted soup is never taken for a complete one; the next run removes its rem
 the disk holds both soups.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The adapter_config.json of a soup: targets, ranks and options with which PEFT loads the tensors."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ The weight of a convolution is treated as a matrix with in · kernel columns. A 
 rows to A and no columns to B, so the member's delta of the module is zero.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Check that members share a base and a vocabulary, unify module names, choose the soup's tokenizer."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ These parameters are averaged directly, one at a time. Weights that do not sum t
 soup) are rejected, because the mean would need the base's own values, which the members do not hold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ importing peft takes more time and memory than averaging a 7B model's adapters. 
 soup/lora/tensors.py.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

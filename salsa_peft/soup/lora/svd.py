@@ -9,8 +9,6 @@ Bᵀ·B, which a soup's summary needs anyway. For 4096 × 32 this takes a fifth 
 used in float64 for nearly rank-deficient factors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

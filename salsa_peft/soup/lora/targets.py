@@ -8,8 +8,6 @@ module registers the parameters:
     mlp.experts.lora_A.weight                outer wrapper: down_proj, which is registered last
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

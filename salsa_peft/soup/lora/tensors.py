@@ -12,8 +12,6 @@ scaling = alpha / r, or alpha / √r with rsLoRA. SalsaError names the file and 
 its counterpart (lora_A without lora_B), has a wrong rank or shape, or, once its values are read, is not finite.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass

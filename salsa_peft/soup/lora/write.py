@@ -1,7 +1,5 @@
 """Write a soup of adapters as a PEFT adapter folder, with one module's factors in memory at a time."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -9,8 +9,6 @@ tokens, or if output embeddings are untied. For bases in 4 bits see quantised_ba
 tensor are not supported.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

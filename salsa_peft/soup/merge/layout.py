@@ -1,7 +1,5 @@
 """Headers, index and configuration of a merged checkpoint: the base's if they fit, else new ones."""
 
-from __future__ import annotations
-
 import json
 import math
 

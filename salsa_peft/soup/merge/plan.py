@@ -5,8 +5,6 @@ parameters, and parameters that share a tensor in the base's files (which Transf
 splits). A unit is computed when the first of its tensors is written.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

@@ -6,8 +6,6 @@ dequantises the linear layers of a plain base, because a QLoRA adapter was train
 and other methods are not supported.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """SalsaPPOConfig, which adds PPO's options to TrainingArguments."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

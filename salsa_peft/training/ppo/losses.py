@@ -4,8 +4,6 @@ Shapes: B sequences, T response tokens. Masks are True at the tokens of response
 not be zero. Everything is computed in float32.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 
