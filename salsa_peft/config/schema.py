@@ -61,7 +61,7 @@ class Model:
     """The base model of policy, references, value and reward model."""
 
     base: str | None = None
-    """Hub id or folder of a causal language model. None: the embedded world's base (needs a `toy` section)."""
+    """Hub id or folder of a causal language model. None: the toy model (needs a `toy` section)."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -74,7 +74,7 @@ class Model:
     max_length: Count = 1024
     """Maximum number of tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
-    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the embedded world's (`toy`)."""
+    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -95,7 +95,7 @@ class Adapter:
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
-    """Training data. None: the embedded world's (`toy`). data/row_formats.py lists the accepted columns."""
+    """Training data. None: the toy data (section `toy`). data/row_formats.py lists the accepted columns."""
 
     demonstrations: DataSource | None = None
     """SFT: rows with `messages`, `prompt` and `completion`, or another accepted set of columns."""
@@ -256,7 +256,7 @@ class Evaluate:
     """Answers of all models to held-out prompts, scored by the reward and compared by a judge."""
 
     prompts: dict[str, DataSource] = dataclasses.field(default_factory=dict)
-    """Name of each set of prompts → its source. Empty: the two sets of the embedded world (section `toy`)."""
+    """Name of each set of prompts → its source. Empty: the two sets of the toy data (section `toy`)."""
     pairs: list[list[str]] = dataclasses.field(default_factory=list)
     """Pairs of models to compare. The name of a searched policy stands for its picked candidate. Empty: every
     policy and the soup against seed-0, and all pairs of policies."""
@@ -306,7 +306,7 @@ class Recipe:
     search: Search | None = None
     """Trains policies at several KL coefficients and picks the best candidate of each (config/sweeps.py)."""
     toy: Toy | None = None
-    """Sizes of the embedded world, a tiny model with toy data. None: the recipe names its own base and data."""
+    """Sizes of the toy model and the toy data. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)
     """Training data."""
     sft: SFT = dataclasses.field(default_factory=SFT)

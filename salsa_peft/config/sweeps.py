@@ -54,7 +54,7 @@ def members(where: str, values: list[float], seeds: int) -> ReferenceValues:
 
 
 def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup") -> ReferenceValues:
-    """The same reference for each KL coefficient (paper, A.4)."""
+    """Yield the same reference once for each KL coefficient in `values` (paper, A.4)."""
     for parsed in parse_reference(f"{where}.reference", reference):
         for member in parsed.members:
             require_seed(f"{where}.reference", member, seeds)

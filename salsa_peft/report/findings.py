@@ -165,7 +165,7 @@ def _aside(one: Row, policies: Row) -> str:
 
 
 def _along(landscape: Row) -> list[str]:
-    """Sentences on the landscape: midpoint and ends of the first line, best point of the control line."""
+    """Sentences on scores at the midpoint and ends of the first line of seeds, and on the best of the control line."""
     measure, text = headline(landscape), []
     lines = {line["kind"]: line for line in reversed(landscape["lines"])}
     for kind in [kind for kind in ("line", "shrunk") if kind in lines]:

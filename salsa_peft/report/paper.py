@@ -37,7 +37,7 @@ class Cell:
     table: int
     model: str
     dataset: str
-    """The set of questions that the counts fit."""
+    """The set of questions to which the numbers of wins, losses and ties belong."""
     labelled: str
     """The set of questions that the paper prints; differs from `dataset` where two labels are swapped."""
     a: str

@@ -1,4 +1,4 @@
-"""The `toy` section: sizes of the embedded world, a tiny model with toy data."""
+"""The `toy` section: sizes of the embedded world: a tiny toy model and its toy data."""
 
 from pydantic.dataclasses import dataclass
 

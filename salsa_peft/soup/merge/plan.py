@@ -94,7 +94,7 @@ class Plan:
             require(
                 known,
                 f"{self.source.checkpoint.folder}: the base has no tensor {name}, which an adapter changes; average the"
-                " adapters without --merge, or name the base that they were trained on with --base",
+                " adapters without --merge, or set --base to the base that they were trained on",
             )
         for name in unit.sources:
             require(

@@ -128,8 +128,8 @@ def kl_coef(metrics: GuardInput, limit: float) -> str | None:
 def negative_kl(metrics: GuardInput, limit: float) -> str | None:
     """Alarm if the KL is below −limit, in nats per response. Only the estimator k1 can be negative.
 
-    The default limit is 1 nat: k1's variance is about 2 KL, so −1 is at least four standard errors below the mean over
-    8 responses.
+    The default limit is 1 nat. k1's variance is about 2 KL per response, so the mean over 8 responses has a standard
+    error of about √KL / 2, and −1 is at least four of these below the true KL, whatever the KL is.
     """
     found = metrics.row["objective/kl"]
     return None if found >= -limit else f"the KL is {found:.3g} nats per response; the limit is {-limit:g}"

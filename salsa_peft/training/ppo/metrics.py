@@ -88,7 +88,8 @@ class LogFiles:
     def __init__(self, folder: Path) -> None:
         self.folder, self.begun = folder, False
         self.own: dict[str, int] = {}
-        """File name → byte position of this run's first line (evaluations may be logged before training)."""
+        """File name → byte position of this run's first line. Before it are lines of an earlier run, if `begin` has not yet
+        renamed them: an evaluation may be logged before training."""
 
     def begin(self) -> str | None:
         """Start the logs of a run.
@@ -120,7 +121,10 @@ class LogFiles:
         return f"{self.folder}: a copy of the logs is kept as {numbered(Path(METRICS), number)} and so on"
 
     def take(self, folder: Path) -> str | None:
-        """Copy the logs from another folder, to continue them here. Returns the message of `begin`, or None."""
+        """Copy the logs from another folder, to continue them here. Logs that are already here are renamed by `begin`.
+
+        Returns the message of `begin`: None if nothing was renamed.
+        """
         self.own.clear()
         message = self.begin()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -387,7 +387,7 @@ class SalsaPPOTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the policy, its value head and the tokenizer. state_dict: all weights if they are sharded."""
+        """Save the policy, its value head and the tokenizer. state_dict: the gathered weights of a sharded model."""
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             tokenizer = self.processing_class
