@@ -155,6 +155,7 @@ def evaluate(trainer: Any) -> dict[str, float]:
             return inner(model, ids, mask, last, *args, **options)
 
         trainer._get_per_token_logps_and_entropies = spy
+    torch.manual_seed(0)  # RLOO and GRPO sample completions, of which few tell one reference from another
     found = trainer.evaluate()
     vars(trainer).pop("_get_per_token_logps_and_entropies", None)
     return found
