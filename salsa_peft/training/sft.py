@@ -83,15 +83,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     if is_quantised(model):
         cast_trainable_to_float32(trainer.model)
-    trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
-    kept = len(trainer.train_dataset)
-    limit = f"answer within model.max_length = {recipe.model.max_length} tokens"
-    require(
-        kept >= section.batch_size,
-        f"data.demonstrations: {kept} rows have an {limit}, fewer than sft.batch_size = {section.batch_size}."
-        " Add rows, raise model.max_length or lower sft.batch_size",
-    )
-    report_left_out(job, len(rows) - kept, len(rows), f"no {limit}")
+    kept = keep_answered_rows(job, trainer, len(rows))
     # 3. train and save
     remove_printer(trainer)
     loss = mean_loss(trainer, trainer.train().training_loss)
@@ -109,6 +101,24 @@ def run(job: Job) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def keep_answered_rows(job: Job, trainer: Any, rows: int) -> int:
+    """Remove the trainer's rows whose answers begin beyond model.max_length, and return how many are left.
+
+    Raises SalsaError if they fill no batch.
+    """
+    model, section = job.recipe.model, job.recipe.sft
+    trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
+    kept = len(trainer.train_dataset)
+    limit = f"answer within model.max_length = {model.max_length} tokens"
+    require(
+        kept >= section.batch_size,
+        f"data.demonstrations: {kept} rows have an {limit}, fewer than sft.batch_size = {section.batch_size}."
+        " Add rows, raise model.max_length or lower sft.batch_size",
+    )
+    report_left_out(job, rows - kept, rows, f"no {limit}")
+    return kept
 
 
 def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ MAX_TOKENS = 8192
 """Largest number of tokens in a forward pass of continuous batching (Transformers' default)."""
 
 
-class Backend:
+class Backend(abc.ABC):
     """Samples one response of the policy to each prompt, in the prompts' order.
 
     seeds: one for each prompt. recording: records log-probs, entropies and values while sampling. check: called during
@@ -50,11 +51,12 @@ class Backend:
         self.model, self.args, self.tokenizer = model, args, tokenizer
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
 
+    @abc.abstractmethod
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
                  check: Check | None = None) -> Responses:  # fmt: skip
-        raise NotImplementedError
+        """Sample the responses."""
 
-    def sync_weights(self) -> None:
+    def sync_weights(self) -> None:  # noqa: B027  (most backends have no weights of their own)
         """Copy the policy's weights to an engine with weights of its own, if any. Called before sampling."""
 
 
