@@ -41,7 +41,7 @@ class Prompt(NamedTuple):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Texts of the user turns to answer; the first one is the last of `messages`."""
+        """Texts of the user turns to answer, in order. `messages` ends with the first of these turns."""
         return self.turns or (self.messages[-1]["content"],)
 
 

@@ -144,7 +144,7 @@ def expected(trainer: Any, policy: Any, references: list[Any]) -> dict[str, floa
     return found
 
 
-def evaluate(trainer: Any) -> dict[str, float]:
+def evaluate(trainer: Any, seed: int = 0) -> dict[str, float]:
     """Its own evaluation; what it sampled is then in trainer.seen: ids, mask, tokens of the response."""
     trainer.seen = []
     if isinstance(trainer, RLOOTrainer | GRPOTrainer):
@@ -155,23 +155,32 @@ def evaluate(trainer: Any) -> dict[str, float]:
             return inner(model, ids, mask, last, *args, **options)
 
         trainer._get_per_token_logps_and_entropies = spy
-    torch.manual_seed(0)  # RLOO and GRPO sample completions, of which few tell one reference from another
+    torch.manual_seed(seed)  # RLOO and GRPO sample completions
     found = trainer.evaluate()
     vars(trainer).pop("_get_per_token_logps_and_entropies", None)
     return found
 
 
 def assert_reference(trainer: Any, world: World, *names: str) -> None:
-    """The figures are those of the references named, and not those of the base or of the policy's start."""
-    found = evaluate(trainer)
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    assert not isinstance(model, PeftModel) or model.active_adapters == ["default"]
-    right = expected(trainer, model, [world.plain(name) for name in names])
-    for key, value in right.items():
-        assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
-    for other in {"base", "seed-0"} - set(names):
-        wrong = expected(trainer, model, [world.plain(other)])
-        assert any(abs(found[key] - value) > 0.01 for key, value in wrong.items()), other
+    """The figures are those of the references named, and not those of the base or of the policy's start.
+
+    A draw of few and short completions may have the same figures for two references: then there is another draw.
+    """
+    others = {"base", "seed-0"} - set(names)
+    for seed in range(8):
+        found = evaluate(trainer, seed)
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        assert not isinstance(model, PeftModel) or model.active_adapters == ["default"]
+        right = expected(trainer, model, [world.plain(name) for name in names])
+        for key, value in right.items():
+            assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+        for other in sorted(others):
+            wrong = expected(trainer, model, [world.plain(other)])
+            if any(abs(found[key] - value) > 0.01 for key, value in wrong.items()):
+                others.remove(other)
+        if not others:
+            return
+    pytest.fail(f"the figures are also those of {others}")
 
 
 @pytest.mark.parametrize("algorithm", TRAINERS)
