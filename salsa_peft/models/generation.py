@@ -88,7 +88,7 @@ class Sampler(LogitsProcessor):
         if self.check is not None:
             self.check()
         early = self.step < self.sampling.min_new_tokens
-        forbidden = torch.full((len(scores),), early, device=scores.device)
+        forbidden = torch.ones(len(scores), dtype=torch.bool, device=scores.device) if early else None
         greedy = self.sampling.temperature == 0  # temperature 0 occurs only in evaluation
         logp = normalized(scores.float() / (1.0 if greedy else self.sampling.temperature), forbidden, self.eos)
         self.broken |= logp[:, 0].isnan().to(self.broken.device)
