@@ -162,12 +162,12 @@ def normalized(scaled: Tensor, forbidden: Tensor | None, eos: tuple[int, ...]) -
     return scaled.log_softmax(-1)
 
 
-def entropy_of(logp: Tensor, probabilities: Tensor, forbidden: Tensor | None) -> Tensor:
-    """Entropy (n,) in nats from log-probs and probabilities (n, V). Forbidden tokens add nothing.
+def entropy_of(logp: Tensor, probabilities: Tensor, *, masked: bool) -> Tensor:
+    """Entropy (n,) in nats from log-probs and probabilities (n, V).
 
-    forbidden: as in `normalized`, which computed `logp`. Only forbidden tokens have a log-prob of −∞.
+    masked: whether there are tokens with a log-prob of −∞, which add nothing.
     """
-    finite = logp if forbidden is None else logp.masked_fill(logp == -torch.inf, 0.0)
+    finite = logp.masked_fill(logp == -torch.inf, 0.0) if masked else logp
     return -(probabilities * finite).sum(-1)
 
 
@@ -209,7 +209,7 @@ class _FrozenHead(torch.autograd.Function):
             logp = normalized(logits.div_(head.temperature), masked, head.eos)
             logprobs[part] = chosen = logp.gather(-1, labels[part][:, None]).squeeze(-1)
             if with_entropy:
-                entropy[part] = entropy_of(logp, logp.exp(), masked)
+                entropy[part] = entropy_of(logp, logp.exp(), masked=masked is not None)
             if gradient is not None:
                 gradient[part] = _logprob_gradient(logp, labels[part], chosen, slope, head).to(hidden.dtype)
         if gradient is not None:
@@ -240,7 +240,7 @@ def token_logprobs(
         chosen, logp = checkpoint(_chosen, states, tokens, masked, head, use_reentrant=False)
         logprobs.append(chosen)
         logp = logp.detach()
-        entropy.append(entropy_of(logp, logp.exp(), masked) if with_entropy else torch.zeros_like(logp[:, 0]))
+        entropy.append(entropy_of(logp, logp.exp(), masked=masked is not None) if with_entropy else torch.zeros_like(logp[:, 0]))
     return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
 
 
