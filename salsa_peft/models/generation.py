@@ -233,7 +233,9 @@ def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], samplin
     """
     limits = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
     parts = (seed,) if turn == 1 else (seed, turn)
-    for rows in _batches([len(prompt) for prompt in prompts], limits, batch_size, max_positions(causal_lm(model).config)):
+    for rows in _batches(
+        [len(prompt) for prompt in prompts], limits, batch_size, max_positions(causal_lm(model).config)
+    ):
         if not skip(rows):
             seeds = row_seeds([row if places is None else places[row] for row in rows], *parts)
             given = [limits[row] for row in rows]

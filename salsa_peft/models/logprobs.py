@@ -240,7 +240,9 @@ def token_logprobs(
         chosen, logp = checkpoint(_chosen, states, tokens, masked, head, use_reentrant=False)
         logprobs.append(chosen)
         logp = logp.detach()
-        entropy.append(entropy_of(logp, logp.exp(), masked=masked is not None) if with_entropy else torch.zeros_like(logp[:, 0]))
+        entropy.append(
+            entropy_of(logp, logp.exp(), masked=masked is not None) if with_entropy else torch.zeros_like(logp[:, 0])
+        )
     return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
 
 

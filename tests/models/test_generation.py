@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 from hypothesis import given
 from hypothesis import strategies as st
-from host_syncs import HostSyncs
 from random_masks import PROPERTY
 from scipy import stats
 from torch import Tensor, nn
@@ -205,7 +205,9 @@ class TestRowsAreAlone:
         model, steps = make_base(), itertools.count()
         model.lm_head.weight.data[EOS] = 0
         prompts = [[BOS, 5], [BOS, 6, 7]]
-        generate(model, prompts, Sampling(max_new_tokens=30), tokenizer, [1, 2], limits=[3, 4], check=lambda: next(steps))
+        generate(
+            model, prompts, Sampling(max_new_tokens=30), tokenizer, [1, 2], limits=[3, 4], check=lambda: next(steps)
+        )
         assert next(steps) == 4
 
 
