@@ -139,10 +139,10 @@ def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
     return Head(embeddings.weight, embeddings.bias, temperature, eos, logit_scaling(lm))
 
 
-def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor) -> Tensor:
+def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor | None) -> Tensor:
     """Log-probs of all tokens (n, V), float32, from hidden states (n, H).
 
-    forbidden: (n,) bool, True where the tokens head.eos get probability 0.
+    forbidden: (n,) bool, True where the tokens head.eos get probability 0; None: nowhere.
     """
     return normalized(_logits(hidden, head).div_(head.temperature), forbidden, head.eos)
 
@@ -152,13 +152,13 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
     return head.scaling(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
 
 
-def normalized(scaled: Tensor, forbidden: Tensor, eos: tuple[int, ...]) -> Tensor:
+def normalized(scaled: Tensor, forbidden: Tensor | None, eos: tuple[int, ...]) -> Tensor:
     """Log-probs (n, V) from `scaled`, the logits over the temperature (n, V). May overwrite `scaled`.
 
-    forbidden: (n,) bool, True where the tokens `eos` get probability 0.
+    forbidden: (n,) bool, True where the tokens `eos` get probability 0; None: nowhere.
     """
-    if forbidden.any():
-        scaled[:, list(eos)] = scaled[:, list(eos)].masked_fill(forbidden[:, None], -torch.inf)
+    for token in () if forbidden is None else eos:
+        scaled[:, token].masked_fill_(forbidden, -torch.inf)
     return scaled.log_softmax(-1)
 
 
@@ -167,7 +167,7 @@ def entropy_of(logp: Tensor, probabilities: Tensor) -> Tensor:
     return -(probabilities * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
-def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """Return the log-probs of the labels (n,) and of all tokens (n, V)."""
     logp = log_distribution(hidden, head, forbidden)
     return logp.gather(-1, labels[:, None]).squeeze(-1), logp
@@ -188,7 +188,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head, with_entropy: bool
+        ctx: Any, hidden: Tensor, labels: Tensor, forbidden: Tensor | None, head: Head, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(labels), dtype=torch.float32)
         entropy = torch.zeros_like(logprobs)
@@ -197,7 +197,7 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             logits = _logits(hidden[part], head)
             slope = None if gradient is None else head.scaling.slope(logits)
-            logp = normalized(logits.div_(head.temperature), forbidden[part], head.eos)
+            logp = normalized(logits.div_(head.temperature), _at(forbidden, part), head.eos)
             logprobs[part] = logp.gather(-1, labels[part][:, None]).squeeze(-1)
             if with_entropy:
                 entropy[part] = entropy_of(logp, logp.exp())
@@ -214,19 +214,24 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None, None
 
 
+def _at(forbidden: Tensor | None, part: slice) -> Tensor | None:
+    return None if forbidden is None else forbidden[part]
+
+
 def token_logprobs(
-    hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head, *, with_entropy: bool = True
+    hidden: Tensor, labels: Tensor, forbidden: Tensor | None, head: Head, *, with_entropy: bool = True
 ) -> TokenLogprobs:
     """Log-probs of `labels` (N,) and entropies (N,), float32, from hidden states (N, H).
 
-    forbidden: (N,) bool, True where the tokens head.eos get probability 0. The log-probs have a gradient. The entropies
+    forbidden: (N,) bool, True where the tokens head.eos get probability 0; None: nowhere. The log-probs have a gradient. The entropies
     are for logging, have no gradient, and are 0 unless `with_entropy`.
     """
     if not head.weight.requires_grad:
         return TokenLogprobs(*_FrozenHead.apply(hidden, labels, forbidden, head, with_entropy))
     logprobs, entropy = [], []
-    for part in zip(hidden.split(CHUNK), labels.split(CHUNK), forbidden.split(CHUNK), strict=True):
-        chosen, logp = checkpoint(_chosen, *part, head, use_reentrant=False)
+    for start in range(0, len(labels), CHUNK):
+        part = slice(start, start + CHUNK)
+        chosen, logp = checkpoint(_chosen, hidden[part], labels[part], _at(forbidden, part), head, use_reentrant=False)
         logprobs.append(chosen)
         logp = logp.detach()
         entropy.append(entropy_of(logp, logp.exp()) if with_entropy else torch.zeros_like(logp[:, 0]))
@@ -234,17 +239,17 @@ def token_logprobs(
 
 
 @torch.no_grad()
-def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor, head: Head, reference_head: Head) -> Tensor:
+def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor | None, head: Head, reference_head: Head) -> Tensor:
     """Exact KL(policy ‖ reference) of each token's distribution, (N,), float32.
 
     hidden, reference: hidden states of the policy and of the reference, (N, H) each. forbidden: (N,) bool, True where
-    the tokens head.eos get probability 0.
+    the tokens head.eos get probability 0; None: nowhere.
     """
     kl = hidden.new_empty(len(hidden), dtype=torch.float32)
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
-        policy = log_distribution(hidden[part], head, forbidden[part])
-        other = log_distribution(reference[part], reference_head, forbidden[part])
+        policy = log_distribution(hidden[part], head, _at(forbidden, part))
+        other = log_distribution(reference[part], reference_head, _at(forbidden, part))
         difference = (policy - other).masked_fill(policy == -torch.inf, 0.0)  # tokens of probability 0 add nothing
         kl[part] = (policy.exp() * difference).sum(-1)
     return kl

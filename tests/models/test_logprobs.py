@@ -153,7 +153,7 @@ def test_architectures_that_scale_or_cap_their_logits(kind: str, trained: bool) 
     ids, forbidden = torch.tensor([[5, 9, 12, 7, 30, 61]]), torch.zeros(5, dtype=torch.bool)
     states, upstream = hidden_states(lm, ids, torch.ones_like(ids)).detach()[0, :-1], torch.linspace(-2, 3, 5)
     found, expected = states.clone().requires_grad_(), states.double().requires_grad_()
-    ours = token_logprobs(found, ids[0, 1:], forbidden, head_of(lm, 1.0, 2))
+    ours = token_logprobs(found, ids[0, 1:], forbidden, head_of(lm, 1.0, (2,)))
     (ours.logprobs * upstream).sum().backward()
     gradients = [embeddings.weight.grad]
     embeddings.weight.grad = None
