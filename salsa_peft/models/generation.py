@@ -30,7 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.base import apply_scalar_head, causal_lm, max_positions
-from salsa_peft.models.logprobs import entropy_of, normalized
+from salsa_peft.models.logprobs import entropy_of
 from salsa_peft.models.responses import Responses, pad_tokens
 from salsa_peft.utils.errors import require
 
@@ -83,7 +83,7 @@ class Recording:
 class Sampler(LogitsProcessor):
     """Logits processor that draws the next tokens; greedy decoding then picks the drawn tokens."""
 
-    def __init__(self, uniforms: Tensor, sampling: Sampling, eos: tuple[int, ...], recording: Recording | None,
+    def __init__(self, uniforms: Tensor, sampling: Sampling, eos: Tensor, recording: Recording | None,
                  check: Callable[[], None] | None) -> None:  # fmt: skip
         self.uniforms, self.sampling, self.eos, self.recording, self.check = uniforms, sampling, eos, recording, check
         self.step = 0
@@ -95,15 +95,17 @@ class Sampler(LogitsProcessor):
         if self.check is not None:
             self.check()
         early = self.step < self.sampling.min_new_tokens
-        forbidden = torch.ones(len(scores), dtype=torch.bool, device=scores.device) if early else None
         greedy = self.sampling.temperature == 0  # temperature 0 occurs only in evaluation
-        logp = normalized(scores.float() / (1.0 if greedy else self.sampling.temperature), forbidden, self.eos)
+        scaled = scores.float() / (1.0 if greedy else self.sampling.temperature)
+        if early:
+            scaled.index_fill_(-1, self.eos, -torch.inf)
+        logp = scaled.log_softmax(-1)
         self.broken |= logp[:, 0].isnan().to(self.broken.device)
         probabilities = logp.exp()
         token = logp.argmax(-1, keepdim=True) if greedy else sample_token(probabilities, self.uniforms[:, self.step])
         if self.recording is not None:
             self.recording.logprobs.append(logp.gather(-1, token).squeeze(-1))
-            self.recording.entropy.append(entropy_of(logp, probabilities))
+            self.recording.entropy.append(entropy_of(logp, probabilities, masked=early))
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
@@ -149,6 +151,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
+    end_ids = torch.tensor(ends, device=lm.device)
     ids, mask = pad_tokens(prompts, pad, lm.device, "left")
     limits = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
     row_limits = torch.tensor(limits, device=lm.device)
@@ -158,7 +161,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     )  # fmt: skip
     uniforms = uniform_numbers(seeds, max(limits))
     uniforms = uniforms if lm.device.type in WITHOUT_FLOAT64 else uniforms.to(lm.device)
-    sampler = Sampler(uniforms, sampling, ends, recording, check)
+    sampler = Sampler(uniforms, sampling, end_ids, recording, check)
     values = recording.recording_values(lm) if recording else contextlib.nullcontext()
     with _generation_mode(lm, settings), values, _masks_without_sync(padded=len(set(map(len, prompts))) > 1):
         tokens = lm.generate(
@@ -177,7 +180,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         " NaN, and use a dtype that does not overflow",
     )
     response_ids = tokens[:, ids.shape[1] :]
-    ended = torch.isin(response_ids, torch.tensor(ends, device=lm.device)).long()
+    ended = torch.isin(response_ids, end_ids).long()
     within = torch.arange(response_ids.shape[1], device=lm.device) < row_limits[:, None]
     response_mask = (ended.cumsum(-1) - ended == 0) & within
     finished = (ended.bool() & response_mask).any(-1)
