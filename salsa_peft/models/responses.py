@@ -80,6 +80,12 @@ def pad_tokens(
     return ids.to(device), mask.to(device)
 
 
+def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The token ids (B, L) of each row where the mask is True, copied to the CPU in one transfer."""
+    kept = ids.masked_fill(~mask, -1)  # no token has the id -1
+    return [[token for token in row if token >= 0] for row in kept.tolist()]
+
+
 class ForwardBatch(NamedTuple):
     """The input of one forward pass over prompts with their responses, and where the response tokens are in it.
 
@@ -219,15 +225,15 @@ def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = F
 
 def append_turn_end(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Responses:
     """Append the tokens that the chat template writes after a turn's end; reward models score these too."""
-    ended = ends_turn(responses, rows, turn)
-    if not turn.after or not ended.any():
+    if not turn.after:
         return responses
-    device, count = responses.response_ids.device, responses.response_ids.shape[1] + len(turn.after)
-    ids, mask = pad_to_width(responses.response_ids, count), pad_to_width(responses.response_mask, count)
-    places = responses.lengths[ended][:, None] + torch.arange(len(turn.after), device=device)
-    which = ended.nonzero()
-    ids[which, places], mask[which, places] = torch.tensor(turn.after, device=device), True
-    return responses._replace(response_ids=ids, response_mask=mask)
+    ended, count = ends_turn(responses, rows, turn)[:, None], len(turn.after)
+    width = responses.response_ids.shape[1] + count
+    ids, mask = pad_to_width(responses.response_ids, width), pad_to_width(responses.response_mask, width)
+    places = responses.lengths[:, None] + torch.arange(count, device=ids.device)
+    after = torch.where(ended, torch.tensor(turn.after, device=ids.device), ids.gather(1, places))
+    mask = mask.scatter(1, places, ended.expand_as(places))
+    return responses._replace(response_ids=ids.scatter(1, places, after), response_mask=mask)
 
 
 def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
