@@ -20,6 +20,7 @@ from salsa_peft.data.chat.template_fields import messages_for_template, template
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.data.message_formats import parse_messages
+from salsa_peft.models import precision
 from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype, use_float32_head
 from salsa_peft.models.responses import append_turn_end, pad_tokens
 from salsa_peft.models.rewards.base import Reward, Rows
@@ -76,7 +77,7 @@ class ClassifierReward(Reward):
     @torch.no_grad()
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         sequences = self._truncate(self.encode(responses, rows))
-        with self.on_device():
+        with self.on_device(), precision.autocast(self.classifier):
             scores = self.micro_batch.run(lambda: self._scores(sequences), len(sequences))
         return scores.to(responses.response_ids.device)
 
