@@ -19,6 +19,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.turn_ends import stop_token_ids
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.responses import Responses, pad_tokens
@@ -64,7 +65,7 @@ def answer(
     keep: called with the rows of each new batch.
     """
     found = dict(known or {})
-    with lora.active(model, adapter):
+    with lora.active(model, adapter), precision.autocast(model):
         for turn in range(1, max((len(one.turns) for one in questions), default=0) + 1):
             asked = [(index, one) for index, one in enumerate(questions) if len(one.turns) >= turn]
             prompts = [_prompt(index, one, turn, found, context) for index, one in asked]

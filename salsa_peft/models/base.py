@@ -147,15 +147,15 @@ def load_classifier(
 ) -> PreTrainedModel:
     """Load a causal language model from a folder, with a new linear score head on the last token.
 
-    The head has no bias. Its weights are drawn from N(0, 1/(H+1)), as in Stiennon et al. (2020); H is the hidden size.
+    The head is float32 and has no bias. Its weights are drawn from N(0, 1/(H+1)), as in Stiennon et al. (2020); H is
+    the hidden size.
     """
     loaded = _load(classifier_class, base, model, trained, num_labels=1)
     if trained is not None:
         train_language_model_only(loaded, loaded.score)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    use_float32_head(loaded)
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
-    # the head is trained in float32; hidden states have the base's dtype, or the compute dtype of its quantisation
-    loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     return loaded
 
 
@@ -228,6 +228,27 @@ def apply_scalar_head(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
         return head(states.to(head.weight.dtype)).squeeze(-1)
 
 
+class ScoreHead(nn.Linear):
+    """Linear score head of a classifier, which computes in its own dtype, also under autocast.
+
+    It is float32, as in `AdapterReward`, so that training and scoring give the same scores. In bf16 a score of 3 would
+    be rounded to a multiple of 1/64.
+    """
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Scores (…, labels) from hidden states (…, H)."""
+        with torch.autocast(states.device.type, enabled=False):
+            return super().forward(states.to(self.weight.dtype))
+
+
+def use_float32_head(classifier: nn.Module) -> None:
+    """Make the module `score` of a classifier, if it is a linear layer, a ScoreHead in float32."""
+    head = dict(classifier.named_children()).get("score")
+    if type(head) is nn.Linear:
+        head.__class__ = ScoreHead
+        head.float()
+
+
 def causal_lm_class(config: PreTrainedConfig) -> Any:
     """The auto class that loads the causal language model of a configuration."""
     causal = type(config) in AutoModelForCausalLM._model_mapping
@@ -235,16 +256,20 @@ def causal_lm_class(config: PreTrainedConfig) -> Any:
 
 
 def classifier_class(config: PreTrainedConfig) -> Any:
-    """Class that loads a sequence classifier; created here if Transformers has none for the architecture."""
+    """Class that loads a sequence classifier, with its score head in float32 as it was saved.
+
+    It is a subclass of Transformers' class or, if Transformers has none for the architecture, of its generic one.
+    """
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
-        return auto
+        own = auto._model_mapping[type(config)]
+        return type(own.__name__, (own,), {"__module__": own.__module__, "_keep_in_fp32_modules_strict": {"score"}})
     causal = causal_lm_class(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)
     name = causal.__name__.partition("For")[0] + "ForSequenceClassification"
     # with the base's prefix, the classifier's tensors have the same names as in the base
     named = {"__module__": causal.__module__, "base_model_prefix": family.base_model_prefix}
-    return type(name, (_Classifier, family), named)
+    return type(name, (_Classifier, family), named | {"_keep_in_fp32_modules_strict": {"score"}})
 
 
 class _Classifier(GenericForSequenceClassification):

@@ -16,9 +16,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import is_quantised
-from salsa_peft.models.precision import make_trained_float32
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, report_left_out
 from salsa_peft.models.weights import load_weights
 from salsa_peft.training.train import run_trainer
@@ -103,7 +103,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
     if is_quantised(model):  # TRL has rounded the factors to bfloat16
-        make_trained_float32(model)
+        precision.make_trained_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     set_padding_token(trainer)
     # 4. hold out a share of the pairs that are short enough
@@ -189,7 +189,8 @@ def held_out_margins(trainer: Any) -> list[float]:
     trainer.model.eval()
     margins: list[float] = []
     for batch in trainer.get_eval_dataloader():
-        output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        with precision.autocast(trainer.model):  # also of an average, which no Trainer has prepared
+            output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         chosen, rejected = output.logits.squeeze(-1).float().chunk(2)
         margins += trainer.accelerator.gather_for_metrics(chosen - rejected).tolist()
     return margins

@@ -142,7 +142,7 @@ def test_small_steps_arrive_in_bf16(learning_rate: float, device: torch.device, 
         "default" if device.type == "cuda" else "force_eager"
     ):  # a CPU compiles for a minute
         for chosen in ("master", "stochastic"):
-            arguments = precision.arguments(chosen) | {"bf16": False}
+            arguments = precision.arguments(chosen)
             args = TrainingArguments(str(tmp_path), learning_rate=learning_rate, report_to="none", **arguments)
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
             weight = torch.nn.Parameter(start.to(precision.PRECISIONS[chosen].weights).clone())

@@ -20,7 +20,8 @@ from salsa_peft.data.chat.template_fields import messages_for_template, template
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.data.message_formats import parse_messages
-from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
+from salsa_peft.models import precision
+from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype, use_float32_head
 from salsa_peft.models.batches import split_by_length
 from salsa_peft.models.responses import append_turn_end, pad_tokens, token_lists
 from salsa_peft.models.rewards.base import Reward, Rows
@@ -77,7 +78,7 @@ class ClassifierReward(Reward):
     @torch.no_grad()
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         sequences = self._truncate(self.encode(responses, rows))
-        with self.on_device():
+        with self.on_device(), precision.autocast(self.classifier):
             scores = self.micro_batch.run(lambda: self._scores(sequences), len(sequences))
         return scores.to(responses.response_ids.device)
 
@@ -173,6 +174,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     missing = sorted(report["missing_keys"])
     require(not missing, f"{path}: the weights {', '.join(missing[:2])} are missing; use a trained sequence classifier")
+    use_float32_head(loaded)
     loaded.config.get_text_config().use_cache = False
     name = name or path.rstrip("/").rsplit("/", 1)[-1]
     return ClassifierReward(loaded.to(device()), tokenizer, policy_tokenizer, micro_batch_size, name)

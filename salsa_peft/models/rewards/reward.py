@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.chat.turn_ends import assistant_turn
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import apply_scalar_head, causal_lm
 from salsa_peft.models.responses import Responses, append_turn_end, last_token_states
@@ -72,7 +73,7 @@ class AdapterReward(Reward):
     def _scores(self, responses: Responses) -> Tensor:
         scores = []
         head = self.head.to(responses.response_ids.device)
-        with self.toggle(self.adapter):
+        with self.toggle(self.adapter), precision.autocast(self.model):
             for index in torch.arange(len(responses.finished)).split(self.micro_batch.rows):
                 part = responses.rows(index)
                 states = last_token_states(self.model, part.input_ids, part.attention_mask)
