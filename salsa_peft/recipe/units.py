@@ -18,6 +18,10 @@ from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import find_module, split_function
 from salsa_peft.config.schema import Recipe, Source
+from salsa_peft.utils.fingerprints import tokenizer_files
+
+DEMONSTRATIONS, PREFERENCES = "data/demonstrations", "data/preferences"
+"""Ids of the units that tokenize training data."""
 
 
 class _UnitBuilder:
@@ -61,6 +65,17 @@ class _UnitBuilder:
         """The key field of the base model."""
         model = self.recipe.model
         return {**asdict(model), "base": self.path(model.base), "chat_template": self.path(model.chat_template)}
+
+    def tokenizer(self) -> dict[str, Any]:
+        """The key field of the tokenizer and the chat template, without the base's weights."""
+        model = self.recipe.model
+        files = tokenizer_files(model.base) if model.base is not None and is_local(model.base) else None
+        self.files += [] if files is None else map(str, files)
+        return {
+            "base": model.base if files is None else [file.name for file in files],
+            "revision": model.revision,
+            "chat_template": self.path(model.chat_template),
+        }
 
     def reference(self, reference: Reference) -> dict[str, Any]:
         """The key field of a reference, without its label, and without sync options if it is not synced."""
@@ -110,6 +125,25 @@ def toy_units(recipe: Recipe, run: str) -> list[Unit]:
     return [_UnitBuilder(recipe, run).unit("toy", {"toy": asdict(recipe.toy)}, toy=False)] if recipe.toy else []
 
 
+def data_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The units that tokenize the demonstrations and preferences, if the recipe trains on them.
+
+    Their keys have the data, the tokenizer and the chat template, but neither seeds nor settings of training. Prompts are
+    not among them: they are tokenized in the stages that sample responses to them, which takes a second for 10,000 prompts.
+    """
+    algorithms = {policy.algorithm for policy in recipe.policies.values()}
+    used = {
+        "demonstrations": any(recipe.sft.existing_seed(place) is None for place in range(len(recipe.sft.seeds))),
+        "preferences": recipe.reward.trained or not algorithms.isdisjoint(PREFERENCE_ALGORITHMS),
+    }
+    units = []
+    for kind in [kind for kind, is_used in used.items() if is_used]:
+        builder = _UnitBuilder(recipe, run)
+        fields = {"source": builder.source(getattr(recipe.data, kind)), "tokenizer": builder.tokenizer()}
+        units.append(builder.unit("data", fields, name=kind))
+    return units
+
+
 def sft_units(recipe: Recipe, run: str) -> list[Unit]:
     """One SFT unit for each seed."""
     units = []
@@ -119,13 +153,13 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
         fields: dict[str, Any] = {
             "model": builder.model(),
             "adapter": asdict(recipe.adapter) if recipe.adapter else None,
-            "demonstrations": builder.source(recipe.data.demonstrations),
             "sft": {**section, "seeds": [seed]},
             **builder.precision(),
         }
+        inputs = [DEMONSTRATIONS] if existing is None else []
         if existing is not None:
             fields = {"model": fields["model"], "from": builder.path(existing)}
-        units.append(builder.unit("sft", fields, name=f"seed-{position}"))
+        units.append(builder.unit("sft", fields, *inputs, name=f"seed-{position}"))
     return units
 
 
@@ -136,11 +170,10 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
     builder = _UnitBuilder(recipe, run)
     fields = {
         "model": builder.model(),
-        "preferences": builder.source(recipe.data.preferences),
         "reward": {name: value for name, value in asdict(recipe.reward).items() if name != "model"},
         **builder.precision(),
     }
-    return [builder.unit("reward", fields, _seed(0))]
+    return [builder.unit("reward", fields, PREFERENCES, _seed(0))]
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -181,9 +214,8 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
         "export": list(recipe.export),
         **builder.precision(),
     }
-    if algorithm in PREFERENCE_ALGORITHMS:
-        fields["preferences"] = builder.source(recipe.data.preferences)
-    else:
+    inputs = [PREFERENCES] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
+    if algorithm not in PREFERENCE_ALGORITHMS:
         fields |= {
             "prompts": builder.source(recipe.data.prompts),
             "generation": {**asdict(recipe.generation), "batch_size": None},
@@ -192,8 +224,7 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
     if algorithm == "ppo":
         fields["ppo"] |= {"save_steps": None, "shown_every": None}  # the result does not depend on them
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
-    rewards = [] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
-    return builder.unit(algorithm, fields, _seed(0), *rewards, *_of_references(references), name=name)
+    return builder.unit(algorithm, fields, _seed(0), *inputs, *_of_references(references), name=name)
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -259,7 +290,7 @@ POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
 
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The unit of the report, which reads the results of all stages before it."""
-    before = [toy_units, sft_units, reward_units, soup_units]
+    before = [toy_units, data_units, sft_units, reward_units, soup_units]
     stages = [*before, *POLICY_UNITS.values(), landscape_units, evaluate_units, judge_units]
     search = None if recipe.search is None else asdict(recipe.search)
     fields = {"samples": recipe.evaluate.samples, **_comparisons(recipe), "search": search}
