@@ -149,7 +149,7 @@ def _run_unit(
     result, job, halved = _run_job(job, planned, plan, resumed, log, debug)
     planned_mb = None if result.gpu_peak_mb is None else hardware.planned_mb(job.recipe, unit.stage)
     facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned_mb} | ({"halved": halved} if halved else {})
-    cache.write_manifest(planned, plan, started=started, versions=versions(), **facts)
+    cache.write_manifest(planned, plan, started=started, versions=versions(unit.libraries), **facts)
     cache.remove_temporary_files(planned.folder)
     gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
     gpu += "" if planned_mb is None else f" (planned {planned_mb:.0f})"

@@ -2,7 +2,8 @@
 
 The key fields of a unit are the settings that its result depends on. All other settings can change without running the
 unit again: `evaluate` is in no policy's key (except the prompts that ppo.eval_prompts names); `name`, `description` and
-`threads` are in no key at all. For local files and folders, the key has the content and not the path.
+`threads` are in no key at all. For local files and folders, the key has the content and not the path. It also has the
+versions of the libraries that the unit uses, and of no others.
 """
 
 import functools
@@ -18,8 +19,21 @@ from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import find_module, split_function
 from salsa_peft.config.schema import Recipe, Source
+from salsa_peft.data.files import is_single_file
 from salsa_peft.utils.fingerprints import tokenizer_files
+from salsa_peft.utils.manifests import LIBRARIES
 
+TEXT = ("tokenizers", "jinja2")
+"""The libraries that tokenize texts and render chat templates."""
+STAGE_LIBRARIES = {
+    "toy": (*LIBRARIES, "tokenizers"),
+    "data": ("transformers", "trl", "datasets", *TEXT),
+    "ppo": (*LIBRARIES, *TEXT),
+    **dict.fromkeys(ALGORITHMS, (*LIBRARIES, *TEXT, "datasets")),
+    "landscape": (*LIBRARIES, *TEXT),
+    "evaluate": (*LIBRARIES, *TEXT),
+}
+"""Stage → libraries whose versions are in the keys of all its units; for other stages LIBRARIES."""
 DEMONSTRATIONS, PREFERENCES = "data/demonstrations", "data/preferences"
 """Ids of the units that tokenize training data."""
 
@@ -30,6 +44,7 @@ class _UnitBuilder:
     def __init__(self, recipe: Recipe, run: str) -> None:
         self.recipe, self.run = recipe, run
         self.files: list[str] = []
+        self.libraries: set[str] = set()
 
     def unit(self, stage: str, key_fields: dict[str, Any], *inputs: str, name: str = "", toy: bool = True) -> Unit:
         """Make the unit.
@@ -45,6 +60,7 @@ class _UnitBuilder:
             inputs=tuple(dict.fromkeys([*first, *inputs])),
             key_fields=key_fields,
             files=tuple(self.files),
+            libraries=tuple(sorted(self.libraries.union(STAGE_LIBRARIES.get(stage, LIBRARIES)))),
         )
 
     def path(self, value: str | None) -> str | None:
@@ -59,11 +75,15 @@ class _UnitBuilder:
 
     def source(self, source: Source | None) -> dict[str, Any] | None:
         """The key field of a dataset."""
-        return None if source is None else {**asdict(source), "path": self.path(source.path)}
+        if source is None:
+            return None
+        self.libraries |= set() if is_single_file(source) else {"datasets"}
+        return {**asdict(source), "path": self.path(source.path)}
 
     def model(self) -> dict[str, Any]:
         """The key field of the base model."""
         model = self.recipe.model
+        self.libraries |= {"bitsandbytes"} if model.quantization is not None else set()
         return {**asdict(model), "base": self.path(model.base), "chat_template": self.path(model.chat_template)}
 
     def tokenizer(self) -> dict[str, Any]:
@@ -96,9 +116,21 @@ class _UnitBuilder:
         self.files += [] if file is None else [str(file)]
         return named
 
-    def precision(self) -> dict[str, Any]:
-        """The key field of the precision of full weights; empty for adapters, whose precision is fixed."""
-        return {"precision": self.recipe.precision} if self.recipe.adapter is None else {}
+    def training(self, stage: str) -> dict[str, Any]:
+        """The key field of the precision of full weights; empty for adapters, whose precision is fixed.
+
+        Notes the libraries that training needs. `precision: auto` may need torchao, which depends on the GPU.
+        """
+        full, precision = self.recipe.adapter is None, self.recipe.precision
+        paged = getattr(self.recipe, stage).optim.startswith("paged")
+        used = {"bitsandbytes": paged, "torchao": full and precision != "master"}
+        self.libraries |= {"accelerate", *(name for name, is_used in used.items() if is_used)}
+        return {"precision": precision} if full else {}
+
+
+def _section(section: Any, *left_out: str) -> dict[str, Any]:
+    """The key field of a training section, without `save_steps`, on which no result depends, and `left_out`."""
+    return {name: value for name, value in asdict(section).items() if name not in ("save_steps", *left_out)}
 
 
 def _seed(position: int) -> str:
@@ -149,17 +181,17 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
     units = []
     for position, seed in enumerate(recipe.sft.seeds):
         builder, existing = _UnitBuilder(recipe, run), recipe.sft.existing_seed(position)
-        section = {name: value for name, value in asdict(recipe.sft).items() if name != "from_"}
-        fields: dict[str, Any] = {
+        if existing is not None:
+            fields: dict[str, Any] = {"model": builder.model(), "from": builder.path(existing)}
+            units.append(builder.unit("sft", fields, name=f"seed-{position}"))
+            continue
+        fields = {
             "model": builder.model(),
             "adapter": asdict(recipe.adapter) if recipe.adapter else None,
-            "sft": {**section, "seeds": [seed]},
-            **builder.precision(),
+            "sft": {**_section(recipe.sft, "from_"), "seeds": [seed]},
+            **builder.training("sft"),
         }
-        inputs = [DEMONSTRATIONS] if existing is None else []
-        if existing is not None:
-            fields = {"model": fields["model"], "from": builder.path(existing)}
-        units.append(builder.unit("sft", fields, *inputs, name=f"seed-{position}"))
+        units.append(builder.unit("sft", fields, DEMONSTRATIONS, name=f"seed-{position}"))
     return units
 
 
@@ -170,8 +202,8 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
     builder = _UnitBuilder(recipe, run)
     fields = {
         "model": builder.model(),
-        "reward": {name: value for name, value in asdict(recipe.reward).items() if name != "model"},
-        **builder.precision(),
+        "reward": _section(recipe.reward, "model"),
+        **builder.training("reward"),
     }
     return [builder.unit("reward", fields, PREFERENCES, _seed(0))]
 
@@ -192,6 +224,7 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
         "model": builder.model(),
         "data": builder.source(getattr(recipe.data, section.measure_source)) if section.measure_source else None,
     }
+    builder.libraries |= {*TEXT}
     if section.measure == "reward":
         fields |= {"reward": builder.reward(), "generation": asdict(recipe.generation)}
     return [builder.unit("soup", fields, *(_reward(recipe) if section.measure == "reward" else []), *members)]
@@ -209,10 +242,10 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
     beta = section.kl_coef if policy.kl_coef is None else policy.kl_coef
     fields: dict[str, Any] = {
         "model": builder.model(),
-        algorithm: {**asdict(section), "kl_coef": beta},
+        algorithm: {**_section(section), "kl_coef": beta},
         "references": [builder.reference(reference) for reference in references],
         "export": list(recipe.export),
-        **builder.precision(),
+        **builder.training(algorithm),
     }
     inputs = [PREFERENCES] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
     if algorithm not in PREFERENCE_ALGORITHMS:
@@ -222,6 +255,7 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
             "reward": builder.reward(),
         }
     if algorithm == "ppo":
+        builder.libraries |= {"vllm"} if recipe.ppo.rollout_backend == "vllm" else set()
         fields["ppo"] |= {"save_steps": None, "shown_every": None}  # the result does not depend on them
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
     return builder.unit(algorithm, fields, _seed(0), *inputs, *_of_references(references), name=name)
@@ -272,6 +306,7 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
     if judge is None:
         return []
     builder = _UnitBuilder(recipe, run)
+    builder.libraries |= {*TEXT} if judge.kind == "local" else set()
     unused: dict[str, Any] = dict.fromkeys(("api_key_env", "concurrency", "timeout", "retries"))
     places: dict[str, Any] = {"function": builder.function, "local": builder.path}
     model = places[judge.kind](judge.model) if judge.kind in places else judge.model

@@ -19,9 +19,11 @@ from salsa_peft.data import tokenized
 from salsa_peft.data.splits import SPLIT_SEED, Split, split_by_prompt
 from salsa_peft.data.tokenized import PAIR_TOKENS
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import cast_trainable_to_float32, is_quantised
-from salsa_peft.models.stage_context import ProgressBar, StageContext, mean_loss, remove_printer, report_left_out
+from salsa_peft.models.base import is_quantised
+from salsa_peft.models.precision import make_trained_float32
+from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, report_left_out
 from salsa_peft.models.weights import load_weights
+from salsa_peft.training.train import run_trainer
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
@@ -105,13 +107,13 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
-    if is_quantised(model):
-        cast_trainable_to_float32(model)
+    if is_quantised(model):  # TRL has rounded the factors to bfloat16
+        make_trained_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     set_padding_token(trainer)
     # 4. train, save, measure
     remove_printer(trainer)
-    loss = mean_loss(trainer, trainer.train().training_loss)
+    loss = run_trainer(trainer)
     context.save(trainer, folder)
     return trainer, {
         **margin_metrics(held_out_margins(trainer)),
