@@ -21,6 +21,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
+from salsa_peft.data.tokenized import tokenized_demonstrations
 from salsa_peft.models import generation
 from salsa_peft.models import responses as rollout
 from salsa_peft.models.logprobs import Head
@@ -30,7 +31,6 @@ from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import PromptEncoder
-from salsa_peft.training.sft import tokenize
 from salsa_peft.utils.errors import SalsaError
 
 KINDS = list(tiny_tokenizers.KINDS)
@@ -285,7 +285,7 @@ class TestLossMask:
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         tokenizer = make("gpt2")
-        rows = tokenize([{"messages": chat} for chat in CHATS], tokenizer)
+        rows = tokenized_demonstrations([{"messages": chat} for chat in CHATS], tokenizer)
         batch = DataCollatorForLanguageModeling(pad_token_id=0)(list(rows))
         for ids, mask, labels, chat in zip(
             batch["input_ids"], batch["attention_mask"], batch["labels"], CHATS, strict=True
