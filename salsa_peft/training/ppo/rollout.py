@@ -164,6 +164,8 @@ class RolloutMaker:
             )
         except Interrupted:
             mine = None
+        finally:
+            self.backend.rest()
         everyones = self._gathered([mine])
         if None in everyones:
             raise Interrupted
