@@ -85,8 +85,8 @@ class Resumable(Trainer):
     references: Sequence[FrozenReference] = ()
     partial: Path | None = None
     """Folder in which a checkpoint is being written; None between checkpoints."""
-    progress: dict[str, Any] | None = None
-    """What `_save_progress` wrote into the checkpoint from which this training goes on."""
+    resumed: dict[str, Any] | None = None
+    """What `_save_progress` wrote into the checkpoint from which this training goes on; None from the start."""
 
     @property
     def folder(self) -> Path:
@@ -101,7 +101,7 @@ class Resumable(Trainer):
         if checkpoint is not None:
             remedy = f"Run it with the settings of before, or train it from the beginning with --force {unit}"
             checkpoints.read_state(checkpoint, self.setting(), remedy)
-            self.progress = json.loads((checkpoint / PROGRESS.format(self.args.process_index)).read_bytes())
+            self.resumed = json.loads((checkpoint / PROGRESS.format(self.args.process_index)).read_bytes())
         stop = GracefulStop(self.accelerator)
         self.add_callback(SaveOrStop(self, stop))
         with stop.handle_sigterm():
@@ -171,14 +171,14 @@ class Resumable(Trainer):
 
     def _save_progress(self, folder: Path) -> None:
         """Save this process's sums of losses, metrics that are not logged yet, and TRL's counters."""
-        self.progress = {
+        progress = {
             "loss": self._tr_loss.item(),
             "total_loss": self._total_loss_scalar,
             "logged_step": self._globalstep_last_logged,
             "metrics": self._metrics["train"],
             "counters": {name: vars(self)[name] for name in COUNTERS if name in vars(self)},
         }
-        (folder / PROGRESS.format(self.args.process_index)).write_text(json.dumps(self.progress), encoding="utf-8")
+        (folder / PROGRESS.format(self.args.process_index)).write_text(json.dumps(progress), encoding="utf-8")
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write no model card, which TRL writes with every checkpoint; `salsa run` writes its own on a push."""
@@ -187,15 +187,15 @@ class Resumable(Trainer):
 
     def restore_progress(self) -> None:
         """Restore what `_save_progress` saved, after Trainer has set its own sums to 0."""
-        if self.progress is None:
+        if self.resumed is None:
             return
-        self._tr_loss = torch.tensor(self.progress["loss"], device=self.args.device)
+        self._tr_loss = torch.tensor(self.resumed["loss"], device=self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = (
-            self.progress[key] for key in ("total_loss", "logged_step")
+            self.resumed[key] for key in ("total_loss", "logged_step")
         )
         self._initial_global_step = 0  # the mean loss is that of all steps
-        self._metrics["train"].update(self.progress["metrics"])
-        vars(self).update(self.progress["counters"])
+        self._metrics["train"].update(self.resumed["metrics"])
+        vars(self).update(self.resumed["counters"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the trained weights and the synced references."""
@@ -225,7 +225,7 @@ class Resumable(Trainer):
         """
         if self.state.global_step >= self.state.max_steps:
             return
-        if self.progress is not None and given["epoch"] == given["epochs_trained"]:
+        if self.resumed is not None and given["epoch"] == given["epochs_trained"]:
             start_epoch(given["train_dataloader"], given["epoch"])
         super()._run_epoch(**given)
 

@@ -20,7 +20,7 @@ from salsa_peft.training import checkpoints, train
 
 SETS = SMALL | {
     "toy.demonstrations": 52, "toy.preferences": 60, "toy.prompts": 26, "toy.pretrain_steps": 20, "adapter.lora_dropout": 0.1,
-    "sft.seeds": [0], "sft.batch_size": 8, "sft.micro_batch_size": 4, "sft.num_train_epochs": 3, "sft.save_steps": 3,
+    "sft.seeds": [0], "sft.batch_size": 8, "sft.micro_batch_size": 4, "sft.num_train_epochs": 3, "sft.subset": 1, "sft.save_steps": 3,
     "reward.batch_size": 8, "reward.micro_batch_size": 4, "reward.num_train_epochs": 2, "reward.save_steps": 3, "reward.warmup_ratio": 0.2,
     "reward.seeds": [0, 1], "reward.held_out": 0.1, "soup.members": [0], "landscape": None, "export": [], "evaluate.models": [],
     "policies": {name: {"algorithm": name, "reference": "seed-0"} for name in ("dpo", "kto", "rloo", "grpo")},
@@ -57,7 +57,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
-    """A run's folder, and what its units left without an interruption."""
+    """A run's folder, and what its units left without an interruption. The units are its own again after each test."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with inline_stages():
         assert command(folder, "--stages", "toy,sft,reward,dpo,kto,rloo,grpo") == 0
@@ -66,26 +66,35 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
 
 def stop_at(step: int, patch: pytest.MonkeyPatch, seed: int | None = None) -> None:
     """Stop training in the forward pass after `step` optimizer steps, of a trainer with that seed."""
-    before = train.Resumable.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step and seed in (None, self.args.seed):
             raise Stopped
-        return before(self, *args, **kwargs)
+        return super(train.Resumable, self).training_step(*args, **kwargs)
 
-    patch.setattr(train.Resumable, "training_step", training_step)
+    patch.setattr(train.Resumable, "training_step", training_step, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def kept(whole: tuple[Path, Any], request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give a test an unfinished unit, and put the finished one back afterwards, because other units' keys need it."""
+    name = request.node.callspec.params["name"]
+    place, aside = unit(whole[0], name), whole[0].parent / "aside"
+    place.rename(aside)
+    yield
+    shutil.rmtree(place)
+    aside.rename(place)
 
 
 def run_stopped(folder: Path, name: str, step: int, seed: int | None = None) -> Path:
-    """Run a unit anew and stop it. Returns its folder."""
-    place = unit(folder, name)
-    shutil.rmtree(place)
+    """Run a unit and stop it. Returns its folder."""
     with pytest.MonkeyPatch.context() as patch:
         stop_at(step, patch, seed)
         with pytest.raises(Stopped):
             command(folder, "--stages", name)
     for draw in (random.seed, np.random.seed, torch.manual_seed):  # a new process would have other random numbers
         draw(step)
+    (place,) = (folder / name).iterdir()
     return place
 
 
