@@ -49,7 +49,8 @@ REQUIRED = (
 CHANGEABLE = (
     "learning_rate", "value_head_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "kl_coef",
     "kl_target", "kl_horizon", "kl_coef_min", "kl_coef_max", "max_ratio", "target_kl", "rollout_backend",
-    "old_logprobs", "bf16",
+    "old_logprobs", "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
+    "importance_sampling_clip_min", "bf16",
 )  # fmt: skip
 """Options that may change on resume; changes are printed."""
 LORA_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
