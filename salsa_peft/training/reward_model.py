@@ -5,6 +5,7 @@ A.2). The loss is −log σ(R(x, y_w) − R(x, y_l)).
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +21,14 @@ from salsa_peft.data.splits import SPLIT_SEED, Split, split_by_prompt
 from salsa_peft.data.tokenized import PAIR_TOKENS
 from salsa_peft.models import precision
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import is_quantised
+from salsa_peft.models.base import is_quantised, resolve_dtype
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, report_left_out
-from salsa_peft.models.weights import load_weights
-from salsa_peft.training.train import run_trainer
+from salsa_peft.models.weights import cast_weights, load_weights
+from salsa_peft.training import checkpoints
+from salsa_peft.training.train import resumable, run_trainer
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.files import read_json, write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
 FEW_PAIRS = 30
@@ -42,7 +44,11 @@ def run(job: Job) -> dict[str, Any]:
     The result is saved with its score head as a PEFT adapter, or as a sequence classifier's checkpoint.
     """
     seeds = job.recipe.reward.seeds
-    trainer, metrics = train(job, seeds[0], job.folder) if len(seeds) == 1 else train_soup(job, seeds)
+    if len(seeds) == 1:
+        trainer, facts = make_trainer(job, seeds[0], job.folder)
+        metrics = train(job, trainer, job.folder) | facts
+    else:
+        trainer, metrics = train_soup(job, seeds)
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
         if (pairs := metrics["accuracy"]["held_out"]["n"]) < FEW_PAIRS:
@@ -54,19 +60,30 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
     """Train a reward model for each seed and average the models (WARM, section 3).
 
     Returns the trainer of the average, and its metrics. All members start from the same weights and hold out the
-    same pairs; the seed sets the order of the data.
+    same pairs; the seed sets the order of the data. A member that was trained before the stage was killed is not
+    trained again.
     """
     from salsa_peft.soup.average import soup
 
-    members = []
+    members: list[dict[str, Any]] = []
     trainer: Any = None
+    finished = False
     for seed in seeds:
-        trainer = None  # frees the previous trainer's memory
-        trainer, found = train(job, seed, job.folder / f"seed-{seed}")
-        members.append({"seed": seed, **found})
+        folder = job.folder / f"seed-{seed}"
+        metrics, finished = folder / "metrics.json", (folder / "metrics.json").is_file()
+        if not finished or seed == seeds[-1]:  # the last trainer is needed to measure the average
+            trainer = None  # frees the previous trainer's memory
+            trainer, facts = make_trainer(job, seed, folder)
+        if not finished:
+            found = {"seed": seed, **train(job, trainer, folder), **facts}
+            if trainer.is_world_process_zero():
+                write_atomic(metrics, json.dumps(found, indent=2))
+                checkpoints.remove_all(folder)
+        members.append(read_json(metrics) if finished else found)
     names = [f"seed-{seed}" for seed in seeds]
     if trainer.is_world_process_zero():
         average = job.folder / "average"
+        shutil.rmtree(average, ignore_errors=True)  # left by a killed process
         soup(average, [job.folder / name for name in names], names=names)
         for file in average.iterdir():
             file.rename(job.folder / file.name)
@@ -76,12 +93,14 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         base, device = StageContext.of_job(job).load_classifier(), trainer.model.device
         trainer.model = PeftModel.from_pretrained(base, job.folder).to(device)
     else:
+        if finished:  # the last member was saved, and cast for that, before the stage was killed
+            cast_weights(trainer.model, resolve_dtype(job.recipe.model.dtype))
         load_weights(trainer.model, job.folder)
     return trainer, {**members[-1], "seed": None, **margin_metrics(held_out_margins(trainer)), "members": members}
 
 
-def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Train, save (in `folder`) and evaluate a reward model. Returns the trainer and the metrics."""
+def make_trainer(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The trainer of a reward model, with training and held-out pairs, and the numbers of pairs for metrics.json."""
     from trl import RewardConfig, RewardTrainer
 
     recipe, section = job.recipe, job.recipe.reward
@@ -95,10 +114,10 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     # 2. a score head on a copy of seed-0
     model = start_from_seed(context, job.inputs["sft/seed-0"])
     # 3. the trainer
-    trainer: Any = RewardTrainer(
+    trainer: Any = resumable(RewardTrainer)(
         model=model,
         args=RewardConfig(
-            **context.arguments(section, folder / "trainer", seed),
+            **context.arguments(section, folder, seed),
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
             max_length=None,
         ),
@@ -111,17 +130,16 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         precision.make_trained_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     set_padding_token(trainer)
-    # 4. train, save, measure
     remove_printer(trainer)
-    loss = run_trainer(trainer)
-    context.save(trainer, folder)
-    return trainer, {
-        **margin_metrics(held_out_margins(trainer)),
-        "loss": loss,
-        "pairs": {"train": len(pairs.train), "held_out": len(pairs.held_out)},
-        "left_out": len(rows) - len(fitting),
-        "steps": trainer.state.global_step,
-    }
+    numbers = {"train": len(pairs.train), "held_out": len(pairs.held_out)}
+    return trainer, {"pairs": numbers, "left_out": len(rows) - len(fitting)}
+
+
+def train(job: Job, trainer: Any, folder: Path) -> dict[str, Any]:
+    """Train, save (in `folder`) and evaluate a reward model. Returns its metrics."""
+    loss = run_trainer(trainer, job.unit.id)
+    StageContext.of_job(job).save(trainer, folder)
+    return {**margin_metrics(held_out_margins(trainer)), "loss": loss, "steps": trainer.state.global_step}
 
 
 def set_padding_token(trainer: Any) -> None:

@@ -36,7 +36,7 @@ from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.models.weights import check_finite, read_tensors
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.training import external_models
-from salsa_peft.training.train import run_trainer
+from salsa_peft.training.train import resumable, run_trainer
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
@@ -68,10 +68,10 @@ def run(job: Job) -> dict[str, Any]:
         check_head(model)
     if recipe.adapter is not None:
         check_targets(recipe.adapter, model)
-    trainer: Any = SFTTrainer(
+    trainer: Any = resumable(SFTTrainer)(
         model=model,
         args=SFTConfig(
-            **context.arguments(section, job.folder / "trainer", seed),
+            **context.arguments(section, job.folder, seed),
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             **router_loss(model, job.unit.id),
@@ -83,7 +83,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     # 3. train and save
     remove_printer(trainer)
-    loss = run_trainer(trainer)
+    loss = run_trainer(trainer, job.unit.id)
     context.save(trainer, job.folder)
     log = [row for row in trainer.state.log_history if "loss" in row]
     metrics = {

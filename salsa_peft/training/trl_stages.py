@@ -32,7 +32,7 @@ from salsa_peft.models.stage_context import (
 )
 from salsa_peft.training.ppo_stage import build_policy, export_merged
 from salsa_peft.training.reward_model import margin_metrics
-from salsa_peft.training.train import run_trainer
+from salsa_peft.training.train import resumable, run_trainer
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
 
@@ -60,7 +60,7 @@ def run(job: Job) -> dict[str, Any]:
     use_reference(trainer, references)
     remove_printer(trainer)
     # 3. train, measure, save
-    loss = run_trainer(trainer)
+    loss = run_trainer(trainer, job.unit.id, references)
     facts = {
         "algorithm": algorithm,
         "reference": ", ".join(reference.label for reference in references),
@@ -87,7 +87,7 @@ def arguments(context: StageContext, job: Job) -> dict[str, Any]:
     section = getattr(job.recipe, job.unit.stage)
     own = job.recipe.policies[job.unit.name].kl_coef
     return {
-        **context.arguments(section, job.folder / "trainer", section.seed),
+        **context.arguments(section, job.folder, section.seed),
         "beta": section.kl_coef if own is None else own,
         "disable_dropout": True,
     }
@@ -115,7 +115,7 @@ def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
     from trl import DPOConfig, DPOTrainer
 
     train, test, facts = pairs(job)
-    trainer = DPOTrainer(
+    trainer = resumable(DPOTrainer)(
         model,
         ref_model=references[0].model,  # with full weights, TRL would otherwise load a reference itself
         args=DPOConfig(
@@ -137,7 +137,7 @@ def kto(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
     from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
 
     train, _, facts = pairs(job)
-    trainer = KTOTrainer(
+    trainer = resumable(KTOTrainer)(
         model,
         ref_model=references[0].model,
         args=KTOConfig(
@@ -170,7 +170,7 @@ def rloo_or_grpo(context: StageContext, job: Job, model: Any, references: list[F
     kept = prompts_that_fit(job, context, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)
     reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, section.micro_batch_size or section.batch_size)
-    made = trainer(
+    made = resumable(trainer)(
         model,
         args=config(
             **arguments(context, job),
