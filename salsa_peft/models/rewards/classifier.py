@@ -23,6 +23,7 @@ from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype, trunk
 from salsa_peft.models.batches import split_by_length
+from salsa_peft.models.generation import masks_without_sync
 from salsa_peft.models.responses import append_turn_end, pad_responses, pad_tokens, token_lists
 from salsa_peft.models.rewards.base import Reward, Rows
 from salsa_peft.models.rewards.function import decode
@@ -159,7 +160,10 @@ class ClassifierReward(Reward):
         pad = next(token for token in (self.tokenizer.pad_token_id, *range(len(ends))) if token not in ends)
         self.classifier.config.get_text_config().pad_token_id = pad
         ids, mask = pad_tokens(sequences, pad, self.classifier.device)
-        return self.classifier(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1).float()
+        padded = len(set(map(len, sequences))) > 1
+        with masks_without_sync(padded):
+            output = self.classifier(input_ids=ids, attention_mask=mask.long() if padded else None)
+        return output.logits.squeeze(-1).float()
 
 
 def scores_last_token(classifier: PreTrainedModel) -> bool:
