@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,11 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    masking_utils,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import ModelOutput
+from transformers.utils.generic import is_flash_attention_requested
 
 from salsa_peft.config.schema import Model
 from salsa_peft.data.chat import turn_ends
@@ -161,16 +164,56 @@ def causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def hidden_states(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     """The model's last hidden states (B, L, H), with the active adapter.
 
     input_ids: (B, L). attention_mask: (B, L), True or 1 for a token that is not padding. Padding may be on either side,
-    since position ids count only tokens that are not padding.
+    since position ids count only tokens that are not padding. Without attention_mask, padding is on the right only,
+    where no other token attends to it. options: further arguments of the model.
     """
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return trunk(causal_lm(model))(
-        input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False
-    )[0]
+    decoder, known = trunk(causal_lm(model)), contextlib.nullcontext()
+    if attention_mask is not None:
+        options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        options["attention_mask"] = attention_mask.long()
+    elif not options or uses_flash_attention(decoder):
+        known = _no_search_for_packed_rows()
+    with known:
+        return decoder(input_ids=input_ids, use_cache=False, **options)[0]
+
+
+@contextlib.contextmanager
+def _no_search_for_packed_rows() -> Iterator[None]:
+    """Context in which Transformers does not look for packed rows in position ids, for which it waits for the device."""
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
+
+
+def uses_flash_attention(model: Any) -> bool:
+    """Whether a Transformers model computes attention with one of the flash-attn packages or kernels."""
+    return is_flash_attention_requested(model.config.get_text_config(decoder=True))
+
+
+def packs_rows(model: nn.Module) -> bool:
+    """Whether `hidden_states` of several rows is computed with the rows one after another, without padding.
+
+    This needs flash attention on CUDA, and layers without other states than attention's, which would run on into the
+    next row.
+    """
+    lm = causal_lm(model)
+    return lm.device.type == "cuda" and uses_flash_attention(lm) and has_only_attention(lm)
+
+
+def has_only_attention(lm: Any) -> bool:
+    """Whether a token gets information of earlier tokens through attention only, not recurrence or convolution."""
+    types = vars(lm.config.get_text_config(decoder=True)).get("layer_types") or ()
+    convolutions = any(isinstance(module, nn.Conv1d) for module in trunk(lm).modules())
+    return not (lm._is_stateful or convolutions or set(types) - {"full_attention", "sliding_attention"})
 
 
 def max_positions(config: Any) -> int | None:

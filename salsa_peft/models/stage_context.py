@@ -181,7 +181,8 @@ def training_arguments(section: Training, folder: Path, seed: int, processes: in
         "use_cpu": not torch.cuda.is_available(),
         "seed": seed,
         "data_seed": seed,
-        "save_strategy": "no",
+        "save_strategy": "no",  # training/train.py asks for checkpoints
+        "save_steps": section.save_steps,
         "disable_tqdm": True,
         "logging_steps": 10,
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, length_reward, roll_out
+from plain_ppo import PROMPTS, length_reward, loss_of, roll_out
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
@@ -152,7 +152,7 @@ def test_the_first_ratio_is_1_under_autocast(make_trainer: Any, full: bool) -> N
     trainer = make_trainer(full=full, bf16=True)
     trainer.accelerator.prepare(trainer.model)
     rollout = roll_out(trainer)
-    loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+    loss = loss_of(trainer, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
     assert loss.ratio.item() == pytest.approx(1, abs=1e-6) and loss.approxkl.item() < 1e-9
 
 

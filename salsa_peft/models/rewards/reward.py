@@ -104,18 +104,22 @@ class WeightedReward(Reward):
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         total = torch.zeros(len(rows), device=responses.response_ids.device)
-        any_applies = torch.zeros_like(total, dtype=torch.bool)
-        for reward, weight, name in self.parts:
+        without_score = torch.ones_like(total, dtype=torch.bool)
+        sums: list[Tensor] = []
+        for reward, weight, _ in self.parts:
             scores, applies = reward.scores_and_mask(responses, rows)
-            self.add_metric(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
+            sums += [scores.sum(), applies.sum()]  # a score is 0 where the reward does not apply
             if weight:
-                total = total + weight * scores  # a score is 0 where the reward does not apply
-                any_applies |= applies
+                total = total + weight * scores
+                without_score &= ~applies
+        *sums_and_counts, missing = torch.stack([one.double() for one in [*sums, without_score.sum()]]).tolist()
+        for part, found, count in zip(self.parts, sums_and_counts[::2], sums_and_counts[1::2], strict=True):
+            self.add_metric(f"rewards/{part.name}/mean", found, int(count))
         names = ", ".join(part.name for part in self.parts if part.weight)
         require(
-            bool(any_applies.all()),
-            f"reward: {int((~any_applies).sum())} of {len(rows)} responses get no score, because none of the rewards"
-            f" {names} applies to them; return a score for each response from at least one reward",
+            not missing,
+            f"reward: {int(missing)} of {len(rows)} responses get no score, because none of the rewards {names} applies"
+            " to them; return a score for each response from at least one reward",
         )
         return total
 

@@ -182,6 +182,11 @@ def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
         f"rollout_backend: {args.rollout_backend}{', compiled,' if args.rollout_compile else ''} does not work with"
         " sharded weights. Use hf without rollout_compile",
     )
+    require(
+        args.micro_batch_tokens is None,
+        f"micro_batch_tokens: {args.micro_batch_tokens} does not work with sharded weights, because all processes must"
+        " make the same number of forward passes. Set micro_batch_size instead",
+    )
     if kind == DistributedType.FSDP:
         _check_fsdp(accelerator.state.fsdp_plugin)
     else:
