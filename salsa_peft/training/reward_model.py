@@ -5,6 +5,7 @@ A.2). The loss is −log σ(R(x, y_w) − R(x, y_l)).
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,19 +16,21 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data import datasets
+from salsa_peft.data import tokenized
+from salsa_peft.data.splits import SPLIT_SEED, Split, split_by_prompt
+from salsa_peft.data.tokenized import PAIR_TOKENS
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import is_quantised
-from salsa_peft.models.precision import make_trained_float32
+from salsa_peft.models.base import is_quantised, resolve_dtype
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, report_left_out
-from salsa_peft.models.weights import load_weights
-from salsa_peft.training.train import run_trainer
+from salsa_peft.models.weights import cast_weights, load_weights
+from salsa_peft.training import checkpoints
+from salsa_peft.training.train import resumable, run_trainer
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.files import read_json, write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
-SPLIT_SEED = 0
 FEW_PAIRS = 30
 """With fewer held-out pairs a warning is printed.
 
@@ -41,7 +44,11 @@ def run(job: Job) -> dict[str, Any]:
     The result is saved with its score head as a PEFT adapter, or as a sequence classifier's checkpoint.
     """
     seeds = job.recipe.reward.seeds
-    trainer, metrics = train(job, seeds[0], job.folder) if len(seeds) == 1 else train_soup(job, seeds)
+    if len(seeds) == 1:
+        trainer, facts = make_trainer(job, seeds[0], job.folder)
+        metrics = train(job, trainer, job.folder) | facts
+    else:
+        trainer, metrics = train_soup(job, seeds)
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
         if (pairs := metrics["accuracy"]["held_out"]["n"]) < FEW_PAIRS:
@@ -53,19 +60,30 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
     """Train a reward model for each seed and average the models (WARM, section 3).
 
     Returns the trainer of the average, and its metrics. All members start from the same weights and hold out the
-    same pairs; the seed sets the order of the data.
+    same pairs; the seed sets the order of the data. A member that was trained before the stage was killed is not
+    trained again.
     """
     from salsa_peft.soup.average import soup
 
-    members = []
+    members: list[dict[str, Any]] = []
     trainer: Any = None
+    finished = False
     for seed in seeds:
-        trainer = None  # frees the previous trainer's memory
-        trainer, found = train(job, seed, job.folder / f"seed-{seed}")
-        members.append({"seed": seed, **found})
+        folder = job.folder / f"seed-{seed}"
+        metrics, finished = folder / "metrics.json", (folder / "metrics.json").is_file()
+        if not finished or seed == seeds[-1]:  # the last trainer is needed to measure the average
+            trainer = None  # frees the previous trainer's memory
+            trainer, facts = make_trainer(job, seed, folder)
+        if not finished:
+            found = {"seed": seed, **train(job, trainer, folder), **facts}
+            if trainer.is_world_process_zero():
+                write_atomic(metrics, json.dumps(found, indent=2))
+                checkpoints.remove_all(folder)
+        members.append(read_json(metrics) if finished else found)
     names = [f"seed-{seed}" for seed in seeds]
     if trainer.is_world_process_zero():
         average = job.folder / "average"
+        shutil.rmtree(average, ignore_errors=True)  # left by a killed process
         soup(average, [job.folder / name for name in names], names=names)
         for file in average.iterdir():
             file.rename(job.folder / file.name)
@@ -75,55 +93,53 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         base, device = StageContext.of_job(job).load_classifier(), trainer.model.device
         trainer.model = PeftModel.from_pretrained(base, job.folder).to(device)
     else:
+        if finished:  # the last member was saved, and cast for that, before the stage was killed
+            cast_weights(trainer.model, resolve_dtype(job.recipe.model.dtype))
         load_weights(trainer.model, job.folder)
     return trainer, {**members[-1], "seed": None, **margin_metrics(held_out_margins(trainer)), "members": members}
 
 
-def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Train, save (in `folder`) and evaluate a reward model. Returns the trainer and the metrics."""
+def make_trainer(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The trainer of a reward model, with training and held-out pairs, and the numbers of pairs for metrics.json."""
     from trl import RewardConfig, RewardTrainer
 
     recipe, section = job.recipe, job.recipe.reward
     # 1. pairs
     context = StageContext.of_job(job)
-    source = datasets.training_sources(recipe, job.inputs.get("toy"))["preferences"]
-    rows = datasets.preferences(source, context.tokenizer)
+    rows = tokenized.load(job.inputs["data/preferences"], *PAIR_TOKENS, "prompt_digest")
+    fitting = tokenized.pairs_that_fit(rows, recipe.model.max_length)
+    limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
+    report_left_out(job, len(rows) - len(fitting), len(rows), limit)
+    pairs = split_pairs(recipe, len(rows), fitting["prompt_digest"][:])
     # 2. a score head on a copy of seed-0
     model = start_from_seed(context, job.inputs["sft/seed-0"])
     # 3. the trainer
-    trainer: Any = RewardTrainer(
+    trainer: Any = resumable(RewardTrainer)(
         model=model,
         args=RewardConfig(
-            **context.arguments(section, folder / "trainer", seed),
+            **context.arguments(section, folder, seed),
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
-            max_length=recipe.model.max_length,
+            max_length=None,
         ),
-        train_dataset=datasets.to_dataset(rows),
+        train_dataset=fitting.select(pairs.train),
+        eval_dataset=fitting.select(pairs.held_out),
         processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
     if is_quantised(model):  # TRL has rounded the factors to bfloat16
-        make_trained_float32(model)
+        precision.make_trained_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     set_padding_token(trainer)
-    # 4. hold out a share of the pairs that are short enough
-    fitting = len(trainer.train_dataset)
-    kept_out = count_held_out(recipe, len(rows), fitting)
-    limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
-    report_left_out(job, len(rows) - fitting, len(rows), limit)
-    parts = trainer.train_dataset.train_test_split(test_size=kept_out, seed=SPLIT_SEED)
-    trainer.train_dataset, trainer.eval_dataset = parts["train"], parts["test"]
-    # 5. train, save, measure
     remove_printer(trainer)
-    loss = run_trainer(trainer)
-    context.save(trainer, folder)
-    return trainer, {
-        **margin_metrics(held_out_margins(trainer)),
-        "loss": loss,
-        "pairs": {"train": fitting - kept_out, "held_out": kept_out},
-        "left_out": len(rows) - fitting,
-        "steps": trainer.state.global_step,
-    }
+    numbers = {"train": len(pairs.train), "held_out": len(pairs.held_out)}
+    return trainer, {"pairs": numbers, "left_out": len(rows) - len(fitting)}
+
+
+def train(job: Job, trainer: Any, folder: Path) -> dict[str, Any]:
+    """Train, save (in `folder`) and evaluate a reward model. Returns its metrics."""
+    loss = run_trainer(trainer, job.unit.id)
+    StageContext.of_job(job).save(trainer, folder)
+    return {**margin_metrics(held_out_margins(trainer)), "loss": loss, "steps": trainer.state.global_step}
 
 
 def set_padding_token(trainer: Any) -> None:
@@ -132,24 +148,28 @@ def set_padding_token(trainer: Any) -> None:
     Transformers' classifiers compute the score at the last token that is not the padding token.
     """
     pad = trainer.processing_class.pad_token_id
-    last_tokens = {ids[-1] for side in ("chosen_ids", "rejected_ids") for ids in trainer.train_dataset[side]}
+    parts = [part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None]
+    last_tokens = {ids[-1] for part in parts for side in PAIR_TOKENS for ids in part[side]}
     if pad in last_tokens:
         pad = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
         trainer.data_collator.pad_token_id = trainer.model.config.get_text_config().pad_token_id = pad
 
 
-def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:
-    """Number of held-out pairs. Raises SalsaError if the training pairs do not fill a batch."""
-    section = recipe.reward
-    kept_out = section.held_out_rows(fitting)
+def split_pairs(recipe: Recipe, pairs: int, prompts: Sequence[str]) -> Split:
+    """Split the pairs that are short enough by prompt. Raises SalsaError if the training pairs do not fill a batch.
+
+    pairs: number of all pairs. prompts: the prompt of each pair that is short enough.
+    """
+    section, fitting, wanted = recipe.reward, len(prompts), recipe.reward.held_out_rows(len(prompts))
+    split = split_by_prompt(prompts, wanted) if wanted < fitting else Split([], [])
     require(
-        fitting - kept_out >= section.batch_size,
+        len(split.train) >= section.batch_size,
         f"data.preferences: of {pairs} pairs, {pairs - fitting} are longer than model.max_length ="
-        f" {recipe.model.max_length} tokens, and {kept_out} are held out (reward.held_out = {section.held_out:g}). The"
-        f" {fitting - kept_out} pairs left to train on are fewer than reward.batch_size = {section.batch_size}. Add"
-        " pairs, raise model.max_length or lower reward.batch_size",
+        f" {recipe.model.max_length} tokens, and {len(split.held_out) or wanted} are held out (reward.held_out ="
+        f" {section.held_out:g}). The {len(split.train)} pairs left to train on are fewer than reward.batch_size ="
+        f" {section.batch_size}. Add pairs, raise model.max_length or lower reward.batch_size",
     )
-    return kept_out
+    return split
 
 
 def start_from_seed(context: StageContext, seed: Path) -> Any:
@@ -189,7 +209,8 @@ def held_out_margins(trainer: Any) -> list[float]:
     trainer.model.eval()
     margins: list[float] = []
     for batch in trainer.get_eval_dataloader():
-        output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        with precision.autocast(trainer.model):  # also of an average, which no Trainer has prepared
+            output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         chosen, rejected = output.logits.squeeze(-1).float().chunk(2)
         margins += trainer.accelerator.gather_for_metrics(chosen - rejected).tolist()
     return margins

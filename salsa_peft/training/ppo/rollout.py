@@ -18,18 +18,17 @@ from torch import Tensor
 
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, hidden_states
+from salsa_peft.models.base import causal_lm, packs_rows
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
 from salsa_peft.models.responses import (
+    ForwardBatch,
     Responses,
+    Sequences,
     concatenate,
-    forbidden_eos,
     pad_to_width,
     response_logprobs,
     response_states,
-    response_values,
-    scatter,
 )
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale
@@ -63,18 +62,22 @@ class Rollout(NamedTuple):
     """(B,), as returned by the reward, before normalize_scores, score_clip and missing_eos_penalty."""
     advantages: Tensor
     returns: Tensor
+    sampling_logprobs: Tensor | None = None
+    """Log-probs that the sampler reported; None without importance_sampling_correction."""
+    importance_weights: Tensor | None = None
+    """Weights of the policy loss; None without importance_sampling_correction."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the batch by name, including those of the responses."""
         named = {**self._asdict(), **self.responses._asdict()}
-        return {name: tensor for name, tensor in named.items() if name != "responses"}
+        return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Rollout:
         """Create a Rollout on `device` from what `tensors` returned."""
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         responses = Responses(*(moved[name] for name in Responses._fields))
-        return cls(responses, *(moved[name] for name in cls._fields if name != "responses"))
+        return cls(responses, **{name: moved[name] for name in cls._fields if name in moved})
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,10 +124,12 @@ class RolloutMaker:
             # 1. sample responses from the policy, prompts of similar length together
             responses, recorded = self.micro_batch_limit.run(lambda: self._sample(prompts, update, check), len(prompts))
             # 2. log-probs, values and KL, sequences of similar length together; then scores
+            sequences = Sequences(responses, args.min_new_tokens)
+            given = recorded if args.old_logprobs == "rollout" else None
             logprobs, entropy, values, kl = self.micro_batch_limit.run(
-                lambda: self._score(responses, recorded), len(prompts)
+                lambda: self._score(sequences, given), len(prompts)
             )
-            scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
+            scores = self._reward_scores(responses, sequences, [prompt.row for prompt in prompts])
         made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         for what, tensor in (("score", scores), ("log-prob", logprobs), ("value", values), ("KL", kl)):
             self.require_finite(what, tensor, made)
@@ -137,24 +142,25 @@ class RolloutMaker:
         advantages, returns = losses.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
         advantages = losses.whiten(advantages, mask)
         self.model.train()
-        return Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
+        rollout = Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
+        return with_importance_weights(rollout, recorded[0], args) if args.corrects_sampling and recorded else rollout
 
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
         """Sample responses to prompts, with the same seeds in every call. Returns responses and scores (B,)."""
         self.model.eval()
         with gathered(self.model, self.accelerator):
             responses, _ = self.micro_batch_limit.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
-            scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
+            scores = self._reward_scores(responses, Sequences(responses), [prompt.row for prompt in prompts])
         self.model.train()
         return responses, scores
 
     def _sample(
         self, prompts: Sequence[Prompt], update: int, check: Callable[[], None]
     ) -> tuple[Responses, tuple[Tensor, ...] | None]:
-        """Sample responses in all processes. Returns them, and the tensors recorded while sampling.
+        """Sample responses in all processes. Returns them, and the tensors recorded while sampling, (B, T) each.
 
-        With `old_logprobs: rollout` these are log-probs, entropies and values, (B, T) each; otherwise None. If one
-        process raises Interrupted, all raise it.
+        With `old_logprobs: rollout` these are log-probs, entropies and values; with importance_sampling_correction
+        log-probs; otherwise None. If one process raises Interrupted, all raise it.
         """
         self.backend.sync_weights()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
@@ -180,33 +186,37 @@ class RolloutMaker:
         self, prompts: Sequence[Prompt], rows: list[int], seeds: list[int], check: Callable[[], None]
     ) -> tuple[list[int], Responses, tuple[Tensor, ...]]:
         """Sample a micro-batch. Returns `rows`, the responses, and the recorded tensors if any."""
-        recording = Recording(self.model.value_head) if self.args.old_logprobs == "rollout" else None
+        recording = None
+        if self.args.old_logprobs == "rollout" or self.args.corrects_sampling:
+            recording = Recording(self.model.value_head if self.args.old_logprobs == "rollout" else None)
         # the outermost autocast caches the cast weights, so that they are cast once for all tokens
         with self.accelerator.autocast():
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
 
-    def _score(self, responses: Responses, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Log-probs, entropies, values and KL of responses, (B, T) each. recorded: the tensors of `_sample`."""
-        shares = self._by_length(responses)
-        parts, own = [], []
-        for share in shares:
-            index = torch.tensor(share, device=self.accelerator.device)
-            parts.append(responses.rows(index))
-            given = [tensor[index, : parts[-1].response_ids.shape[1]] for tensor in recorded] if recorded else None
+    def _score(self, sequences: Sequences, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Log-probs, entropies, values and KL of responses, (B, T) each. recorded: what _score_part is given."""
+        packed = packs_rows(self.model.policy)
+        parts = sequences.batches(self._own_rows(sequences.lengths), self.micro_batch_limit.rows,
+                                  self.args.micro_batch_tokens, packed=packed)  # fmt: skip
+        head, states, columns, cells = self.head(), [], [], []
+        for rows in parts:
+            batch = sequences.forward_batch(rows, packed=packed)
+            given = [tensor.flatten()[batch.cells] for tensor in recorded] if recorded else None
             with self.accelerator.autocast():
-                own.append(self._score_part(parts[-1], given))
-        kls = self._kl(parts, [states for states, *_ in own], [logprobs for _, logprobs, *_ in own])
-        mine = [(share, (*columns, kl)) for share, (_, *columns), kl in zip(shares, own, kls, strict=True)]
-        tables = torch.zeros(4, *responses.response_mask.shape, device=self.accelerator.device)
-        for share, columns in self._gathered(mine):
-            for table, column in zip(tables, columns, strict=True):
-                table[torch.tensor(share, device=table.device), : column.shape[1]] = column.float()
-        return tuple(tables)
+                kept, *own = self._score_part(batch, head, given)
+            states.append(kept)
+            columns.append(own)
+            cells.append(batch.cells)
+        kls = self._kl(sequences, parts, states, [logprobs for logprobs, *_ in columns])
+        mine = [(cell, torch.stack([*own, kl])) for cell, own, kl in zip(cells, columns, kls, strict=True)]
+        found = self._gathered(mine)
+        cell, table = torch.cat([cell for cell, _ in found]), torch.cat([columns for _, columns in found], dim=1)
+        return tuple(sequences.table(cell, column) for column in table)
 
-    def _reward_scores(self, responses: Responses, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _reward_scores(self, responses: Responses, sequences: Sequences, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""
-        mine = sorted(row for share in self._by_length(responses) for row in share)
+        mine = sorted(self._own_rows(sequences.lengths))
         index = torch.tensor(mine, device=self.accelerator.device)
         with self.accelerator.autocast():
             found = self.reward(responses.rows(index), [rows[row] for row in mine]).float() if mine else index.float()
@@ -215,43 +225,42 @@ class RolloutMaker:
             scores[torch.tensor(taken, device=scores.device)] = part
         return scores
 
-    def _score_part(self, part: Responses, given: list[Tensor] | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """Hidden states, log-probs, entropies and values of a micro-batch, from a forward pass of the policy.
+    def _score_part(self, batch: ForwardBatch, head: Head, given: list[Tensor] | None) -> tuple[Tensor | None, ...]:
+        """Hidden states (n, H), for the KL estimator `full` only; then log-probs, entropies and values, (n,) each.
 
-        The states of response tokens (N, H) are returned for the KL estimator `full` only. The other tensors are (b, t)
-        each. given: log-probs, entropies and values if they were recorded in generation.
+        given: log-probs, entropies and values if they were recorded in generation.
         """
-        args, kept = self.args, None
+        kept, inputs = None, (batch.input_ids, batch.before, batch.options)
         if given is None:
-            hidden, states = self.model(part.input_ids, part.attention_mask)
-            logprobs, entropy = response_logprobs(hidden, part, self.head(), args.min_new_tokens, with_entropy=True)
-            values = response_values(states, part)
-            kept = response_states(hidden, part) if args.kl_estimator == "full" else None
+            states, values = self.model(*inputs)
+            logprobs, entropy = response_logprobs(states, batch, head, with_entropy=True)
+            kept = states if self.args.kl_estimator == "full" else None
         else:
             logprobs, entropy, values = given
             if self.model.value_adapter is not None:
-                values = response_values(self.model.values(None, part.input_ids, part.attention_mask), part)
-        return kept, logprobs, entropy, values * part.response_mask
+                values = self.model.values(None, *inputs)
+        return kept, logprobs, entropy, values
 
     def _kl(
-        self, parts: Sequence[Responses], states: Sequence[Tensor | None], logprobs: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """KL averaged over the references (paper eq. 5), (b, t) for each micro-batch.
+        self, sequences: Sequences, parts: Sequence[list[int]], states: Sequence[Tensor | None],
+        logprobs: Sequence[Tensor],
+    ) -> list[Tensor]:  # fmt: skip
+        """KL averaged over the references (paper eq. 5), (n,) for each batch of rows in `parts`.
 
-        Each reference scores all micro-batches before the next one does, so that at most one offloaded reference is on
-        the device.
+        Each reference scores all batches before the next one does, so that at most one offloaded reference is on the
+        device.
         """
-        args, head, totals = self.args, self.head(), [torch.zeros_like(table) for table in logprobs]
+        args, head, totals = self.args, self.head(), [torch.zeros_like(own) for own in logprobs]
         for reference, on_device in zip(self.references, self.device_contexts, strict=True):
             model, reference_head = self.model.policy, head
             with on_device(), self.accelerator.autocast(), lora.active(self.model.policy, reference.adapter):
                 if reference.model is not None:
                     model, reference_head = reference.model, self.head(reference.model)
-                for total, part, own, table in zip(totals, parts, states, logprobs, strict=True):
-                    hidden = hidden_states(model, part.input_ids, part.attention_mask)
-                    total += kl_to_reference(
-                        own, table, hidden, part, head, reference_head, args.min_new_tokens, args.kl_estimator
-                    )
+                packed = packs_rows(model)
+                for total, rows, own, policy in zip(totals, parts, logprobs, states, strict=True):
+                    batch = sequences.forward_batch(rows, packed=packed)
+                    found = response_states(model, batch)
+                    total += kl_to_reference(policy, own, found, batch, head, reference_head, args.kl_estimator)
         return [total / len(self.references) for total in totals]
 
     def reward_metrics(self) -> dict[str, float]:
@@ -262,12 +271,13 @@ class RolloutMaker:
             entry[0], entry[1] = entry[0] + total, entry[1] + count
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
 
-    def _by_length(self, responses: Responses) -> list[list[int]]:
-        """Row indices of this process's micro-batches, sorted by the length of prompt and response."""
-        return self._shares((responses.prompt_mask.sum(-1) + responses.lengths).tolist())
+    def _own_rows(self, lengths: Sequence[int]) -> list[int]:
+        """Indices of the rows that this process scores, from the shortest to the longest."""
+        by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        return by_length[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _shares(self, lengths: list[int]) -> list[list[int]]:
-        """Row indices of this process's micro-batches, sorted by `lengths`."""
+        """Row indices of this process's batches for sampling, sorted by `lengths`."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = min(self.micro_batch_limit.rows, -(-min(len(lengths), self.args.batch_size) // world))
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
@@ -303,6 +313,16 @@ class RolloutMaker:
         )
 
 
+def with_importance_weights(rollout: Rollout, sampling_logprobs: Tensor, args: SalsaPPOConfig) -> Rollout:
+    """The rollout with importance weights for a sampler with these log-probs (B, T)."""
+    mode, mask = args.importance_sampling_mode, rollout.responses.response_mask
+    ratios = losses.importance_ratios(rollout.logprobs, sampling_logprobs, mask, mode)
+    weights = losses.importance_weights(
+        ratios, mode, args.importance_sampling_clip_min, args.importance_sampling_clip_max
+    )
+    return rollout._replace(sampling_logprobs=sampling_logprobs, importance_weights=weights)
+
+
 def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:
     """Apply normalize_scores, score_clip, missing_eos_penalty to scores (B,), in TRL 0.8's order."""
     if args.normalize_scores:
@@ -314,16 +334,13 @@ def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConf
     return scores
 
 
-def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses,
-                    head: Head, reference_head: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
-    """Per-token KL to a reference (B, T). reference: the reference's hidden states (B, P + T, H).
+def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, batch: ForwardBatch,
+                    head: Head, reference_head: Head, estimator: str) -> Tensor:  # fmt: skip
+    """KL to a reference at each response token, (n,). reference: the reference's response_states (n, H).
 
-    policy: the policy's hidden states of response tokens (N, H), which only the estimator `full` needs.
+    policy: the policy's response_states (n, H), which only the estimator `full` needs.
     """
     if estimator == "full":
         assert policy is not None
-        forbidden = forbidden_eos(responses, min_new_tokens)
-        kl = full_kl(policy, response_states(reference, responses), forbidden, head, reference_head)
-        return scatter(kl, responses.response_mask)
-    logprobs, _ = response_logprobs(reference, responses, reference_head, min_new_tokens)
-    return KL_ESTIMATORS[estimator](policy_logprobs, logprobs)
+        return full_kl(policy, reference, batch.forbidden, head, reference_head)
+    return KL_ESTIMATORS[estimator](policy_logprobs, response_logprobs(reference, batch, reference_head).logprobs)

@@ -24,10 +24,9 @@ from transformers import CompileConfig
 from salsa_peft.config.options.rollout import BACKEND_OPTIONS
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.merged import merged_parameters
-from salsa_peft.models.base import hidden_states
 from salsa_peft.models.generation import Recording
 from salsa_peft.models.logprobs import head_of
-from salsa_peft.models.responses import Responses, response_logprobs
+from salsa_peft.models.responses import Responses, Sequences, response_logprobs, response_states
 from salsa_peft.training.ppo import backends
 from salsa_peft.training.ppo import backends as vllm_backend
 from salsa_peft.training.ppo.backends import BACKENDS, HF, VLLM, CompiledHF, Paged
@@ -225,9 +224,11 @@ class TestPaged:
         recording = Recording()
         paged = Paged(two_adapters, paged_options(temperature=temperature), tokenizer, None)
         found = paged(prompts, range(12), recording=recording)
+        sequences = Sequences(found)
+        batch, head = sequences.forward_batch(range(12)), head_of(two_adapters.get_base_model(), temperature, (EOS,))
         with torch.no_grad():
-            hidden = hidden_states(two_adapters, found.input_ids, found.attention_mask)
-        logprobs, _ = response_logprobs(hidden, found, head_of(two_adapters.get_base_model(), temperature, (EOS,)), 0)
+            states = response_states(two_adapters, batch)
+        logprobs = sequences.table(batch.cells, response_logprobs(states, batch, head).logprobs)
         (sampled,) = recording.stacked(found.response_mask)
         assert sampled.lt(0).equal(found.response_mask)
         torch.testing.assert_close(sampled, logprobs, rtol=1e-4, atol=1e-4)
