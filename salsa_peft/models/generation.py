@@ -152,11 +152,11 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     """Sample a response to each prompt with the active adapter, without top-k or top-p.
 
     seeds: one seed for each prompt. limits: the maximum length of each response, by default sampling.max_new_tokens;
-    a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, and with a value head entropies and values. check: called before each
-    token, and may raise an error to stop generation. cache: an empty KV cache of Transformers, by default a
-    DynamicCache. options: further fields of GenerationConfig. Global random states are not used. The host waits for the
-    device once a token, where Transformers reads whether all responses have ended. Raises SalsaError if logits are NaN
-    or +∞.
+    a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, and
+    with a value head entropies and values. check: called before each token, and may raise an error to stop generation.
+    cache: an empty KV cache of Transformers, by default a DynamicCache. options: further fields of GenerationConfig.
+    Global random states are not used. The host waits for the device once a token, where Transformers reads whether all
+    responses have ended. Raises SalsaError if logits are NaN or +∞.
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
