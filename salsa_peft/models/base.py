@@ -151,8 +151,8 @@ def load_classifier(
         train_language_model_only(loaded, loaded.score)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
-    if is_quantised(loaded):  # hidden states then have the compute dtype of the quantisation, not the head's
-        loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
+    # the head is trained in float32; hidden states have the base's dtype, or the compute dtype of its quantisation
+    loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     return loaded
 
 
@@ -243,13 +243,6 @@ def language_model_only(lm: Any) -> dict[str, str]:
 def is_quantised(model: nn.Module) -> bool:
     """Whether the model has weights quantised to 8 or 4 bits."""
     return any(not parameter.is_floating_point() for parameter in model.parameters())
-
-
-def cast_trainable_to_float32(model: nn.Module) -> None:
-    """Cast trainable weights to float32, because TRL 1.16 casts adapters on a quantised base to bfloat16."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 def remove_dropout(model: nn.Module) -> None:

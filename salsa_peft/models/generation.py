@@ -18,12 +18,19 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
-from salsa_peft.models.base import apply_scalar_head, causal_lm
-from salsa_peft.models.logprobs import entropy_of, normalized
+from salsa_peft.models.base import apply_scalar_head, causal_lm, max_positions
+from salsa_peft.models.logprobs import entropy_of
 from salsa_peft.models.responses import Responses, pad_tokens
 from salsa_peft.utils.errors import require
 
@@ -76,7 +83,7 @@ class Recording:
 class Sampler(LogitsProcessor):
     """Logits processor that draws the next tokens; greedy decoding then picks the drawn tokens."""
 
-    def __init__(self, uniforms: Tensor, sampling: Sampling, eos: tuple[int, ...], recording: Recording | None,
+    def __init__(self, uniforms: Tensor, sampling: Sampling, eos: Tensor, recording: Recording | None,
                  check: Callable[[], None] | None) -> None:  # fmt: skip
         self.uniforms, self.sampling, self.eos, self.recording, self.check = uniforms, sampling, eos, recording, check
         self.step = 0
@@ -88,17 +95,30 @@ class Sampler(LogitsProcessor):
         if self.check is not None:
             self.check()
         early = self.step < self.sampling.min_new_tokens
-        forbidden = torch.full((len(scores),), early, device=scores.device)
         greedy = self.sampling.temperature == 0  # temperature 0 occurs only in evaluation
-        logp = normalized(scores.float() / (1.0 if greedy else self.sampling.temperature), forbidden, self.eos)
+        scaled = scores.float() / (1.0 if greedy else self.sampling.temperature)
+        if early:
+            scaled.index_fill_(-1, self.eos, -torch.inf)
+        logp = scaled.log_softmax(-1)
         self.broken |= logp[:, 0].isnan().to(self.broken.device)
         probabilities = logp.exp()
         token = logp.argmax(-1, keepdim=True) if greedy else sample_token(probabilities, self.uniforms[:, self.step])
         if self.recording is not None:
             self.recording.logprobs.append(logp.gather(-1, token).squeeze(-1))
-            self.recording.entropy.append(entropy_of(logp, probabilities))
+            self.recording.entropy.append(entropy_of(logp, probabilities, masked=early))
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+
+
+class RowLimits(StoppingCriteria):
+    """Stopping criterion that ends each row at its own length: `ends` (B,), the tokens of prompt and response."""
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        """Return a mask (B,) of the rows that have reached their length."""
+        return self.ends <= input_ids.shape[1]
 
 
 def sample_token(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -118,31 +138,38 @@ def sample_token(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase,
-             seeds: Sequence[int], *, recording: Recording | None = None, check: Callable[[], None] | None = None,
-             cache: Any = None, **options: Any) -> Responses:  # fmt: skip
+             seeds: Sequence[int], *, limits: Sequence[int] | None = None, recording: Recording | None = None,
+             check: Callable[[], None] | None = None, cache: Any = None, **options: Any) -> Responses:  # fmt: skip
     """Sample a response to each prompt with the active adapter, without top-k or top-p.
 
-    seeds: one seed for each prompt. recording: receives log-probs, entropies and values. check: called before each
+    seeds: one seed for each prompt. limits: the maximum length of each response, by default sampling.max_new_tokens;
+    a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, entropies and values. check: called before each
     token, and may raise an error to stop generation. cache: an empty KV cache of Transformers, by default a
-    DynamicCache. options: further fields of GenerationConfig. Global random states are not used. Raises SalsaError if
-    logits are NaN or +∞.
+    DynamicCache. options: further fields of GenerationConfig. Global random states are not used. The host waits for the
+    device once a token, where Transformers reads whether all responses have ended. Raises SalsaError if logits are NaN
+    or +∞.
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
+    end_ids = torch.tensor(ends, device=lm.device)
     ids, mask = pad_tokens(prompts, pad, lm.device, "left")
+    limits = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
+    row_limits = torch.tensor(limits, device=lm.device)
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(ends), pad_token_id=pad, **options,
+        do_sample=False, max_new_tokens=max(limits), bos_token_id=tokenizer.bos_token_id, eos_token_id=list(ends),
+        pad_token_id=pad, **options,
     )  # fmt: skip
-    uniforms = uniform_numbers(seeds, sampling.max_new_tokens)
+    uniforms = uniform_numbers(seeds, max(limits))
     uniforms = uniforms if lm.device.type in WITHOUT_FLOAT64 else uniforms.to(lm.device)
-    sampler = Sampler(uniforms, sampling, ends, recording, check)
-    with _generation_mode(lm, settings), recording.recording_values(lm) if recording else contextlib.nullcontext():
+    sampler = Sampler(uniforms, sampling, end_ids, recording, check)
+    values = recording.recording_values(lm) if recording else contextlib.nullcontext()
+    with _generation_mode(lm, settings), values, _masks_without_sync(padded=len(set(map(len, prompts))) > 1):
         tokens = lm.generate(
             input_ids=ids,
             attention_mask=mask.long(),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([RowLimits(row_limits + ids.shape[1])]),
             synced_gpus=False,  # sharded weights are gathered, so a forward needs no other process
             **({} if cache is None else {CACHE_ARGUMENT: cache}),
         )
@@ -153,9 +180,11 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         " NaN, and use a dtype that does not overflow",
     )
     response_ids = tokens[:, ids.shape[1] :]
-    ended = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device)).long()
-    response_mask = ended.cumsum(-1) - ended == 0
-    return Responses(ids, mask, response_ids.masked_fill(~response_mask, pad), response_mask, ended.any(-1))
+    ended = torch.isin(response_ids, end_ids).long()
+    within = torch.arange(response_ids.shape[1], device=lm.device) < row_limits[:, None]
+    response_mask = (ended.cumsum(-1) - ended == 0) & within
+    finished = (ended.bool() & response_mask).any(-1)
+    return Responses(ids, mask, response_ids.masked_fill(~response_mask, pad), response_mask, finished)
 
 
 @contextlib.contextmanager
@@ -171,19 +200,59 @@ def _generation_mode(lm: Any, settings: GenerationConfig) -> Iterator[None]:
         lm.generation_config = inherited
 
 
+@contextlib.contextmanager
+def _masks_without_sync(padded: bool) -> Iterator[None]:
+    """Context in which the mask of SDPA is built without waiting for the device. padded: whether the batch has padding.
+
+    In each forward pass, Transformers reads from the device whether there is padding, to leave the mask out where
+    there is none. It does not read anything where generate has left out the mask of a batch without padding. Flash
+    attention reads the lengths of padded rows from the device in each layer, which is not avoided here.
+    """
+    build = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def always_build(**arguments: Any) -> Tensor:
+        return build(**{**arguments, "allow_is_causal_skip": False})
+
+    if padded:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = always_build
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = build
+
+
 def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
-                     batch_size: int, *, places: Sequence[int] | None = None, turn: int = 1,
+                     batch_size: int, *, limits: Sequence[int] | None = None, places: Sequence[int] | None = None, turn: int = 1,
                      skip: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
     """Yield responses in batches of similar prompt length, as (indices into prompts, responses).
 
     The seed of a response is computed from `seed`, `turn` and the prompt's number, so that different models
-    answer a prompt with the same random numbers. places: the prompts' numbers, by default their indices. skip: called
-    with the indices of a batch, returns whether to skip that batch; no other batch's responses change.
+    answer a prompt with the same random numbers. limits: as for `generate`. places: the prompts' numbers, by default
+    their indices. skip: called with the indices of a batch, returns whether to skip that batch; no other batch's
+    responses change.
     """
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    limits = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
     parts = (seed,) if turn == 1 else (seed, turn)
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
+    for rows in _batches(
+        [len(prompt) for prompt in prompts], limits, batch_size, max_positions(causal_lm(model).config)
+    ):
         if not skip(rows):
             seeds = row_seeds([row if places is None else places[row] for row in rows], *parts)
-            yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, seeds)
+            given = [limits[row] for row in rows]
+            yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, seeds, limits=given)
+
+
+def _batches(lengths: Sequence[int], limits: Sequence[int], size: int, positions: int | None) -> list[list[int]]:
+    """Split prompts into batches of at most `size`, from the shortest prompt to the longest: lists of indices.
+
+    All rows of a batch are extended until the last one ends. A prompt of which more than `positions` tokens would then
+    be computed, though its own limit is lower, starts a new batch.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        longest = max((limits[other] for other in batches[-1]), default=0) if batches else 0
+        beyond = positions is not None and longest > limits[row] and lengths[row] + longest > positions
+        if not batches or len(batches[-1]) == size or beyond:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

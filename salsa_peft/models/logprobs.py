@@ -139,10 +139,10 @@ def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
     return Head(embeddings.weight, embeddings.bias, temperature, eos, logit_scaling(lm))
 
 
-def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor) -> Tensor:
+def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor | None) -> Tensor:
     """Log-probs of all tokens (n, V), float32, from hidden states (n, H).
 
-    forbidden: (n,) bool, True where the tokens head.eos get probability 0.
+    forbidden: (n,) bool, True where the tokens head.eos get probability 0; None if nowhere.
     """
     return normalized(_logits(hidden, head).div_(head.temperature), forbidden, head.eos)
 
@@ -152,35 +152,43 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
     return head.scaling(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
 
 
-def normalized(scaled: Tensor, forbidden: Tensor, eos: tuple[int, ...]) -> Tensor:
+def normalized(scaled: Tensor, forbidden: Tensor | None, eos: tuple[int, ...]) -> Tensor:
     """Log-probs (n, V) from `scaled`, the logits over the temperature (n, V). May overwrite `scaled`.
 
-    forbidden: (n,) bool, True where the tokens `eos` get probability 0.
+    forbidden: (n,) bool, True where the tokens `eos` get probability 0; None if nowhere.
     """
-    if forbidden.any():
+    if forbidden is not None:
         scaled[:, list(eos)] = scaled[:, list(eos)].masked_fill(forbidden[:, None], -torch.inf)
     return scaled.log_softmax(-1)
 
 
-def entropy_of(logp: Tensor, probabilities: Tensor) -> Tensor:
-    """Entropy (n,) in nats from log-probs and probabilities (n, V). Tokens of probability 0 add nothing."""
-    return -(probabilities * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+def entropy_of(logp: Tensor, probabilities: Tensor, *, masked: bool) -> Tensor:
+    """Entropy (n,) in nats from log-probs and probabilities (n, V).
+
+    masked: whether there are tokens with a log-prob of −∞, which add nothing.
+    """
+    finite = logp.masked_fill(logp == -torch.inf, 0.0) if masked else logp
+    return -(probabilities * finite).sum(-1)
 
 
-def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """Return the log-probs of the labels (n,) and of all tokens (n, V)."""
     logp = log_distribution(hidden, head, forbidden)
     return logp.gather(-1, labels[:, None]).squeeze(-1), logp
 
 
-def _logprob_gradient(probabilities: Tensor, labels: Tensor, slope: Tensor | None, head: Head) -> Tensor:
-    """∂ log p(label) / ∂ hidden (n, H), in the head's dtype. Overwrites the probabilities (n, V)."""
-    own = head.weight[labels]
+def _logprob_gradient(logp: Tensor, labels: Tensor, chosen: Tensor, slope: Tensor | None, head: Head) -> Tensor:
+    """∂ log p(label) / ∂ hidden (n, H), in the head's dtype: (onehot(label) − p) · ∂ logit / ∂ z · W / temperature.
+
+    The factors of W are computed in float32 and rounded once to the head's dtype. With W_label − p W, nothing would be
+    left in bf16 where p(label) is near 1, because p rounds to 1. Overwrites logp (n, V); chosen: logp of the labels.
+    """
+    scale = (head.scaling.factor if slope is None else 1.0) / head.temperature
+    own = chosen.expm1().mul_(-scale)  # 1 − p(label), without the rounding error of p(label)
+    factors = logp.exp_().mul_(-scale).scatter_(-1, labels[:, None], own[:, None])
     if slope is not None:
-        probabilities = probabilities.mul_(slope)
-        own = own * slope.gather(-1, labels[:, None]).to(own.dtype)
-    gradient = own - probabilities.to(own.dtype) @ head.weight
-    return gradient / head.temperature if slope is not None else gradient * (head.scaling.factor / head.temperature)
+        factors.mul_(slope)
+    return factors.to(head.weight.dtype) @ head.weight
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -188,7 +196,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head, with_entropy: bool
+        ctx: Any, hidden: Tensor, labels: Tensor, forbidden: Tensor | None, head: Head, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(labels), dtype=torch.float32)
         entropy = torch.zeros_like(logprobs)
@@ -197,12 +205,13 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             logits = _logits(hidden[part], head)
             slope = None if gradient is None else head.scaling.slope(logits)
-            logp = normalized(logits.div_(head.temperature), forbidden[part], head.eos)
-            logprobs[part] = logp.gather(-1, labels[part][:, None]).squeeze(-1)
+            masked = None if forbidden is None else forbidden[part]
+            logp = normalized(logits.div_(head.temperature), masked, head.eos)
+            logprobs[part] = chosen = logp.gather(-1, labels[part][:, None]).squeeze(-1)
             if with_entropy:
-                entropy[part] = entropy_of(logp, logp.exp())
+                entropy[part] = entropy_of(logp, logp.exp(), masked=masked is not None)
             if gradient is not None:
-                gradient[part] = _logprob_gradient(logp.exp_(), labels[part], slope, head).to(hidden.dtype)
+                gradient[part] = _logprob_gradient(logp, labels[part], chosen, slope, head).to(hidden.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy)
@@ -211,40 +220,46 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None, None
+        return (gradient * upstream[0][:, None]).to(gradient.dtype), None, None, None, None
 
 
 def token_logprobs(
-    hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head, *, with_entropy: bool = True
+    hidden: Tensor, labels: Tensor, forbidden: Tensor | None, head: Head, *, with_entropy: bool = True
 ) -> TokenLogprobs:
     """Log-probs of `labels` (N,) and entropies (N,), float32, from hidden states (N, H).
 
-    forbidden: (N,) bool, True where the tokens head.eos get probability 0. The log-probs have a gradient. The entropies
-    are for logging, have no gradient, and are 0 unless `with_entropy`.
+    forbidden: (N,) bool, True where the tokens head.eos get probability 0; None if nowhere. The log-probs have a
+    gradient. The entropies are for logging, have no gradient, and are 0 unless `with_entropy`.
     """
     if not head.weight.requires_grad:
         return TokenLogprobs(*_FrozenHead.apply(hidden, labels, forbidden, head, with_entropy))
     logprobs, entropy = [], []
-    for part in zip(hidden.split(CHUNK), labels.split(CHUNK), forbidden.split(CHUNK), strict=True):
-        chosen, logp = checkpoint(_chosen, *part, head, use_reentrant=False)
+    parts = hidden.split(CHUNK)
+    masks = [None] * len(parts) if forbidden is None else forbidden.split(CHUNK)
+    for states, tokens, masked in zip(parts, labels.split(CHUNK), masks, strict=True):
+        chosen, logp = checkpoint(_chosen, states, tokens, masked, head, use_reentrant=False)
         logprobs.append(chosen)
         logp = logp.detach()
-        entropy.append(entropy_of(logp, logp.exp()) if with_entropy else torch.zeros_like(logp[:, 0]))
+        entropy.append(
+            entropy_of(logp, logp.exp(), masked=masked is not None) if with_entropy else torch.zeros_like(logp[:, 0])
+        )
     return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
 
 
 @torch.no_grad()
-def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor, head: Head, reference_head: Head) -> Tensor:
+def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor | None, head: Head, reference_head: Head) -> Tensor:
     """Exact KL(policy ‖ reference) of each token's distribution, (N,), float32.
 
     hidden, reference: hidden states of the policy and of the reference, (N, H) each. forbidden: (N,) bool, True where
-    the tokens head.eos get probability 0.
+    the tokens head.eos get probability 0; None if nowhere.
     """
     kl = hidden.new_empty(len(hidden), dtype=torch.float32)
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
-        policy = log_distribution(hidden[part], head, forbidden[part])
-        other = log_distribution(reference[part], reference_head, forbidden[part])
-        difference = (policy - other).masked_fill(policy == -torch.inf, 0.0)  # tokens of probability 0 add nothing
-        kl[part] = (policy.exp() * difference).sum(-1)
+        masked = None if forbidden is None else forbidden[part]
+        policy = log_distribution(hidden[part], head, masked)
+        difference = policy - log_distribution(reference[part], reference_head, masked)
+        if masked is not None:  # forbidden tokens add nothing
+            difference.masked_fill_(policy == -torch.inf, 0.0)
+        kl[part] = (policy.exp_() * difference).sum(-1)
     return kl

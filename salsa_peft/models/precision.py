@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from salsa_peft.utils.errors import require
 
@@ -47,6 +48,32 @@ def arguments(precision: str) -> dict[str, Any]:
         f"precision: {precision} needs torchao for its optimizer; pip install 'salsa-peft[full]'",
     )
     return {"bf16": chosen.autocast and torch.cuda.is_available(), **chosen.optimizer}
+
+
+def make_trained_float32(model: nn.Module) -> None:
+    """Cast a model's trained weights to float32, in place. Optimizers must be made afterwards.
+
+    PEFT makes float32 only the factors, not modules_to_save such as score heads, and TRL 1.16 casts all trained weights
+    on a quantised base to bfloat16, where most of an optimizer's steps are rounded away.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def require_float32(model: nn.Module, args: TrainingArguments) -> None:
+    """Raise SalsaError for a trained weight in a dtype too coarse for an optimizer's steps.
+
+    Supported are float32 and, with an optimizer that rounds stochastically, bf16.
+    """
+    fine = {torch.float32, torch.bfloat16} if rounds_stochastically(args) else {torch.float32}
+    for name, parameter in model.named_parameters():
+        require(
+            not parameter.requires_grad or parameter.dtype in fine,
+            f"model: {name} is in {str(parameter.dtype).removeprefix('torch.')}, which rounds small updates away. Load"
+            " the weights with dtype=torch.float32 and set bf16=True, or train float32 adapters over a bf16 base, or"
+            f" use bf16 weights with stochastic rounding: optim='{OPTIMIZER}', optim_args='{ROUNDING}=True' (torchao)",
+        )
 
 
 def rounds_stochastically(args: TrainingArguments) -> bool:

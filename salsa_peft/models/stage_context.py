@@ -226,14 +226,6 @@ def remove_printer(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def mean_loss(trainer: Trainer, loss: float) -> float:
-    """The mean of the processes' training losses. Trainer's own value omits other processes' last steps."""
-    if trainer.accelerator.num_processes == 1:
-        return loss
-    own = torch.tensor(loss, dtype=torch.float64, device=trainer.accelerator.device)
-    return trainer.accelerator.reduce(own, "mean").item()
-
-
 FIGURES = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL", "objective/response_length": "length"}
 """Key of a metric in a Trainer's logs → its name beside the progress bar."""
 

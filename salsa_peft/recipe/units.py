@@ -86,6 +86,11 @@ class _UnitBuilder:
         return {"precision": self.recipe.precision} if self.recipe.adapter is None else {}
 
 
+def _section(section: Any, *left_out: str) -> dict[str, Any]:
+    """The key field of a training section, without `save_steps`, on which no result depends, and `left_out`."""
+    return {name: value for name, value in asdict(section).items() if name not in ("save_steps", *left_out)}
+
+
 def _seed(position: int) -> str:
     return f"sft/seed-{position}"
 
@@ -115,12 +120,11 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
     units = []
     for position, seed in enumerate(recipe.sft.seeds):
         builder, existing = _UnitBuilder(recipe, run), recipe.sft.existing_seed(position)
-        section = {name: value for name, value in asdict(recipe.sft).items() if name != "from_"}
         fields: dict[str, Any] = {
             "model": builder.model(),
             "adapter": asdict(recipe.adapter) if recipe.adapter else None,
             "demonstrations": builder.source(recipe.data.demonstrations),
-            "sft": {**section, "seeds": [seed]},
+            "sft": {**_section(recipe.sft, "from_"), "seeds": [seed]},
             **builder.precision(),
         }
         if existing is not None:
@@ -137,7 +141,7 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
     fields = {
         "model": builder.model(),
         "preferences": builder.source(recipe.data.preferences),
-        "reward": {name: value for name, value in asdict(recipe.reward).items() if name != "model"},
+        "reward": _section(recipe.reward, "model"),
         **builder.precision(),
     }
     return [builder.unit("reward", fields, _seed(0))]
@@ -176,7 +180,7 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
     beta = section.kl_coef if policy.kl_coef is None else policy.kl_coef
     fields: dict[str, Any] = {
         "model": builder.model(),
-        algorithm: {**asdict(section), "kl_coef": beta},
+        algorithm: {**_section(section), "kl_coef": beta},
         "references": [builder.reference(reference) for reference in references],
         "export": list(recipe.export),
         **builder.precision(),

@@ -106,9 +106,7 @@ class SFTLoss:
         states = hidden_states(self.live.model, ids, mask)[:, :-1]
         chosen = counts[:, 1:].bool()
         labels = ids[:, 1:][chosen]
-        found = token_logprobs(
-            states[chosen], labels, torch.zeros_like(labels, dtype=torch.bool), self.head, with_entropy=False
-        )
+        found = token_logprobs(states[chosen], labels, None, self.head, with_entropy=False)
         return found.logprobs.sum() / self.tokens
 
 

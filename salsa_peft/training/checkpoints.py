@@ -4,26 +4,59 @@ A checkpoint is written in a temporary folder, which is renamed when a manifest 
 So the previous checkpoint remains if a process is killed while it saves. This module does not import torch.
 """
 
+from __future__ import annotations
+
+import contextlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from salsa_peft.utils.errors import require
+from salsa_peft.utils import files
+from salsa_peft.utils.console import say
+from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import sync_folder, write_atomic
 from salsa_peft.utils.fingerprints import sha256
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PREFIX, PARTIAL = "checkpoint-", ".partial"
 MANIFEST, STATE = "checkpoint.json", "salsa_state.json"
 
 
+@contextlib.contextmanager
+def writing(folder: Path, name: str, size: int | None, accelerator: Accelerator) -> Iterator[Path]:
+    """Context that gives a temporary folder in `folder`, in which all processes write the checkpoint `name`.
+
+    Its body ends with `commit` in the main process. size: number of bytes that will be written, if known. After an
+    error the temporary folder is removed. Raises SalsaError if the disk is full.
+    """
+    partial, main = folder / PARTIAL, accelerator.is_main_process
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+    if size is not None:
+        files.require_disk_space(folder, size, name)
+    try:
+        accelerator.wait_for_everyone()
+        yield partial
+    except Exception as error:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SalsaError) or (line := files.disk_full_message(error, folder)) is None:
+            raise
+        raise SalsaError(line) from error
+    accelerator.wait_for_everyone()
+
+
 def commit(partial: Path, folder: Path) -> None:
     """Add a manifest to the folder `partial` and rename it to `folder`, replacing a checkpoint there."""
-    files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MANIFEST)
+    written = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MANIFEST)
     listed = {}
-    for file in files:
+    for file in written:
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
         listed[file.relative_to(partial).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
@@ -104,6 +137,28 @@ def last_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def newest_of(folder: Path, unit: str) -> Path | None:
+    """The newest complete checkpoint of a unit of work, in its folder; printed, like each one that is skipped.
+
+    If there is none, incomplete checkpoints are removed and None is returned.
+    """
+    checkpoint, skipped = last_complete(folder)
+    for line in skipped:
+        say(line)
+    if checkpoint is None:
+        remove_all(folder)
+        return None
+    say(f"{unit}  resuming from {checkpoint.name}")
+    return checkpoint
+
+
+def remove_all(folder: Path) -> None:
+    """Remove all checkpoints in a folder, and what a killed process left of another one."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path)
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+
+
 def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None:
     """Remove all but the newest `keep` checkpoints, and the temporary files of killed processes.
 
@@ -120,15 +175,18 @@ def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
 
 
-def read_state(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """PPO's state from a checkpoint. Raises SalsaError if its settings are not the `expected` ones."""
+NEW_RUN = "Start a new run in another output_dir; it can start from this checkpoint's policy"
+"""What to do if a run of SalsaPPOTrainer cannot be resumed."""
+
+
+def read_state(folder: Path, expected: dict[str, Any], remedy: str = NEW_RUN) -> dict[str, Any]:
+    """The state from a checkpoint. Raises SalsaError with `remedy` if its settings are not the `expected` ones."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     made = state["setting"]
     for key, value in expected.items():
         require(
             made.get(key) == value,
-            f"{folder}: {key} was {made.get(key)} and is {value} now, so this run cannot be resumed. Start a new run in"
-            " another output_dir; it can start from this checkpoint's policy",
+            f"{folder}: {key} was {made.get(key)} and is {value} now, so this run cannot be resumed. {remedy}",
         )
     return state
 

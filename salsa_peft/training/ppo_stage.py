@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.training.references import FrozenReference, attach_reference, freeze, load_reference
-from salsa_peft.utils.console import say
 from salsa_peft.utils.files import write_atomic
 
 
@@ -100,7 +98,9 @@ def run(job: Job) -> dict[str, Any]:
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     remove_printer(trainer)
-    (checkpoint,) = broadcast_object_list([checkpoint_of(job) if trainer.is_world_process_zero() else None])
+    (checkpoint,) = broadcast_object_list(
+        [checkpoints.newest_of(job.folder, job.unit.id) if trainer.is_world_process_zero() else None]
+    )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # 3. save the policy in the base's dtype, its value head, and facts about the run
     if recipe.adapter is None:
@@ -126,19 +126,6 @@ def run(job: Job) -> dict[str, Any]:
     del trainer, model, reward
     export_merged(context, job)
     return facts
-
-
-def checkpoint_of(job: Job) -> Path | None:
-    """The newest complete checkpoint. If there is none, remove incomplete checkpoints and return None."""
-    checkpoint, skipped = checkpoints.last_complete(job.folder)
-    for line in skipped:
-        say(line)
-    if checkpoint is not None:
-        say(f"{job.unit.id}  resuming from {checkpoint.name}")
-        return checkpoint
-    for folder in checkpoints.checkpoints(job.folder):
-        shutil.rmtree(folder)
-    return None
 
 
 def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:

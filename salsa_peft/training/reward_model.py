@@ -17,9 +17,11 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import cast_trainable_to_float32, is_quantised
-from salsa_peft.models.stage_context import ProgressBar, StageContext, mean_loss, remove_printer, report_left_out
+from salsa_peft.models.base import is_quantised
+from salsa_peft.models.precision import make_trained_float32
+from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, report_left_out
 from salsa_peft.models.weights import load_weights
+from salsa_peft.training.train import run_trainer
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
@@ -100,8 +102,8 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
-    if is_quantised(model):
-        cast_trainable_to_float32(model)
+    if is_quantised(model):  # TRL has rounded the factors to bfloat16
+        make_trained_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     set_padding_token(trainer)
     # 4. hold out a share of the pairs that are short enough
@@ -113,7 +115,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     trainer.train_dataset, trainer.eval_dataset = parts["train"], parts["test"]
     # 5. train, save, measure
     remove_printer(trainer)
-    loss = mean_loss(trainer, trainer.train().training_loss)
+    loss = run_trainer(trainer)
     context.save(trainer, folder)
     return trainer, {
         **margin_metrics(held_out_margins(trainer)),

@@ -24,12 +24,11 @@ from salsa_peft.data.chat.template_fields import trained_tokens
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.adapters.lora import lora_config
 from salsa_peft.models.architectures import checks
-from salsa_peft.models.base import cast_trainable_to_float32, is_quantised, language_model_only
+from salsa_peft.models.base import language_model_only
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.models.stage_context import (
     ProgressBar,
     StageContext,
-    mean_loss,
     reference_folder,
     remove_printer,
     report_left_out,
@@ -38,6 +37,7 @@ from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.models.weights import check_finite, read_tensors
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.training import external_models
+from salsa_peft.training.train import run_trainer
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
@@ -81,12 +81,10 @@ def run(job: Job) -> dict[str, Any]:
         peft_config=lora_config(recipe.adapter, **language_model_only(model)) if recipe.adapter else None,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
-    if is_quantised(model):
-        cast_trainable_to_float32(trainer.model)
     kept = keep_answered_rows(job, trainer, len(rows))
     # 3. train and save
     remove_printer(trainer)
-    loss = mean_loss(trainer, trainer.train().training_loss)
+    loss = run_trainer(trainer)
     context.save(trainer, job.folder)
     log = [row for row in trainer.state.log_history if "loss" in row]
     metrics = {

@@ -18,13 +18,13 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import cast_trainable_to_float32, causal_lm, device, is_quantised
+from salsa_peft.models.base import causal_lm, device, is_quantised
+from salsa_peft.models.precision import make_trained_float32
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards.reward import recipe_reward
 from salsa_peft.models.stage_context import (
     ProgressBar,
     StageContext,
-    mean_loss,
     prompts_that_fit,
     remove_printer,
     report_left_out,
@@ -32,6 +32,7 @@ from salsa_peft.models.stage_context import (
 )
 from salsa_peft.training.ppo_stage import build_policy, export_merged
 from salsa_peft.training.reward_model import SPLIT_SEED, margin_metrics
+from salsa_peft.training.train import run_trainer
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
 
@@ -53,13 +54,13 @@ def run(job: Job) -> dict[str, Any]:
     model, references = build_policy(context, job, "default")  # TRL expects this adapter name
     # 2. TRL's trainer, with the recipe's references
     trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
-    if is_quantised(model):  # TRL casts adapters to bfloat16
-        cast_trainable_to_float32(model)
+    if is_quantised(model):  # TRL has rounded the factors to bfloat16
+        make_trained_float32(model)
         lora.load(model, "default", seed_folders(job.inputs)[0])
     use_reference(trainer, references)
     remove_printer(trainer)
     # 3. train, measure, save
-    loss = mean_loss(trainer, trainer.train().training_loss)
+    loss = run_trainer(trainer)
     facts = {
         "algorithm": algorithm,
         "reference": ", ".join(reference.label for reference in references),

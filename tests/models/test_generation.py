@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 from hypothesis import given
 from hypothesis import strategies as st
 from random_masks import PROPERTY
@@ -181,6 +182,89 @@ class TestRowsAreAlone:
         )
         assert [tokens[:4] for tokens in longer] == shorter
 
+    @pytest.mark.parametrize("minimum", [0, 6])
+    def test_a_limit_of_each_row_cuts_that_row(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]], minimum: int
+    ) -> None:
+        """In one batch each response is what the row gets alone with its own limit, tokens and `finished`."""
+        model, seeds, limits = make_base(), row_seeds(range(12), 0), [1 + row % 7 for row in range(12)]
+        sampling = Sampling(max_new_tokens=20, min_new_tokens=minimum)
+        found = generate(model, prompts, sampling, tokenizer, seeds, limits=limits)
+        alone = [
+            generate(model, [prompts[row]], Sampling(max_new_tokens=limits[row], min_new_tokens=min(minimum, limits[row])),
+                     tokenizer, [seeds[row]])
+            for row in range(12)
+        ]  # fmt: skip
+        assert tokens_of(found) == [tokens_of(one)[0] for one in alone]
+        assert found.finished.tolist() == [bool(one.finished) for one in alone]
+        assert found.response_ids.shape[1] <= 7 and not found.response_ids[~found.response_mask].any()
+        assert minimum or 0 < int(found.finished.sum()) < 12
+
+    def test_generation_ends_where_each_row_has_ended(self, make_base: Any, tokenizer: Any) -> None:
+        """A row with a high limit that ends early does not keep a row at its low limit waiting."""
+        model, steps = make_base(), itertools.count()
+        model.lm_head.weight.data[EOS] = 0
+        prompts = [[BOS, 5], [BOS, 6, 7]]
+        generate(
+            model, prompts, Sampling(max_new_tokens=30), tokenizer, [1, 2], limits=[3, 4], check=lambda: next(steps)
+        )
+        assert next(steps) == 4
+
+
+def syncs(model: Any, prompts: list[list[int]], tokenizer: Any, new_tokens: int, **options: Any) -> int:
+    """Times that the host would wait for a GPU while exactly `new_tokens` tokens are generated."""
+    sampling = Sampling(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+    with HostSyncs() as counted:
+        found = generate(model, prompts, sampling, tokenizer, range(len(prompts)), **options)
+    assert found.response_mask.all() and found.response_ids.shape[1] == new_tokens
+    return counted.total
+
+
+class TestSyncs:
+    @pytest.mark.parametrize("lengths", [(3, 3), (3, 5)], ids=["no padding", "padding"])
+    @pytest.mark.parametrize("recorded", [False, True])
+    def test_one_a_token(self, make_base: Any, tokenizer: Any, lengths: tuple[int, ...], recorded: bool) -> None:
+        """Transformers reads whether all rows have ended; nothing else waits, whatever the number of rows."""
+        model = make_base(max_position_embeddings=128)
+        few, many = ([[BOS, *range(5, 4 + length)] for length in lengths * times] for times in (1, 8))
+
+        def count(prompts: list[list[int]], new_tokens: int) -> int:
+            recording = {"recording": Recording(nn.Linear(32, 1))} if recorded else {}
+            return syncs(model, prompts, tokenizer, new_tokens, **recording)
+
+        assert count(few, 48) - count(few, 16) == 32
+        assert count(many, 16) == count(few, 16) <= 16 + 8
+
+    def test_two_kinds_of_layers(self, tokenizer: Any) -> None:
+        """Gemma 3 has a mask for its sliding layers and one for the others."""
+        from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+        torch.manual_seed(0)
+        config = Gemma3TextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, sliding_window=64, layer_types=["sliding_attention", "full_attention"],
+        )  # fmt: skip
+        model = Gemma3ForCausalLM(config).eval()
+        few, many = (syncs(model, [[BOS, 5], [BOS, 6, 7]], tokenizer, count) for count in (8, 16))
+        assert many - few == 8
+
+    def test_the_masks_are_the_same(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+        """After generation Transformers builds masks as before; during it a mask is built though no row is padded."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+
+        before = MASKS["sdpa"]
+        given = {
+            "batch_size": 2, "q_length": 3, "kv_length": 3, "attention_mask": torch.ones(2, 3, dtype=torch.bool),
+            "allow_is_causal_skip": True, "device": torch.device("cpu"),
+        }  # fmt: skip
+        with generation._masks_without_sync(padded=True):
+            built = MASKS["sdpa"](**given)
+        assert built.shape == (2, 1, 3, 3) and torch.equal(built[1, 0], torch.ones(3, 3).tril().bool())
+        assert MASKS["sdpa"] is before and before(**given) is None
+        with pytest.raises(Stop):
+            generate(make_base(), prompts, Sampling(), tokenizer, range(12), check=raise_stop)
+        assert MASKS["sdpa"] is before
+
 
 def with_pad(tokenizer: Any, pad_is_eos: bool) -> Any:
     """The tokenizer, padding with EOS if asked to."""
@@ -242,6 +326,10 @@ class TestRecording:
 
 class Stop(Exception):
     """What a check raises."""
+
+
+def raise_stop() -> None:
+    raise Stop
 
 
 class TestWhatIsLeft:
@@ -369,3 +457,29 @@ class TestRespond:
         for rows, part in generate_batches(model, prompts, sampling, tokenizer, 4, batch_size):
             found |= dict(zip(rows, tokens_of(part), strict=True))
         assert [found[row] for row in range(12)] == expected
+
+    def test_a_batch_of_several_limits_stays_within_the_models_positions(
+        self, make_base: Any, tokenizer: Any, monkeypatch: Any
+    ) -> None:
+        """Of 16 positions: 10 + 6 and 12 + 4 may not share a batch, though 8 + 5, 10 + 5 and 11 + 5 may."""
+        model, batches = make_base(max_position_embeddings=16), []
+        inner = generation.generate
+
+        def spy(model: Any, prompts: Any, *given: Any, **more: Any) -> Responses:
+            batches.append(list(map(len, prompts)))
+            return inner(model, prompts, *given, **more)
+
+        monkeypatch.setattr(generation, "generate", spy)
+        sampling = Sampling(max_new_tokens=6)
+
+        def run(lengths: list[int], limits: list[int]) -> list[list[int]]:
+            batches.clear()
+            asked = [[BOS] * length for length in lengths]
+            for rows, found in generate_batches(model, asked, sampling, tokenizer, 0, 3, limits=limits):
+                assert (found.lengths <= torch.tensor([limits[row] for row in rows])).all()
+            return list(batches)
+
+        assert run([12, 10, 11], [4, 6, 5]) == [[10], [11], [12]]
+        assert run([11, 8, 10], [5, 5, 5]) == [[8, 10, 11]]
+        assert run([8, 9, 10, 10], [6, 3, 6, 1]) == [[8, 9, 10], [10]]
+        assert run([12, 14, 13], [6, 6, 6]) == [[12, 13, 14]]  # each is too long by itself

@@ -166,7 +166,8 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     from peft import get_peft_model
 
     from salsa_peft.config.schema import Adapter, Model
-    from salsa_peft.models.base import cast_trainable_to_float32, load_base
+    from salsa_peft.models.base import load_base
+    from salsa_peft.models.precision import make_trained_float32
     from salsa_peft.training.reward_model import copy_adapter
 
     folder = make_base("llama", tmp_path / "base")
@@ -182,7 +183,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    cast_trainable_to_float32(peft)
+    make_trained_float32(peft)
     copy_adapter(peft, tmp_path / "seed-0")
     adapters.save(peft, "default", tmp_path / "again")
     again = adapters.read(tmp_path / "again")[1]

@@ -15,8 +15,8 @@ from transformers import LlamaForSequenceClassification
 
 from salsa_peft.models.rewards.classifier import ClassifierReward
 from salsa_peft.models.rewards.reward import Part, WeightedReward
-from salsa_peft.training import offload
-from salsa_peft.training.offload import OffloadedModel
+from salsa_peft.training import references
+from salsa_peft.training.references import OffloadedModel
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -36,7 +36,7 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.names: dict[int, tuple[str, nn.Module, Tensor]] = {}
-        monkeypatch.setattr(offload, "copy_to", lambda tensor, device: tensor.clone())
+        monkeypatch.setattr(references, "copy_to", lambda tensor, device: tensor.clone())
 
     def watch(self, name: str, model: nn.Module) -> None:
         """Note each forward of a model."""

@@ -46,6 +46,18 @@ class PPOOptions:
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
     """Source of log-probs and values before the update. recompute: a forward pass as in training. rollout: recorded
     during generation, which saves this forward pass but differs from it by rounding (noticeably in bf16)."""
+    importance_sampling_correction: bool | None = None
+    """Multiply the policy loss by truncated importance weights π/q, because the sampler q differs from the policy π as
+    it is scored (TRL's GRPO: vllm_importance_sampling_correction). None: true for paged and vllm, false for hf."""
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
+    """A weight for each token, or the product of a response's ratios for all its tokens; ratios outside the bounds are
+    truncated to them, or set to 0. token_truncate is verl's default; TRL's is sequence_mask."""
+    importance_sampling_clip_max: Annotated[float, Field(ge=1)] | None = 3.0
+    """Upper bound of the importance ratio (TRL's default). None: no bound."""
+    importance_sampling_clip_min: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lower bound of the importance ratio. None: no bound (TRL's default)."""
     value: Literal["head", "adapter"] = "head"
     """Value model. head: a linear head on the policy's trunk. adapter: a separate adapter with a head, both
     initialized from the reward adapter."""
@@ -105,6 +117,13 @@ class PPOOptions:
         """Number of optimizer steps on one rollout batch."""
         return self.num_ppo_epochs * self.num_mini_batches
 
+    @property
+    def corrects_sampling(self) -> bool:
+        """Whether the policy loss is multiplied by importance weights."""
+        if self.importance_sampling_correction is None:
+            return self.rollout_backend != "hf"
+        return self.importance_sampling_correction
+
     def check_shares(self, prefix: str, batch_size: int, micro_batch_size: int | None, processes: int = 1) -> int:
         """Number of responses of a minibatch that each process gets.
 
@@ -147,6 +166,17 @@ class PPOOptions:
             require(
                 self.old_logprobs == "recompute" or not conflict,
                 f"{prefix}old_logprobs: rollout does not work with {why}; use recompute",
+            )
+        for conflict, why in (
+            (self.rollout_compile, "rollout_compile: a compiled step records no log-probs"),
+            (
+                self.old_logprobs == "rollout",
+                "old_logprobs rollout: these are the sampler's already, so every ratio is 1",
+            ),
+        ):
+            require(
+                not (self.corrects_sampling and conflict),
+                f"{prefix}importance_sampling_correction: true does not work with {why}. Set it to false",
             )
         require(
             self.kl_coef_min <= self.kl_coef,

@@ -35,6 +35,9 @@ class Training:
     full; on a CPU adamw_torch_fused replaces them, with a warning. `precision: stochastic` uses its own optimizer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    save_steps: Count = 500
+    """Number of optimizer steps between two checkpoints (Transformers' default). A run that was killed repeats at most
+    that many steps. The newest checkpoint is kept, and removed when the stage is finished."""
 
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError if the batch is not divisible into micro-batches on that many processes."""

@@ -23,8 +23,7 @@ class Reward(ABC):
     """Scores responses. Subclasses define `__call__`; the other methods suit rewards without a model."""
 
     on_device: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-    """Context in which `frozen_model` is on the device; training/offload.py replaces it if it offloads the model to the
-    CPU."""
+    """Context in which `frozen_model` is on the device; training/references.py replaces it if it offloads the model."""
 
     @cached_property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from salsa_peft.data.chat.turn_ends import model_stop_token_ids, tokenizer_notes
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, keep_4bit_layout
 from salsa_peft.models.logprobs import check_head, head_of
-from salsa_peft.models.precision import OPTIMIZER, ROUNDING, rounds_stochastically
+from salsa_peft.models.precision import require_float32
 from salsa_peft.models.tokenizers import PREPARED_TOKENIZERS
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
@@ -107,24 +107,9 @@ def check_trained(
             f"model: {', '.join(outside[:1])} of the base is trainable, but references share it. Call"
             " requires_grad_(False) on it",
         )
-    check_precision(trained, args)
+    require_float32(model, args)
     head_of(causal_lm(model), 1.0, model_stop_token_ids(tokenizer, causal_lm(model)))
     check_noise(model)
-
-
-def check_precision(trained: dict[str, torch.nn.Parameter], args: TrainingArguments) -> None:
-    """Raise SalsaError for trained weights in a dtype that is too coarse for PPO's steps.
-
-    Supported are float32 and, with an optimizer that rounds stochastically (models/precision.py), bf16.
-    """
-    fine = {torch.float32, torch.bfloat16} if rounds_stochastically(args) else {torch.float32}
-    for name, parameter in trained.items():
-        require(
-            parameter.dtype in fine,
-            f"model: {name} is in {str(parameter.dtype).removeprefix('torch.')}, which rounds small updates away. Load"
-            " the weights with dtype=torch.float32 and set bf16=True, or train float32 adapters over a bf16 base, or"
-            f" use bf16 weights with stochastic rounding: optim='{OPTIMIZER}', optim_args='{ROUNDING}=True' (torchao)",
-        )
 
 
 def check_noise(model: PeftModel | PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""GAE, KL estimators, PPO's losses and the KL controller: pure functions on tensors.
+"""GAE, KL estimators, importance weights, PPO's losses and the KL controller: pure functions on tensors.
 
 Shapes: B sequences, T response tokens. Masks are True at the tokens of responses; values elsewhere are ignored and need
 not be zero. Everything is computed in float32.
@@ -79,6 +79,32 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     return Advantages(advantages, torch.where(mask, advantages + values, torch.zeros_like(values)))
 
 
+def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """Ratios π/q (B, T) of the policy as it is scored, π, to the sampler, q; 1 outside the mask.
+
+    logprobs, sampling_logprobs, mask: (B, T). mode: of importance_weights. token_*: the ratio of each token.
+    sequence_*: the product of a response's ratios, at each of its tokens. A token whose log-prob the sampler did not
+    report (NaN) has the ratio 1, as in TRL.
+    """
+    log_ratio = (logprobs - sampling_logprobs).masked_fill(~mask, 0.0)
+    log_ratio = log_ratio.masked_fill(log_ratio.isnan(), 0.0)
+    if mode.startswith("sequence"):
+        log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(mask).masked_fill(~mask, 0.0)
+    return log_ratio.exp()
+
+
+def importance_weights(ratios: Tensor, mode: str, clip_min: float | None, clip_max: float | None) -> Tensor:
+    """Weights of the policy loss that correct for the sampler: ratios (B, T) of importance_ratios within bounds.
+
+    As TRL's GRPO with vllm_importance_sampling_mode. *_truncate: ratios are clipped to the bounds. *_mask: ratios
+    outside the bounds become 0. clip_min, clip_max: the bounds; None: no bound.
+    """
+    least, most = clip_min or 0.0, math.inf if clip_max is None else clip_max
+    if mode.endswith("truncate"):
+        return ratios.clamp(least, most)
+    return ratios.masked_fill((ratios < least) | (ratios > most), 0.0)
+
+
 class PPOLoss(NamedTuple):
     """Loss and metrics of a micro-batch: sums over its tokens, divided by the minibatch's token count.
 
@@ -96,12 +122,13 @@ class PPOLoss(NamedTuple):
 
 def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor,
              returns: Tensor, mask: Tensor, *, tokens: int, cliprange: float, cliprange_value: float,
-             vf_coef: float) -> PPOLoss:  # fmt: skip
+             vf_coef: float, weights: Tensor | None = None) -> PPOLoss:  # fmt: skip
     """PPO's clipped losses (Schulman et al., 2017) of a micro-batch. All tensors are (B, T).
 
-    policy = mean of max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =
+    policy = mean of w · max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =
     policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the whole minibatch,
-    so that the gradients of its micro-batches add up to the minibatch's gradient.
+    so that the gradients of its micro-batches add up to the minibatch's gradient. weights: the importance weights w,
+    which have no gradient; None: 1.
     """
     given = (logprobs, values, old_logprobs, old_values, advantages, returns)
     logprobs, values, old_logprobs, old_values, advantages, returns = (
@@ -116,7 +143,8 @@ def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values:
     def total(per_token: Tensor) -> Tensor:
         return torch.where(mask, per_token, torch.zeros_like(ratio)).sum() / tokens
 
-    policy = total(torch.maximum(unclipped, clipped))
+    per_token = torch.maximum(unclipped, clipped)
+    policy = total(per_token if weights is None else weights.detach() * per_token)
     value = 0.5 * total(torch.maximum(value_unclipped, value_clipped))
     with torch.no_grad():
         shown = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,9 +29,8 @@ from salsa_peft.training.ppo.metrics import LogFiles
 from salsa_peft.training.ppo.rollout import Rollout, on_cpu
 from salsa_peft.training.ppo.state import PPOState
 from salsa_peft.training.references import FrozenReference
-from salsa_peft.utils import files
 from salsa_peft.utils.console import say
-from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,7 +49,8 @@ REQUIRED = (
 CHANGEABLE = (
     "learning_rate", "value_head_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "kl_coef",
     "kl_target", "kl_horizon", "kl_coef_min", "kl_coef_max", "max_ratio", "target_kl", "rollout_backend",
-    "old_logprobs", "bf16",
+    "old_logprobs", "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
+    "importance_sampling_clip_min", "bf16",
 )  # fmt: skip
 """Options that may change on resume; changes are printed."""
 LORA_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -157,27 +156,15 @@ class RunCheckpoints:
         At the end, PPO's files are added and the checkpoint gets its name. size: number of bytes that the body will
         write, if known. Raises SalsaError if the disk is full.
         """
-        partial, main = self.folder / checkpoints.PARTIAL, self.accelerator.is_main_process
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-        if size is not None:
-            files.require_disk_space(self.folder, size, f"{checkpoints.PREFIX}{trainer_state.global_step}")
-        self.partial = partial
+        name = f"{checkpoints.PREFIX}{trainer_state.global_step}"
         try:
-            self.accelerator.wait_for_everyone()
-            yield
-            self.accelerator.wait_for_everyone()
-            self._complete(trainer_state, partial)
-        except Exception as error:
-            if main:
-                shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, SalsaError) or (line := files.disk_full_message(error, self.folder)) is None:
-                raise
-            raise SalsaError(line) from error
+            with checkpoints.writing(self.folder, name, size, self.accelerator) as self.partial:
+                yield
+                self.accelerator.wait_for_everyone()
+                self._complete(trainer_state, self.partial)
         finally:
             self.partial = None
         self.saved_step = trainer_state.global_step
-        self.accelerator.wait_for_everyone()
 
     def _complete(self, trainer_state: TrainerState, partial: Path) -> None:
         name, best = f"{checkpoints.PREFIX}{trainer_state.global_step}", trainer_state.best_global_step

@@ -35,12 +35,11 @@ from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.models.sharding import gather_weights, gathered
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.training.offload import place_frozen_models
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import Backend
 from salsa_peft.training.ppo.losses import KL_ESTIMATORS
 from salsa_peft.training.ppo.prompts import Prompt
-from salsa_peft.training.references import FrozenReference
+from salsa_peft.training.references import FrozenReference, place_frozen_models
 from salsa_peft.training.stopping import Interrupted
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import MicroBatchLimit

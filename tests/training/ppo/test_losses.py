@@ -263,6 +263,172 @@ class TestPPOLoss:
                 )
 
 
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+def as_trl(new: Tensor, sampled: Tensor, mask: Tensor, mode: str, least: float | None, most: float | None) -> Tensor:
+    """The weights as TRL 1.16's GRPO computes them, (B, T) or (B, 1)."""
+    difference = torch.nan_to_num((new - sampled) * mask, nan=0.0)
+    if mode.startswith("sequence"):
+        difference = difference.sum(dim=-1, keepdim=True)
+    ratio = torch.exp(difference)
+    if mode.endswith("truncate"):
+        return torch.clamp(ratio, min=least, max=most)
+    low, high = -math.inf if least is None else least, math.inf if most is None else most
+    return ratio.masked_fill((ratio < low) | (ratio > high), value=0.0)
+
+
+def weights_of(logprobs: Tensor, sampled: Tensor, mask: Tensor, mode: str, most: float | None = None) -> Tensor:
+    """importance_weights of importance_ratios, without a lower bound."""
+    return losses.importance_weights(losses.importance_ratios(logprobs, sampled, mask, mode), mode, None, most)
+
+
+class TestImportanceSampling:
+    @pytest.mark.parametrize(
+        ("mode", "expected"),
+        [
+            ("token_truncate", [2.0, 1.5, 0.5, 1.0]),
+            ("token_mask", [2.0, 1.5, 0.0, 1.0]),
+            ("sequence_truncate", [1.5, 1.5, 1.5, 1.0]),
+            ("sequence_mask", [1.5, 1.5, 1.5, 1.0]),
+        ],
+    )
+    def test_by_hand(self, mode: str, expected: list[float]) -> None:
+        """Ratios 2, 1.5 and 0.5, whose product is 1.5, and padding; bounds 0.6 (masks only) and 2.5."""
+        mask = torch.tensor([[True, True, True, False]])
+        new, sampled = torch.tensor([[2.0, 1.5, 0.5, 9.0]]).log(), torch.zeros(1, 4)
+        ratios = losses.importance_ratios(new, sampled, mask, mode)
+        found = losses.importance_weights(ratios, mode, 0.6 if mode.endswith("mask") else None, 2.5)
+        torch.testing.assert_close(found, torch.tensor([expected]))
+
+    def test_the_cap_by_hand(self) -> None:
+        """Ratios 8 and 1/4, whose product is 2: above a bound of 1.75, below one of 4."""
+        mask, zero = torch.tensor([[True, True]]), torch.zeros(1, 2)
+        new = torch.tensor([[8.0, 0.25]]).log()
+        for mode, expected in zip(MODES, ([1.75, 0.25], [0.0, 0.25], [1.75, 1.75], [0.0, 0.0]), strict=True):
+            torch.testing.assert_close(weights_of(new, zero, mask, mode, 1.75), torch.tensor([expected]))
+        torch.testing.assert_close(weights_of(new, zero, mask, "sequence_mask", 4.0), torch.tensor([[2.0, 2.0]]))
+
+    @PROPERTY
+    @given(
+        LENGTHS,
+        st.integers(0, 999),
+        st.sampled_from(MODES),
+        st.sampled_from([None, 0.5, 0.9]),
+        st.sampled_from([None, 1.1, 3.0]),
+    )
+    def test_equals_trls(
+        self, lengths: list[int], seed: int, mode: str, least: float | None, most: float | None
+    ) -> None:
+        """Inside the mask, with one NaN among the sampler's log-probs; with an upper or a lower bound, both, or none."""
+        mask, (new, sampled) = mask_of(lengths), draw(lengths, seed, 2)
+        sampled[0, 0] = float("nan")
+        if mode.endswith("truncate") and most is least is None:
+            return  # TRL refuses this
+        found = losses.importance_weights(losses.importance_ratios(new, sampled, mask, mode), mode, least, most)
+        expected = as_trl(new, sampled, mask, mode, least, most).expand_as(mask)
+        torch.testing.assert_close(found[mask], expected[mask])
+
+    @PROPERTY
+    @given(LENGTHS, st.integers(0, 999), st.sampled_from(MODES), st.sampled_from(POISON))
+    def test_a_sampler_equal_to_the_policy_changes_nothing(
+        self, lengths: list[int], seed: int, mode: str, poison: float
+    ) -> None:
+        """The weights are 1, and losses and gradients the same to the bit as without correction, whatever pads."""
+        mask, tensors = mask_of(lengths), batch(lengths, seed)
+        old = tensors["old_logprobs"]
+        weights = weights_of(old, poisoned(old, mask, poison), mask, mode, 3.0)
+        assert weights.tolist() == torch.ones_like(weights).tolist()
+        found = []
+        for given_weights in (None, weights):
+            inputs: dict[str, Any] = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+            loss = losses.ppo_loss(**inputs, mask=mask, tokens=sum(lengths), weights=given_weights, **OPTIONS)  # type: ignore[arg-type]
+            loss.loss.backward()
+            found.append([*loss, inputs["logprobs"].grad, inputs["values"].grad])
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+    @PROPERTY
+    @given(LENGTHS, st.integers(0, 999))
+    def test_only_the_policys_term_is_weighted(self, lengths: list[int], seed: int) -> None:
+        """Token by token in Python floats; value loss and the figures in the logs stay, and weights get no gradient."""
+        mask, tensors = mask_of(lengths), batch(lengths, seed)
+        weights = (draw(lengths, seed + 1, 1)[0].abs() + 0.1).requires_grad_()
+        found = losses.ppo_loss(**tensors, mask=mask, tokens=sum(lengths), weights=weights, **OPTIONS)  # type: ignore[arg-type]
+        expected, policy = plain(tensors, lengths), 0.0
+        for b, length in enumerate(lengths):
+            for t in range(length):
+                lp, _, old, _, a, _ = (tensor[b, t].item() for tensor in tensors.values())
+                ratio = math.exp(lp - old)
+                policy += weights[b, t].item() * max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
+        expected |= {"policy": policy / sum(lengths), "loss": policy / sum(lengths) + 0.1 * expected["value"]}
+        for name, value in expected.items():
+            assert getattr(found, name).item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        assert not found.loss.requires_grad
+
+    @pytest.mark.parametrize(
+        ("mode", "length"), [("token_truncate", 1), ("sequence_truncate", 1), ("sequence_truncate", 2)]
+    )
+    def test_the_samplers_bias_is_gone(self, mode: str, length: int) -> None:
+        """Every response over 3 tokens, of 1 or 2 tokens, with its probability under a sampler q unlike the policy π.
+
+        The expected gradient with weights π/q is the gradient with samples of π. Without weights it is another.
+        """
+        generator = torch.Generator().manual_seed(3)
+        first, second = torch.randn(3, generator=generator), torch.randn(3, 3, generator=generator)
+        shift = [torch.randn(3, generator=generator), torch.randn(3, 3, generator=generator)]
+        responses = torch.cartesian_prod(*[torch.arange(3)] * length).reshape(-1, length)
+        rewards = torch.randn(len(responses), generator=generator)
+        mask, zero = torch.ones(responses.shape).bool(), torch.zeros(responses.shape)
+
+        def logprobs(start: Tensor, after: Tensor) -> Tensor:
+            steps = [start.log_softmax(-1)[responses[:, 0]]]
+            if length == 2:
+                steps.append(after.log_softmax(-1)[responses[:, 0], responses[:, 1]])
+            return torch.stack(steps, dim=1)
+
+        sampler = logprobs(first + shift[0], second + shift[1])
+
+        def expected_gradient(drawn: Tensor, weights: Tensor | None) -> Tensor:
+            """Σ_y drawn(y) ∇ loss(y): the advantage of each token is reward(y) times the probability of drawing y."""
+            start, after = first.clone().requires_grad_(), second.clone().requires_grad_()
+            new = logprobs(start, after)
+            advantages = (rewards * drawn.sum(-1).exp())[:, None].expand_as(mask)
+            found = losses.ppo_loss(
+                new, zero, new.detach(), zero, advantages, zero, mask, tokens=1, weights=weights, **OPTIONS
+            )  # type: ignore[arg-type]
+            gradients = torch.autograd.grad(found.loss, [start, after], allow_unused=True)
+            return torch.cat([part.flatten() for part in gradients if part is not None])
+
+        policy = logprobs(first, second)
+        right = expected_gradient(policy, None)
+        corrected = expected_gradient(sampler, weights_of(policy, sampler, mask, mode))
+        uncorrected = expected_gradient(sampler, None)
+        torch.testing.assert_close(corrected, right, rtol=1e-4, atol=1e-6)
+        assert (uncorrected - right).norm() > 0.3 * right.norm()
+        truncated = expected_gradient(sampler, weights_of(policy, sampler, mask, mode, 1.5))
+        assert (truncated - right).norm() < (uncorrected - right).norm()
+
+    def test_samples_of_another_distribution_give_the_policys_gradient(self) -> None:
+        """200,000 tokens drawn from q over 4 tokens: the weighted gradient is the policy's to 2%."""
+        generator = torch.Generator().manual_seed(0)
+        logits, rewards = torch.tensor([0.5, 0.0, -0.5, 1.0]), torch.tensor([1.0, -1.0, 0.5, 2.0])
+        policy, sampler = logits.log_softmax(-1), (logits + torch.tensor([1.0, -0.5, 0.5, -1.0])).log_softmax(-1)
+        drawn = torch.multinomial(sampler.exp(), 200_000, replacement=True, generator=generator)[None]
+        mask, zero = torch.ones(drawn.shape).bool(), torch.zeros(drawn.shape)
+        probabilities = policy.exp()
+        right = -probabilities * (rewards - (probabilities * rewards).sum())
+        errors = []
+        for weights in (weights_of(policy[drawn], sampler[drawn], mask, "token_truncate"), None):
+            trained = logits.clone().requires_grad_()
+            new = trained.log_softmax(-1)[drawn]
+            loss = losses.ppo_loss(new, zero, new.detach(), zero, rewards[drawn], zero, mask, tokens=drawn.numel(),
+                                   weights=weights, **OPTIONS)  # type: ignore[arg-type]  # fmt: skip
+            (gradient,) = torch.autograd.grad(loss.loss, trained)
+            errors.append(((gradient - right).norm() / right.norm()).item())
+        assert errors[0] < 0.02
+        assert errors[1] > 0.3
+
+
 def test_explained_variance_by_hand() -> None:
     """Returns 0, 2, 4 (variance 8/3), errors 0, 0, 3 (mean 1, variance 2): 1 − 2 · 3/8 = 0.25."""
     mask = torch.tensor([[True, True, True, False]])

@@ -38,6 +38,14 @@ def config(folder: Path, **options: Any) -> SalsaPPOConfig:
         ({"batch_size": 0}, "batch_size: must be at least 1, not 0"),
         ({"batch_size": 8.0}, r"batch_size: must be a whole number, not 8\.0"),
         ({"micro_batch_size": 0}, "micro_batch_size: must be at least 1, not 0"),
+        ({"importance_sampling_mode": "token"}, "importance_sampling_mode: must be token_truncate, token_mask"),
+        ({"importance_sampling_clip_max": 0.5}, r"importance_sampling_clip_max: must be at least 1, not 0\.5"),
+        ({"importance_sampling_clip_min": 2.0}, r"importance_sampling_clip_min: must be at most 1, not 2\.0"),
+        ({"importance_sampling_correction": 1}, "importance_sampling_correction: must be true or false, not 1"),
+        ({"importance_sampling_correction": True, "rollout_compile": True},
+         r"importance_sampling_correction: true does not work with rollout_compile: .* Set it to false"),
+        ({"importance_sampling_correction": True, "old_logprobs": "rollout"},
+         r"importance_sampling_correction: true does not work with old_logprobs rollout: .* Set it to false"),
         ({"num_mini_batches": 0}, "num_mini_batches: must be at least 1, not 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, not 0"),
         ({"shown_every": 0}, "shown_every: must be at least 1, not 0"),
@@ -63,6 +71,15 @@ def test_what_can_be(tmp_path: Path) -> None:
     """Whole numbers where a fraction may stand, a part of an epoch, bounds at their ends."""
     args = config(tmp_path, kl_coef=0, gamma=1, temperature=2, num_train_epochs=0.5, lam=0.0, guards=None)
     assert (args.kl_coef, args.num_train_epochs, args.guards) == (0, 0.5, {})
+
+
+@pytest.mark.parametrize(("backend", "default"), [("hf", False), ("paged", True), ("vllm", True)])
+def test_which_backends_are_corrected(tmp_path: Path, backend: str, default: bool) -> None:
+    """By default those whose sampler differs from the forward pass that scores; either may be set."""
+    assert config(tmp_path, rollout_backend=backend).corrects_sampling is default
+    for given in (True, False):
+        args = config(tmp_path, rollout_backend=backend, importance_sampling_correction=given)
+        assert args.corrects_sampling is given
 
 
 def test_mappings_on_a_command_line_are_json(tmp_path: Path) -> None:

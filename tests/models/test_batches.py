@@ -1,0 +1,88 @@
+"""Tests of batches of similar length (models/batches.py)."""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from salsa_peft.models.batches import overhead, split_by_length
+
+
+def cost(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Tokens with padding, and the overhead of each batch."""
+    return sum(len(batch) * max(lengths[row] for row in batch) + overhead(lengths) for batch in batches)
+
+
+def every_split(lengths: Sequence[int]) -> list[list[list[int]]]:
+    """All splits of the sorted rows into batches."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    found = []
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        bounds = [0, *(place for place, cut in enumerate(cuts, 1) if cut), len(order)]
+        found.append([order[start:end] for start, end in itertools.pairwise(bounds)])
+    return found
+
+
+def allowed(batches: Sequence[Sequence[int]], lengths: Sequence[int], rows: int, tokens: int | None) -> bool:
+    return all(
+        len(batch) <= rows
+        and (tokens is None or len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= tokens)
+        for batch in batches
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_split_is_the_cheapest_of_all(seed: int) -> None:
+    draw = random.Random(seed)
+    lengths = [draw.choice([draw.randint(0, 40), draw.randint(30, 300)]) for _ in range(draw.randint(1, 9))]
+    rows, tokens = draw.randint(1, 9), draw.choice([None, 60, 200, 700])
+    found = split_by_length(lengths, rows, tokens)
+    assert allowed(found, lengths, rows, tokens)
+    assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
+    best = min(cost(batches, lengths) for batches in every_split(lengths) if allowed(batches, lengths, rows, tokens))
+    assert cost(found, lengths) == best
+
+
+def test_the_order_is_by_length_and_stable() -> None:
+    assert split_by_length([5, 300, 5, 300, 4], 8) == [[4, 0, 2], [1, 3]]
+    assert split_by_length([5, 300, 5, 300, 4], 2) == [[4], [0, 2], [1, 3]]
+
+
+def test_edge_cases() -> None:
+    assert split_by_length([], 8) == []
+    assert split_by_length([0, 0], 8) == [[0, 1]]
+    assert split_by_length([900, 10, 10], 8, tokens=20) == [[1, 2], [0]]
+    assert split_by_length([20] * 64, 64) == [list(range(64))]
+
+
+def lognormal(median: float, shortest: int, longest: int) -> Callable[[random.Random], int]:
+    return lambda draw: int(min(max(draw.lognormvariate(math.log(median), 0.7), shortest), longest))
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "most"),
+    [
+        (lognormal(600, 74, 4576), 64, 1.02),
+        (lognormal(600, 74, 4576), 8, 1.02),
+        (lognormal(80, 10, 600), 64, 1.04),
+        (lognormal(80, 10, 600), 8, 1.04),
+    ],
+    ids=["chats", "chats, micro-batches of 8", "short texts", "short texts, micro-batches of 8"],
+)
+def test_little_is_padding(length: Callable[[random.Random], int], rows: int, most: float) -> None:
+    draw, needed, computed = random.Random(0), 0, 0
+    for _ in range(50):
+        lengths = sorted(length(draw) for _ in range(64))
+        for start in range(0, 64, rows):
+            part = lengths[start : start + rows]
+            needed += sum(part)
+            computed += sum(len(batch) * part[batch[-1]] for batch in split_by_length(part, rows))
+    assert needed <= computed <= most * needed
+
+
+def test_very_short_rows_are_not_spread_over_many_forwards() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        assert len(split_by_length([draw.randint(10, 30) for _ in range(8)], 8)) <= 3
