@@ -2,7 +2,8 @@
 
 torch's FakeTensorMode gives each tensor a shape, dtype and device, but no numbers, so code that reads a length or a mask
 stops there. `KnownValues` keeps the numbers of small tensors that depend on no weight (token ids, masks, lengths,
-positions), computes with them beside the fake ones, and makes up the rest (losses, scores, sampled tokens).
+positions) and computes with them beside the fake ones. A number that depends on weights (a loss, a score, a sampled
+token) is 0 where it is read.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten = torch.ops.aten
 LARGEST = 2**20
 """Number of elements up to which a tensor's values are kept."""
-MADE_UP = 0.5
-"""Every number that depends on weights. As a bool it is False, as a token id 0."""
 
 
 class Known:
@@ -36,7 +35,7 @@ class Known:
 
 
 class KnownValues(TorchDispatchMode):
-    """Mode above FakeTensorMode that knows the values of small tensors; `made_up` counts the numbers that it invents."""
+    """Mode above FakeTensorMode that knows the values of small tensors; `made_up` counts the numbers that are 0 because they depend on weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +70,8 @@ class KnownValues(TorchDispatchMode):
             with _disable_current_modes():
                 return known.item()
         self.made_up += 1
-        return {True: MADE_UP, False: 0}[tensor.is_floating_point()] if tensor.dtype != torch.bool else False
+        with _disable_current_modes():
+            return torch.zeros((), dtype=tensor.dtype).item()
 
     def _mask(self, mask: torch.Tensor) -> torch.Tensor:
         """A mask's values; if they are unknown, True everywhere."""
@@ -188,8 +188,9 @@ def fake_tensors() -> Iterator[KnownValues]:
     mode, swap = FakeTensorMode(allow_non_fake_inputs=True), torch.utils.swap_tensors
 
     def swap_tensors(one: torch.Tensor, other: torch.Tensor) -> None:
-        mode.fake_tensor_converter.meta_converter.tensor_memo.clear()  # its weak references would prevent the swap
-        swap(one, other)
+        if (one.dtype, one.device, one.shape) != (other.dtype, other.device, other.shape):
+            mode.fake_tensor_converter.meta_converter.tensor_memo.clear()  # its weak references would prevent the swap
+            swap(one, other)
 
     torch.utils.swap_tensors = swap_tensors
     try:
