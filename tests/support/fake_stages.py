@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from transformers import AutoConfig, Trainer
+from transformers.utils.quantization_config import QuantizationMethod
 from trl.kernels import chunked_logprob
 
 from salsa_peft.config.job import Job, Unit
@@ -115,12 +118,30 @@ def make_fake(
     auto_class: Callable[[Any], Any], folder: str, model: Any, trained: torch.dtype | None, **options: Any
 ) -> Any:
     """In place of models.base._load: the same model with made-up weights."""
-    config = AutoConfig.from_pretrained(folder)
+    config, quantisation = AutoConfig.from_pretrained(folder), options.pop("quantization_config", None)
     for name, value in options.items():
         setattr(config, name, value)
     dtype = trained or base.resolve_dtype(model.dtype)
     made = auto_class(config).from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    if model.quantization is not None:
+        quantise(made, base._quantization_config(model, dtype))
     return made.requires_grad_(trained is not None)
+
+
+def quantise(model: Any, config: Any) -> None:
+    """Turn the layers' linear modules into bitsandbytes', with a plain tensor in place of the class Params4bit."""
+    kind = {"quant_type": config.bnb_4bit_quant_type, "compress_statistics": config.bnb_4bit_use_double_quant}
+    for name, module in model.named_modules():
+        if type(module) is not torch.nn.Linear or name in config.llm_int8_skip_modules:
+            continue
+        packed, state = quantize_4bit(module.weight.detach(), **kind)
+        weight: Any = torch.nn.Parameter(packed, requires_grad=False)
+        vars(weight).update(kind, quant_state=state, quant_storage=torch.uint8)
+        module.__class__ = Linear4bit
+        module.weight, module.quant_state, module.compute_dtype = weight, state, config.bnb_4bit_compute_dtype
+        module.compute_type_is_set, module.support_avx512bf16_for_cpu = True, False
+    model.is_loaded_in_4bit, model.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
+    model.config.quantization_config = config
 
 
 def read_fake(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:

@@ -170,10 +170,10 @@ class Peaks(MemTracker):
     def _update_peak_stats(self, peak_state: Any) -> None:
         self._keep_peak()
 
-    def _pre_fw_hook(self, *_: Any) -> None:
-        """No statistics of modules."""
-
-    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook  # type: ignore[assignment]
+    def __enter__(self) -> Peaks:
+        super().__enter__()
+        self._mod_tracker.__exit__()  # hooks in modules, which no phase needs and which keep tensors alive
+        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = super().__torch_dispatch__(func, types, args, kwargs)
