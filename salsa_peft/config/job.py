@@ -25,6 +25,8 @@ class Unit:
     """Settings that the result depends on, as JSON data. They are part of the cache key. Paths are in `files`."""
     files: tuple[str, ...] = ()
     """Local files and folders whose content is part of the cache key."""
+    libraries: tuple[str, ...] = ()
+    """Packages whose versions are part of the cache key, because the result depends on them."""
     multi_unit: bool = False
     """Whether the stage can have several units, as sft and ppo can."""
 

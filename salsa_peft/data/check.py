@@ -176,10 +176,10 @@ def _check_columns(where: str, kind: str, path: str) -> None:
 MAX_CHECKED_BYTES = 300_000_000
 """Size of the largest local file or folder whose rows are all checked, which takes a few seconds."""
 STAGE_DATA = {
-    "sft": ("demonstrations",), "soup": ("held_out",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
-    "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
+    "data/demonstrations": ("demonstrations",), "data/preferences": ("preferences",), "soup": ("held_out",), "ppo": ("prompts",), "rloo": ("prompts",),
+    "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
-"""Stage → kinds of data that it reads."""
+"""Stage or unit → kinds of data that it reads."""
 MAX_HUB_ROWS = 1000
 """Number of rows of a Hub dataset that are checked: the first ones after the shuffle that `limit` uses."""
 READERS: dict[str, Callable[[Source], Any]] = {
@@ -192,7 +192,7 @@ READERS: dict[str, Callable[[Source], Any]] = {
 
 
 def check_every_row(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
-    """Raise SalsaError, with file, row and column, for the first row that one of `stages` cannot use.
+    """Raise SalsaError, with file, row and column, for the first row that one of `stages` (or units) cannot use.
 
     hub=False checks local data. hub=True checks Hub datasets, and raises SalsaError if one cannot be downloaded.
     """

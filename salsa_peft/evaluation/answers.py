@@ -1,7 +1,8 @@
 """Generate and score multi-turn answers of one model, for the evaluate and landscape stages.
 
-All answers in a batch have the same turn, temperature and length limit. Which prompts share a batch does not depend on
-which answers exist already, so that a resumed run gives the same answers as an uninterrupted one.
+All answers in a batch have the same turn and temperature; each has the length limit that its conversation leaves.
+Which prompts share a batch does not depend on which answers exist already, so that a resumed run gives the same answers
+as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.turn_ends import stop_token_ids
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.responses import Responses, pad_tokens
@@ -63,7 +65,7 @@ def answer(
     keep: called with the rows of each new batch.
     """
     found = dict(known or {})
-    with lora.active(model, adapter):
+    with lora.active(model, adapter), precision.autocast(model):
         for turn in range(1, max((len(one.turns) for one in questions), default=0) + 1):
             asked = [(index, one) for index, one in enumerate(questions) if len(one.turns) >= turn]
             prompts = [_prompt(index, one, turn, found, context) for index, one in asked]
@@ -88,25 +90,29 @@ def _responses(
 ) -> Iterator[tuple[list[TurnPrompt], Responses]]:
     """Yield each batch's prompts and responses; a batch whose answers are all known is skipped."""
     generation, tokenizer = context.recipe.generation, context.tokenizer
-    for heat, limit in sorted({(one.temperature, one.limit) for one in prompts}):
-        part = [one for one in prompts if (one.temperature, one.limit) == (heat, limit)]
-        if limit == 0:
-            left = [one for one in part if (one.question, turn) not in found]
-            if left:
-                yield left, _empty([one.tokens for one in left], tokenizer, model)
-            continue
-        shortest = min(generation.min_new_tokens, limit)
-        sampling = Sampling(max_new_tokens=limit, min_new_tokens=shortest, temperature=heat)
 
-        def all_known(rows: list[int], part: list[TurnPrompt] = part) -> bool:
-            return all((part[row].question, turn) in found for row in rows)
+    def all_known(part: Sequence[TurnPrompt]) -> bool:
+        return all((one.question, turn) in found for one in part)
 
-        tokens, places = [one.tokens for one in part], [one.question for one in part]
+    # 1. conversations that leave no room
+    full = [one for one in prompts if one.limit == 0]
+    for start in range(0, len(full), generation.batch_size):
+        part = full[start : start + generation.batch_size]
+        if not all_known(part):
+            yield part, _empty([one.tokens for one in part], tokenizer, model)
+    # 2. the others by temperature, each response with its own limit
+    for heat in sorted({one.temperature for one in prompts if one.limit}):
+        group = [one for one in prompts if one.limit and one.temperature == heat]
+        limits = [one.limit for one in group]
+        shortest = min(generation.min_new_tokens, max(limits))
+        sampling = Sampling(max_new_tokens=max(limits), min_new_tokens=shortest, temperature=heat)
         batches = generate_batches(
-            model, tokens, sampling, tokenizer, seed, generation.batch_size, places=places, turn=turn, skip=all_known
-        )
+            model, [one.tokens for one in group], sampling, tokenizer, seed, generation.batch_size, limits=limits,
+            places=[one.question for one in group], turn=turn,
+            skip=lambda rows, group=group: all_known([group[row] for row in rows]),
+        )  # fmt: skip
         for rows, responses in batches:
-            yield [part[row] for row in rows], responses
+            yield [group[row] for row in rows], responses
 
 
 def _empty(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Responses:
@@ -129,6 +135,7 @@ def _rows(
     columns = [{**questions[one.question].row, "prompt": one.messages} for one in prompts]
     scores = {name: reward(responses, columns).tolist() for name, reward in rewards.items()}
     texts = decode(tokenizer, responses.response_ids, responses.content_mask)
+    lengths, empty = torch.stack([responses.lengths, responses.empty.long()]).tolist()
     asked = [questions[one.question] for one in prompts]
     return [
         {
@@ -139,8 +146,8 @@ def _rows(
             "prompt": datasets.prompt_text(question.messages) if turn == 1 else question.turns[turn - 1],
             "response": texts[place],
             "scores": {name: values[place] for name, values in scores.items()},
-            "length": int(responses.lengths[place]),
-            "empty": bool(responses.empty[place]),
+            "length": lengths[place],
+            "empty": bool(empty[place]),
         }
         for place, question in enumerate(asked)
     ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,11 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    masking_utils,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import ModelOutput
+from transformers.utils.generic import is_flash_attention_requested
 
 from salsa_peft.config.schema import Model
 from salsa_peft.data.chat import turn_ends
@@ -144,15 +147,15 @@ def load_classifier(
 ) -> PreTrainedModel:
     """Load a causal language model from a folder, with a new linear score head on the last token.
 
-    The head has no bias. Its weights are drawn from N(0, 1/(H+1)), as in Stiennon et al. (2020); H is the hidden size.
+    The head is float32 and has no bias. Its weights are drawn from N(0, 1/(H+1)), as in Stiennon et al. (2020); H is
+    the hidden size.
     """
     loaded = _load(classifier_class, base, model, trained, num_labels=1)
     if trained is not None:
         train_language_model_only(loaded, loaded.score)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    use_float32_head(loaded)
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
-    # the head is trained in float32; hidden states have the base's dtype, or the compute dtype of its quantisation
-    loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     return loaded
 
 
@@ -161,16 +164,56 @@ def causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def hidden_states(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     """The model's last hidden states (B, L, H), with the active adapter.
 
     input_ids: (B, L). attention_mask: (B, L), True or 1 for a token that is not padding. Padding may be on either side,
-    since position ids count only tokens that are not padding.
+    since position ids count only tokens that are not padding. Without attention_mask, padding is on the right only,
+    where no other token attends to it. options: further arguments of the model.
     """
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return trunk(causal_lm(model))(
-        input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False
-    )[0]
+    decoder, known = trunk(causal_lm(model)), contextlib.nullcontext()
+    if attention_mask is not None:
+        options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        options["attention_mask"] = attention_mask.long()
+    elif not options or uses_flash_attention(decoder):
+        known = _no_search_for_packed_rows()
+    with known:
+        return decoder(input_ids=input_ids, use_cache=False, **options)[0]
+
+
+@contextlib.contextmanager
+def _no_search_for_packed_rows() -> Iterator[None]:
+    """Context in which Transformers does not look for packed rows in position ids, for which it waits for the device."""
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
+
+
+def uses_flash_attention(model: Any) -> bool:
+    """Whether a Transformers model computes attention with one of the flash-attn packages or kernels."""
+    return is_flash_attention_requested(model.config.get_text_config(decoder=True))
+
+
+def packs_rows(model: nn.Module) -> bool:
+    """Whether `hidden_states` of several rows is computed with the rows one after another, without padding.
+
+    This needs flash attention on CUDA, and layers without other states than attention's, which would run on into the
+    next row.
+    """
+    lm = causal_lm(model)
+    return lm.device.type == "cuda" and uses_flash_attention(lm) and has_only_attention(lm)
+
+
+def has_only_attention(lm: Any) -> bool:
+    """Whether a token gets information of earlier tokens through attention only, not recurrence or convolution."""
+    types = vars(lm.config.get_text_config(decoder=True)).get("layer_types") or ()
+    convolutions = any(isinstance(module, nn.Conv1d) for module in trunk(lm).modules())
+    return not (lm._is_stateful or convolutions or set(types) - {"full_attention", "sliding_attention"})
 
 
 def max_positions(config: Any) -> int | None:
@@ -185,6 +228,27 @@ def apply_scalar_head(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
         return head(states.to(head.weight.dtype)).squeeze(-1)
 
 
+class ScoreHead(nn.Linear):
+    """Linear score head of a classifier, which computes in its own dtype, also under autocast.
+
+    It is float32, as in `AdapterReward`, so that training and scoring give the same scores. In bf16 a score of 3 would
+    be rounded to a multiple of 1/64.
+    """
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Scores (…, labels) from hidden states (…, H)."""
+        with torch.autocast(states.device.type, enabled=False):
+            return super().forward(states.to(self.weight.dtype))
+
+
+def use_float32_head(classifier: nn.Module) -> None:
+    """Make the module `score` of a classifier, if it is a linear layer, a ScoreHead in float32."""
+    head = dict(classifier.named_children()).get("score")
+    if type(head) is nn.Linear:
+        head.__class__ = ScoreHead
+        head.float()
+
+
 def causal_lm_class(config: PreTrainedConfig) -> Any:
     """The auto class that loads the causal language model of a configuration."""
     causal = type(config) in AutoModelForCausalLM._model_mapping
@@ -192,16 +256,20 @@ def causal_lm_class(config: PreTrainedConfig) -> Any:
 
 
 def classifier_class(config: PreTrainedConfig) -> Any:
-    """Class that loads a sequence classifier; created here if Transformers has none for the architecture."""
+    """Class that loads a sequence classifier, with its score head in float32 as it was saved.
+
+    It is a subclass of Transformers' class or, if Transformers has none for the architecture, of its generic one.
+    """
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
-        return auto
+        own = auto._model_mapping[type(config)]
+        return type(own.__name__, (own,), {"__module__": own.__module__, "_keep_in_fp32_modules_strict": {"score"}})
     causal = causal_lm_class(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)
     name = causal.__name__.partition("For")[0] + "ForSequenceClassification"
     # with the base's prefix, the classifier's tensors have the same names as in the base
     named = {"__module__": causal.__module__, "base_model_prefix": family.base_model_prefix}
-    return type(name, (_Classifier, family), named)
+    return type(name, (_Classifier, family), named | {"_keep_in_fp32_modules_strict": {"score"}})
 
 
 class _Classifier(GenericForSequenceClassification):

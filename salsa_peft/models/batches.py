@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 
+SMALL = 256
+"""Number of tokens, padding included, that are not worth a second forward pass: one of so few is hardly faster."""
+
 
 def overhead(lengths: Sequence[int]) -> int:
-    """Number of tokens that cost as much as one more forward pass: a sixteenth of the mean length, from 16 to 64.
+    """Number of tokens that count as much as one more forward pass.
 
-    With it, padding adds 1% to the tokens of chats (mean 700), and 3% to those of short texts (mean 80). Very short
-    texts may get more, because a forward pass of a few dozen tokens is no faster than one of a hundred.
+    A sixteenth of the mean length, from 16 to 64: padding then adds 1% to the tokens of chats (mean length 700), and 3%
+    to those of short texts (mean length 80). SMALL if all rows together are no more than that.
     """
-    return min(max(sum(lengths) // (16 * max(len(lengths), 1)), 16), 64)
+    if len(lengths) * max(lengths, default=0) <= SMALL:
+        return SMALL
+    return min(max(sum(lengths) // (16 * len(lengths)), 16), 64)
 
 
 def split_by_length(lengths: Sequence[int], rows: int, tokens: int | None = None) -> list[list[int]]:
@@ -35,3 +40,19 @@ def split_by_length(lengths: Sequence[int], rows: int, tokens: int | None = None
         batches.append(order[starts[end] : end])
         end = starts[end]
     return batches[::-1]
+
+
+def split_by_tokens(lengths: Sequence[int], rows: int, tokens: int | None = None) -> list[list[int]]:
+    """Split rows into batches for forward passes without padding: lists of indices, in the rows' order.
+
+    rows, tokens: most rows and most tokens of a batch; a row that is longer than `tokens` has a batch of its own.
+    """
+    batches: list[list[int]] = []
+    count = 0
+    for row, length in enumerate(lengths):
+        if not batches or len(batches[-1]) == rows or (tokens is not None and count + length > tokens):
+            batches.append([])
+            count = 0
+        batches[-1].append(row)
+        count += length
+    return batches

@@ -18,6 +18,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -58,24 +59,31 @@ def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
 
 @dataclass
 class Recording:
-    """Log-probs, entropies and values recorded during generation: one float32 tensor (B,) per step."""
+    """Log-probs, and with a value head entropies and values, recorded during generation: float32 (B,) per step."""
 
-    value_head: nn.Linear
-    """PPO's value head, (B, H) → (B, 1)."""
+    value_head: nn.Linear | None = None
+    """PPO's value head, (B, H) → (B, 1). None: only log-probs are recorded."""
     logprobs: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
+    def add_logprobs(self, rows: Sequence[Sequence[float]], device: torch.device) -> None:
+        """Record the log-probs of whole responses, for a sampler that returns them at the end."""
+        padded = pad_sequence([torch.tensor(row, dtype=torch.float32) for row in rows], batch_first=True)
+        self.logprobs += padded.to(device).unbind(1)
+
     def stacked(self, mask: Tensor) -> tuple[Tensor, ...]:
-        """Log-probs, entropies and values, (B, T) each, with 0 where the mask is False."""
-        columns = (self.logprobs, self.entropy, self.values)
+        """Log-probs, and with a value head entropies and values, (B, T) each, with 0 where the mask is False."""
+        columns = (self.logprobs,) if self.value_head is None else (self.logprobs, self.entropy, self.values)
         return tuple(torch.stack(steps, dim=1).masked_fill(~mask, 0.0) for steps in columns)
 
     def recording_values(self, lm: Any) -> AbstractContextManager[Any]:
         """Context in which each call of the output embeddings records the value at the last position."""
+        if (head := self.value_head) is None:
+            return contextlib.nullcontext()
 
         def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.values.append(apply_scalar_head(self.value_head, inputs[0][:, -1]).float())
+            self.values.append(apply_scalar_head(head, inputs[0][:, -1]).float())
 
         return lm.get_output_embeddings().register_forward_pre_hook(record)
 
@@ -105,7 +113,8 @@ class Sampler(LogitsProcessor):
         token = logp.argmax(-1, keepdim=True) if greedy else sample_token(probabilities, self.uniforms[:, self.step])
         if self.recording is not None:
             self.recording.logprobs.append(logp.gather(-1, token).squeeze(-1))
-            self.recording.entropy.append(entropy_of(logp, probabilities, masked=early))
+            if self.recording.value_head is not None:
+                self.recording.entropy.append(entropy_of(logp, probabilities, masked=early))
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
@@ -143,7 +152,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     """Sample a response to each prompt with the active adapter, without top-k or top-p.
 
     seeds: one seed for each prompt. limits: the maximum length of each response, by default sampling.max_new_tokens;
-    a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, entropies and values. check: called before each
+    a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, and with a value head entropies and values. check: called before each
     token, and may raise an error to stop generation. cache: an empty KV cache of Transformers, by default a
     DynamicCache. options: further fields of GenerationConfig. Global random states are not used. The host waits for the
     device once a token, where Transformers reads whether all responses have ended. Raises SalsaError if logits are NaN

@@ -1,18 +1,22 @@
-"""Precision of trained full weights: float32 master weights, or bf16 with stochastic rounding.
+"""Precision of weights and forwards: which weights are float32, and which forwards run under bf16 autocast.
 
-AdamW changes a weight by about the learning rate in each step, but neighbouring bf16 numbers around 0.02 differ by
+What is trained is float32, except full weights in bf16 with stochastic rounding. AdamW changes a weight by about the learning rate in each step, but neighbouring bf16 numbers around 0.02 differ by
 1.2e-4. Rounding to the nearest number keeps only 2% of the change of 500 steps at learning rate 2e-6, and 0.1% at 1e-7.
 Stochastic rounding keeps the change on average. bf16 weights with a float32 copy in the optimizer are not supported.
 """
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 
+from salsa_peft.models.base import causal_lm
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
@@ -25,29 +29,51 @@ class Precision(NamedTuple):
     """How full weights are stored and updated."""
 
     weights: torch.dtype
-    autocast: bool
-    """Whether to use bf16 autocast on CUDA. bf16 weights need no autocast, and with autocast accelerate would copy each
-    forward's outputs to float32."""
     optimizer: dict[str, str]
     """Fields of transformers.TrainingArguments for the optimizer; empty if any AdamW can be used."""
 
 
 PRECISIONS = {
-    "master": Precision(torch.float32, True, {}),
-    "stochastic": Precision(torch.bfloat16, False, {"optim": OPTIMIZER, "optim_args": f"{ROUNDING}=True"}),
+    "master": Precision(torch.float32, {}),
+    "stochastic": Precision(torch.bfloat16, {"optim": OPTIMIZER, "optim_args": f"{ROUNDING}=True"}),
 }
 """Value of `precision` in a recipe → Precision. A weight with its gradient and AdamW moments takes 16 bytes (master) or
 6 bytes (stochastic), without autocast's copies and activations. The value head is float32 with both."""
 
 
+def uses_autocast(dtype: torch.dtype, *, float32_weights: bool) -> bool:
+    """Whether forwards run under bf16 autocast: those in which float32 weights meet a model in bf16.
+
+    Training, sampling, scoring, evaluation and landscapes all follow this rule, so that they compute the same numbers,
+    on a CPU too. With bf16 weights alone autocast would change nothing, and accelerate would copy each forward's outputs
+    to float32. With `dtype` float32 all arithmetic is float32.
+
+    dtype: of the recipe's base. float32_weights: whether adapters or master weights take part in the forwards.
+    """
+    return float32_weights and dtype == torch.bfloat16
+
+
+def autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    """Context for forwards of a model outside of a Trainer, with bf16 autocast if `uses_autocast` says so.
+
+    It turns autocast off for a model in bf16 without adapters, and changes nothing for a model in another dtype: with
+    bf16=True, SalsaPPOTrainer trains float32 weights under autocast, and scores with them so too.
+    """
+    lm = causal_lm(model)
+    if lm.dtype != torch.bfloat16:
+        return contextlib.nullcontext()
+    enabled = uses_autocast(lm.dtype, float32_weights=isinstance(model, PeftModel))
+    return torch.autocast(lm.device.type, torch.bfloat16, enabled=enabled)
+
+
 def arguments(precision: str) -> dict[str, Any]:
-    """TrainingArguments that set a precision. Raises SalsaError if torchao is needed and not installed."""
+    """TrainingArguments of a precision's optimizer. Raises SalsaError if torchao is needed and not installed."""
     chosen = PRECISIONS[precision]
     require(
         not chosen.optimizer or find_spec("torchao") is not None,
         f"precision: {precision} needs torchao for its optimizer; pip install 'salsa-peft[full]'",
     )
-    return {"bf16": chosen.autocast and torch.cuda.is_available(), **chosen.optimizer}
+    return dict(chosen.optimizer)
 
 
 def make_trained_float32(model: nn.Module) -> None:

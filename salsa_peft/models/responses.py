@@ -1,13 +1,14 @@
-"""Prompts and responses as padded tensors, and their log-probabilities under a model.
+"""Prompts and responses as padded tensors, forward passes over them, and their log-probabilities under a model.
 
-Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N response tokens
-without padding in the whole batch, H hidden size. A response includes the token that ends it (data/chat/turn_ends.py),
-which counts in its length, and nothing after that token.
+Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), H hidden size. In a
+forward pass: b sequences, L tokens of the longest, n response tokens of all. A response includes the token that ends it
+(data/chat/turn_ends.py), which counts in its length, and nothing after that token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from salsa_peft.data.chat.turn_ends import AssistantTurn
 from salsa_peft.models.base import hidden_states
-from salsa_peft.models.logprobs import Head, token_logprobs
+from salsa_peft.models.batches import split_by_length, split_by_tokens
+from salsa_peft.models.logprobs import Head, TokenLogprobs, token_logprobs
 
 
 class Responses(NamedTuple):
@@ -78,30 +80,125 @@ def pad_tokens(
     return ids.to(device), mask.to(device)
 
 
-def response_states(hidden: Tensor, responses: Responses) -> Tensor:
-    """Hidden states from which the response tokens were sampled: (B, P + T, H) → (N, H)."""
-    return response_values(hidden, responses)[responses.response_mask]
+def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The token ids (B, L) of each row where the mask is True, copied to the CPU in one transfer."""
+    kept = ids.masked_fill(~mask, -1)  # no token has the id -1
+    return [[token for token in row if token >= 0] for row in kept.tolist()]
 
 
-def forbidden_eos(responses: Responses, min_new_tokens: int) -> Tensor:
-    """Mask of each response's first `min_new_tokens` tokens, where end tokens are forbidden, (N,) bool."""
-    early = torch.arange(responses.response_ids.shape[1], device=responses.response_ids.device) < min_new_tokens
-    return early.expand_as(responses.response_mask)[responses.response_mask]
+class ForwardBatch(NamedTuple):
+    """The input of one forward pass over prompts with their responses, and where the response tokens are in it.
+
+    A position counts the tokens of the input row after row, padding included.
+    """
+
+    input_ids: Tensor
+    """Token ids: (b, L), each row padded on the right; or (1, N), all rows one after another without padding."""
+    options: dict[str, Any]
+    """Further arguments of the model for rows without padding; {} for padded rows."""
+    before: Tensor
+    """Position before each response token, (n,): its hidden state gives the token's log-prob and value."""
+    last: Tensor
+    """Position of the last token of each row, (b,)."""
+    cells: Tensor
+    """Place of each response token in a flattened table (B, T) of the whole batch, (n,)."""
+    forbidden: Tensor | None
+    """Mask of the response tokens at which end tokens are forbidden, (n,) bool; None if they are allowed everywhere."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Token ids of the responses, (n,)."""
+        return self.input_ids.flatten()[self.before + 1]
 
 
-def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Put N values where the mask (B, T) is True, and 0 elsewhere: (N,) → (B, T)."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+class Sequences:
+    """Prompts with their responses, one sequence each, and the sequences' lengths on the CPU.
+
+    The lengths are copied from the device once. All forward passes are then prepared on the CPU, which does not have to
+    wait for the device. min_new_tokens: number of tokens of a response before an end token is allowed.
+    """
+
+    def __init__(self, responses: Responses, min_new_tokens: int = 0) -> None:
+        self.tokens, self.min_new_tokens = responses.input_ids.flatten(), min_new_tokens
+        self.prompt_width, self.width = responses.prompt_ids.shape[1], responses.response_ids.shape[1]  # P, T
+        counts = torch.stack([responses.prompt_mask.sum(-1), responses.response_mask.sum(-1)])
+        self.prompts, self.responses = counts.tolist()
+        """Number of tokens of each prompt, and of each response."""
+        self.lengths = [sum(pair) for pair in zip(self.prompts, self.responses, strict=True)]
+        """Number of tokens of each sequence."""
+
+    def batches(self, rows: Sequence[int], limit: int, tokens: int | None, *, packed: bool = False) -> list[list[int]]:
+        """Split rows for forward passes of at most `limit` rows and `tokens` tokens. packed: without padding."""
+        split = split_by_tokens if packed else split_by_length
+        return [[rows[place] for place in part] for part in split([self.lengths[row] for row in rows], limit, tokens)]
+
+    def forward_batch(self, rows: Sequence[int], *, packed: bool = False) -> ForwardBatch:
+        """The input of a forward pass over these rows. packed: one after another, without padding."""
+        lengths, prompts = [self.lengths[row] for row in rows], [self.prompts[row] for row in rows]
+        # a sequence's tokens are consecutive, because prompts are padded on the left and responses on the right
+        firsts = [row * (self.prompt_width + self.width) + self.prompt_width - self.prompts[row] for row in rows]
+        tokens = [torch.arange(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
+        starts = (
+            list(accumulate(lengths, initial=0))[:-1] if packed else range(0, len(rows) * max(lengths), max(lengths))
+        )
+        spans = list(zip(starts, prompts, lengths, strict=True))
+        source, before, last, cells, *positions = send(
+            [
+                torch.cat(tokens) if packed else pad_sequence(tokens, batch_first=True),
+                torch.cat([torch.arange(start + prompt - 1, start + length - 1) for start, prompt, length in spans]),
+                torch.tensor([start + length - 1 for start, _, length in spans]),
+                torch.cat([torch.arange(self.responses[row]) + row * self.width for row in rows]),
+                *(
+                    [torch.cat([torch.arange(length) for length in lengths]), torch.tensor([*starts, sum(lengths)])]
+                    * packed
+                ),
+            ],
+            self.tokens.device,
+        )
+        forbidden = cells % self.width < self.min_new_tokens if self.min_new_tokens else None
+        return ForwardBatch(
+            self.tokens[source].view(1 if packed else len(rows), -1),
+            _packed_options(*positions, max(lengths)) if packed else {},
+            before,
+            last,
+            cells,
+            forbidden,
+        )
+
+    def table(self, cells: Tensor, values: Tensor) -> Tensor:
+        """A table (B, T) with these values (n,) at the places `cells`, and 0 elsewhere."""
+        return (
+            values.new_zeros(len(self.lengths), self.width).flatten().index_copy(0, cells, values).view(-1, self.width)
+        )
 
 
-def response_logprobs(
-    hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int, *, with_entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (0 unless `with_entropy`), (B, T) each, from hidden states (B, P + T, H)."""
-    labels = responses.response_ids[responses.response_mask]
-    states = response_states(hidden, responses)
-    result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head, with_entropy=with_entropy)
-    return scatter(result.logprobs, responses.response_mask), scatter(result.entropy, responses.response_mask)
+def send(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Copy int64 tensors from the CPU to a device, flattened, all in one copy that does not wait for the device."""
+    whole = torch.cat([part.flatten() for part in parts])
+    whole = whole.pin_memory() if device.type == "cuda" else whole
+    return whole.to(device, non_blocking=True).split([part.numel() for part in parts])
+
+
+def _packed_options(positions: Tensor, starts: Tensor, longest: int) -> dict[str, Any]:
+    """Arguments of a model for rows one after another, as from Transformers' DataCollatorWithFlattening."""
+    bounds = starts.int()
+    return {"position_ids": positions[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
+            "max_length_k": longest}  # fmt: skip
+
+
+def response_states(model: nn.Module, batch: ForwardBatch) -> Tensor:
+    """Hidden states from which the response tokens were sampled, (n, H), with the active adapter."""
+    return hidden_states(model, batch.input_ids, **batch.options).flatten(0, 1)[batch.before]
+
+
+def response_logprobs(states: Tensor, batch: ForwardBatch, head: Head, *, with_entropy: bool = False) -> TokenLogprobs:
+    """Log-probs and entropies (0 unless `with_entropy`) of the response tokens, from response_states (n, H)."""
+    return token_logprobs(states, batch.labels, batch.forbidden, head, with_entropy=with_entropy)
+
+
+def last_states(model: nn.Module, batch: ForwardBatch) -> Tensor:
+    """Hidden states of each row's last token, (b, H), for a reward model's head."""
+    return hidden_states(model, batch.input_ids, **batch.options).flatten(0, 1)[batch.last]
 
 
 @torch.no_grad()
@@ -111,12 +208,6 @@ def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask.long() * places).argmax(-1)
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-
-def response_values(values: Tensor, responses: Responses) -> Tensor:
-    """Values or hidden states at the position before each response token: (B, P + T, …) → (B, T, …)."""
-    start = responses.prompt_ids.shape[1] - 1
-    return values[:, start : start + responses.response_ids.shape[1]]
 
 
 def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, ends: Sequence[int],
@@ -134,15 +225,15 @@ def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = F
 
 def append_turn_end(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Responses:
     """Append the tokens that the chat template writes after a turn's end; reward models score these too."""
-    ended = ends_turn(responses, rows, turn)
-    if not turn.after or not ended.any():
+    if not turn.after:
         return responses
-    device, count = responses.response_ids.device, responses.response_ids.shape[1] + len(turn.after)
-    ids, mask = pad_to_width(responses.response_ids, count), pad_to_width(responses.response_mask, count)
-    places = responses.lengths[ended][:, None] + torch.arange(len(turn.after), device=device)
-    which = ended.nonzero()
-    ids[which, places], mask[which, places] = torch.tensor(turn.after, device=device), True
-    return responses._replace(response_ids=ids, response_mask=mask)
+    ended, count = ends_turn(responses, rows, turn)[:, None], len(turn.after)
+    width = responses.response_ids.shape[1] + count
+    ids, mask = pad_to_width(responses.response_ids, width), pad_to_width(responses.response_mask, width)
+    places = responses.lengths[:, None] + torch.arange(count, device=ids.device)
+    after = torch.where(ended, torch.tensor(turn.after, device=ids.device), ids.gather(1, places))
+    mask = mask.scatter(1, places, ended.expand_as(places))
+    return responses._replace(response_ids=ids.scatter(1, places, after), response_mask=mask)
 
 
 def concatenate(parts: Sequence[Responses], pad: int) -> Responses:

@@ -106,13 +106,15 @@ class StageContext:
 
     def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
         """TrainingArguments of a recipe's section. For full weights, sets and prints their precision too."""
-        found = training_arguments(section, folder, seed, self.recipe.num_processes)
+        found, trained = training_arguments(section, folder, seed, self.recipe.num_processes), torch.float32
         if self.recipe.mode == "full":
             chosen = self.precision()
             found |= precision.arguments(chosen)
-            weights = str(precision.PRECISIONS[chosen].weights).removeprefix("torch.")
-            say(f"{self.stage}  precision {chosen}: weights in {weights}, optimizer {found['optim']}")
-        return found
+            trained = precision.PRECISIONS[chosen].weights
+            name = str(trained).removeprefix("torch.")
+            say(f"{self.stage}  precision {chosen}: weights in {name}, optimizer {found['optim']}")
+        dtype = resolve_dtype(self.recipe.model.dtype)
+        return {**found, "bf16": precision.uses_autocast(dtype, float32_weights=trained == torch.float32)}
 
     def save(self, trainer: Trainer, folder: Path) -> None:
         """Save the trained adapter or full weights, the tokenizer and the base's fingerprint.
@@ -176,7 +178,6 @@ def training_arguments(section: Training, folder: Path, seed: int, processes: in
         "gradient_accumulation_steps": section.batch_size // (micro * processes),
         "warmup_steps": section.warmup_ratio,
         "optim": _optimizer(section.optim),
-        "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
         "seed": seed,
         "data_seed": seed,

@@ -48,24 +48,26 @@ class PolicyWithValueHead(nn.Module):
         if causal_lm(policy).is_activation_checkpointing:  # set by the user, and would not restore the active adapter
             self.activation_checkpointing_enable()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return hidden states (B, L, H), and values (B, L) in float32.
+    def forward(self, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return hidden states (n, H) and values (n,), float32, at the positions before n response tokens.
 
-        The value at position t is computed from the tokens up to t. The value before a response token is therefore one
-        position earlier than the token; `responses.response_values` selects those values.
+        The arguments are the fields of a `responses.ForwardBatch`.
         """
-        hidden = hidden_states(self.policy, input_ids, attention_mask)
-        return hidden, self.values(hidden, input_ids, attention_mask)
+        hidden = self._states(input_ids, before, options)
+        return hidden, self.values(hidden, input_ids, before, options)
 
-    def values(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values (B, L) from the policy's hidden states (B, L, H) or, with a value adapter, its own forward."""
+    def values(self, hidden: Tensor | None, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> Tensor:
+        """Values (n,) from the policy's hidden states (n, H) or, with a value adapter, from its own forward pass."""
         if self.value_adapter is not None:
             assert self.toggle is not None
             with self.toggle(self.value_adapter):
-                hidden = hidden_states(self.policy, input_ids, attention_mask)
+                hidden = self._states(input_ids, before, options)
         assert hidden is not None
         # a copy, because FSDP2's hooks need an output that is no view; a cast, because ZeRO-3 holds the head in bf16
         return apply_scalar_head(self.value_head, hidden).to(torch.float32, copy=True)
+
+    def _states(self, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> Tensor:
+        return hidden_states(self.policy, input_ids, **options).flatten(0, 1)[before]
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any

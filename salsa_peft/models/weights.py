@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from salsa_peft.models import sharding
-from salsa_peft.models.base import disable_router_logits
+from salsa_peft.models.base import ScoreHead, disable_router_logits
 from salsa_peft.utils import files
 from salsa_peft.utils.errors import SalsaError, require
 
@@ -40,9 +40,20 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model's parameters in place. Buffers, such as rotary frequencies, keep their precision."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    """Cast a model's parameters in place, except a score head.
+
+    Buffers, such as rotary frequencies, keep their precision too.
+    """
+    kept = score_weights(model)
+    for name, parameter in model.named_parameters():
+        if name not in kept:
+            parameter.data = parameter.data.to(dtype)
+
+
+def score_weights(model: nn.Module) -> set[str]:
+    """Names of the parameters of a classifier's score head, which is saved in float32 whatever the dtype of the rest."""
+    heads = [(name, module) for name, module in model.named_modules() if isinstance(module, ScoreHead)]
+    return {f"{name}.{own}" for name, head in heads for own, _ in head.named_parameters()}
 
 
 def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase,
@@ -54,8 +65,9 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
     weight is not finite or the disk lacks space.
     """
     if weights is not None:
-        tied = model.all_tied_weights_keys or {}  # duplicates of other weights
+        given, tied = weights, model.all_tied_weights_keys or {}  # duplicates of other weights
         weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items() if name not in tied}
+        weights |= {name: given[name].float() for name in score_weights(model)}
     held = model.state_dict() if weights is None else weights
     check_finite(held, f"{folder} is not saved")
     stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied weights count once

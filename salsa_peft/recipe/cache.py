@@ -122,9 +122,10 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> Plan:
     keys: dict[str, str] = {}
     plan: Plan = {}
     fingerprints: dict[str, str] = {}
-    made_with, forced = versions(), set(forced)
+    made_with, forced = versions({name for unit in units for name in unit.libraries}), set(forced)
     for unit in units:
-        keys[unit.id] = key(unit, keys, made_with, fingerprints)
+        touched = {name: made_with[name] for name in ("salsa-peft", *unit.libraries)}
+        keys[unit.id] = key(unit, keys, touched, fingerprints)
         folder = run / unit.id / keys[unit.id][:12]
         cached = {name: plan[name].folder for name in unit.inputs if plan[name].why is None}
         waits = next((f"waits for {name}" for name in unit.inputs if name not in cached), None)

@@ -40,6 +40,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "toy": Stage("salsa_peft.recipe.small_stages:toy", units.toy_units),
+    "data": Stage("salsa_peft.recipe.small_stages:data", units.data_units),
     "sft": Stage("salsa_peft.training.sft:run", units.sft_units, resumes=True, trains=True),
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, resumes=True, trains=True),
     "soup": Stage("salsa_peft.recipe.small_stages:soup", units.soup_units),
@@ -148,7 +149,7 @@ def _run_unit(
     result, job, halved = _run_job(job, planned, plan, resumed, log, debug)
     planned_mb = None if result.gpu_peak_mb is None else hardware.planned_mb(job.recipe, unit.stage)
     facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned_mb} | ({"halved": halved} if halved else {})
-    cache.write_manifest(planned, plan, started=started, versions=versions(), **facts)
+    cache.write_manifest(planned, plan, started=started, versions=versions(unit.libraries), **facts)
     cache.remove_temporary_files(planned.folder)
     gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
     gpu += "" if planned_mb is None else f" (planned {planned_mb:.0f})"
@@ -230,7 +231,8 @@ def check_data(recipe: Recipe, plan: cache.Plan, asked: set[str], hub: bool = Fa
 
     Checks local files, or with `hub` files on the Hub, which are downloaded first.
     """
-    stages = {plan[name].unit.stage for name in asked if plan[name].why is not None}
+    to_run = [plan[name].unit for name in asked if plan[name].why is not None]
+    stages = {unit.stage for unit in to_run}
     if stages:
         from salsa_peft.training import external_models
 
@@ -243,7 +245,7 @@ def check_data(recipe: Recipe, plan: cache.Plan, asked: set[str], hub: bool = Fa
     if stages and (not all(local) if hub else any(local)):
         if hub:
             say("checking the datasets from the Hub …")
-        check_every_row(recipe, stages, hub)
+        check_every_row(recipe, stages | {unit.id for unit in to_run}, hub)
 
 
 def check_machine(recipe: Recipe, plan: cache.Plan, asked: set[str]) -> list[str]:

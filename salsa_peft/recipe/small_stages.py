@@ -1,4 +1,4 @@
-"""The stage functions of toy, soup and report. The other stages have modules of their own.
+"""The stage functions of toy, data, soup and report. The other stages have modules of their own.
 
 The table of all stages is STAGES in recipe/run.py. recipe/cache.py decides which units are skipped, and why.
 """
@@ -26,6 +26,22 @@ def toy(job: Job) -> dict[str, Any]:
             bar.update(done - bar.n)
 
         return build(job.recipe.toy, job.folder, progress)
+
+
+def data(job: Job) -> dict[str, Any]:
+    """Read, check, render and tokenize the training data that the unit names, once for all stages that train on it."""
+    from salsa_peft.data import tokenized
+    from salsa_peft.data.datasets import training_sources
+    from salsa_peft.models.stage_context import StageContext
+
+    source = training_sources(job.recipe, job.inputs.get("toy"))[job.unit.name]
+    with progress_bar(1, f"{job.unit.id} tokenizing") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return tokenized.WRITERS[job.unit.name](source, StageContext.of_job(job).tokenizer, job.folder, progress)
 
 
 def soup(job: Job) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 The key fields of a unit are the settings that its result depends on. All other settings can change without running the
 unit again: `evaluate` is in no policy's key (except the prompts that ppo.eval_prompts names); `name`, `description` and
-`threads` are in no key at all. For local files and folders, the key has the content and not the path.
+`threads` are in no key at all. For local files and folders, the key has the content and not the path. It also has the
+versions of the libraries that the unit uses, and of no others.
 """
 
 import functools
@@ -18,6 +19,23 @@ from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import find_module, split_function
 from salsa_peft.config.schema import Recipe, Source
+from salsa_peft.data.files import is_single_file
+from salsa_peft.utils.fingerprints import tokenizer_files
+from salsa_peft.utils.manifests import LIBRARIES
+
+TEXT = ("tokenizers", "jinja2")
+"""The libraries that tokenize texts and render chat templates."""
+STAGE_LIBRARIES = {
+    "toy": (*LIBRARIES, "tokenizers"),
+    "data": ("transformers", "trl", "datasets", *TEXT),
+    "ppo": (*LIBRARIES, *TEXT),
+    **dict.fromkeys(ALGORITHMS, (*LIBRARIES, *TEXT, "datasets")),
+    "landscape": (*LIBRARIES, *TEXT),
+    "evaluate": (*LIBRARIES, *TEXT),
+}
+"""Stage → libraries whose versions are in the keys of all its units; for other stages LIBRARIES."""
+DEMONSTRATIONS, PREFERENCES = "data/demonstrations", "data/preferences"
+"""Ids of the units that tokenize training data."""
 
 
 class _UnitBuilder:
@@ -26,6 +44,7 @@ class _UnitBuilder:
     def __init__(self, recipe: Recipe, run: str) -> None:
         self.recipe, self.run = recipe, run
         self.files: list[str] = []
+        self.libraries: set[str] = set()
 
     def unit(self, stage: str, key_fields: dict[str, Any], *inputs: str, name: str = "", toy: bool = True) -> Unit:
         """Make the unit.
@@ -41,6 +60,7 @@ class _UnitBuilder:
             inputs=tuple(dict.fromkeys([*first, *inputs])),
             key_fields=key_fields,
             files=tuple(self.files),
+            libraries=tuple(sorted(self.libraries.union(STAGE_LIBRARIES.get(stage, LIBRARIES)))),
         )
 
     def path(self, value: str | None) -> str | None:
@@ -55,12 +75,27 @@ class _UnitBuilder:
 
     def source(self, source: Source | None) -> dict[str, Any] | None:
         """The key field of a dataset."""
-        return None if source is None else {**asdict(source), "path": self.path(source.path)}
+        if source is None:
+            return None
+        self.libraries |= set() if is_single_file(source) else {"datasets"}
+        return {**asdict(source), "path": self.path(source.path)}
 
     def model(self) -> dict[str, Any]:
         """The key field of the base model."""
         model = self.recipe.model
+        self.libraries |= {"bitsandbytes"} if model.quantization is not None else set()
         return {**asdict(model), "base": self.path(model.base), "chat_template": self.path(model.chat_template)}
+
+    def tokenizer(self) -> dict[str, Any]:
+        """The key field of the tokenizer and the chat template, without the base's weights."""
+        model = self.recipe.model
+        files = tokenizer_files(model.base) if model.base is not None and is_local(model.base) else None
+        self.files += [] if files is None else map(str, files)
+        return {
+            "base": model.base if files is None else [file.name for file in files],
+            "revision": model.revision,
+            "chat_template": self.path(model.chat_template),
+        }
 
     def reference(self, reference: Reference) -> dict[str, Any]:
         """The key field of a reference, without its label, and without sync options if it is not synced."""
@@ -81,9 +116,16 @@ class _UnitBuilder:
         self.files += [] if file is None else [str(file)]
         return named
 
-    def precision(self) -> dict[str, Any]:
-        """The key field of the precision of full weights; empty for adapters, whose precision is fixed."""
-        return {"precision": self.recipe.precision} if self.recipe.adapter is None else {}
+    def training(self, stage: str) -> dict[str, Any]:
+        """The key field of the precision of full weights; empty for adapters, whose precision is fixed.
+
+        Notes the libraries that training needs. `precision: auto` may need torchao, which depends on the GPU.
+        """
+        full, precision = self.recipe.adapter is None, self.recipe.precision
+        paged = getattr(self.recipe, stage).optim.startswith("paged")
+        used = {"bitsandbytes": paged, "torchao": full and precision != "master"}
+        self.libraries |= {"accelerate", *(name for name, is_used in used.items() if is_used)}
+        return {"precision": precision} if full else {}
 
 
 def _section(section: Any, *left_out: str) -> dict[str, Any]:
@@ -115,21 +157,41 @@ def toy_units(recipe: Recipe, run: str) -> list[Unit]:
     return [_UnitBuilder(recipe, run).unit("toy", {"toy": asdict(recipe.toy)}, toy=False)] if recipe.toy else []
 
 
+def data_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The units that tokenize the demonstrations and preferences, if the recipe trains on them.
+
+    Their keys have the data, the tokenizer and the chat template, but neither seeds nor settings of training. Prompts are
+    not among them: they are tokenized in the stages that sample responses to them, which takes a second for 10,000 prompts.
+    """
+    algorithms = {policy.algorithm for policy in recipe.policies.values()}
+    used = {
+        "demonstrations": any(recipe.sft.existing_seed(place) is None for place in range(len(recipe.sft.seeds))),
+        "preferences": recipe.reward.trained or not algorithms.isdisjoint(PREFERENCE_ALGORITHMS),
+    }
+    units = []
+    for kind in [kind for kind, is_used in used.items() if is_used]:
+        builder = _UnitBuilder(recipe, run)
+        fields = {"source": builder.source(getattr(recipe.data, kind)), "tokenizer": builder.tokenizer()}
+        units.append(builder.unit("data", fields, name=kind))
+    return units
+
+
 def sft_units(recipe: Recipe, run: str) -> list[Unit]:
     """One SFT unit for each seed."""
     units = []
     for position, seed in enumerate(recipe.sft.seeds):
         builder, existing = _UnitBuilder(recipe, run), recipe.sft.existing_seed(position)
-        fields: dict[str, Any] = {
+        if existing is not None:
+            fields: dict[str, Any] = {"model": builder.model(), "from": builder.path(existing)}
+            units.append(builder.unit("sft", fields, name=f"seed-{position}"))
+            continue
+        fields = {
             "model": builder.model(),
             "adapter": asdict(recipe.adapter) if recipe.adapter else None,
-            "demonstrations": builder.source(recipe.data.demonstrations),
             "sft": {**_section(recipe.sft, "from_"), "seeds": [seed]},
-            **builder.precision(),
+            **builder.training("sft"),
         }
-        if existing is not None:
-            fields = {"model": fields["model"], "from": builder.path(existing)}
-        units.append(builder.unit("sft", fields, name=f"seed-{position}"))
+        units.append(builder.unit("sft", fields, DEMONSTRATIONS, name=f"seed-{position}"))
     return units
 
 
@@ -140,11 +202,10 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
     builder = _UnitBuilder(recipe, run)
     fields = {
         "model": builder.model(),
-        "preferences": builder.source(recipe.data.preferences),
         "reward": _section(recipe.reward, "model"),
-        **builder.precision(),
+        **builder.training("reward"),
     }
-    return [builder.unit("reward", fields, _seed(0))]
+    return [builder.unit("reward", fields, PREFERENCES, _seed(0))]
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -163,6 +224,7 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
         "model": builder.model(),
         "data": builder.source(getattr(recipe.data, section.measure_source)) if section.measure_source else None,
     }
+    builder.libraries |= {*TEXT}
     if section.measure == "reward":
         fields |= {"reward": builder.reward(), "generation": asdict(recipe.generation)}
     return [builder.unit("soup", fields, *(_reward(recipe) if section.measure == "reward" else []), *members)]
@@ -183,21 +245,20 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
         algorithm: {**_section(section), "kl_coef": beta},
         "references": [builder.reference(reference) for reference in references],
         "export": list(recipe.export),
-        **builder.precision(),
+        **builder.training(algorithm),
     }
-    if algorithm in PREFERENCE_ALGORITHMS:
-        fields["preferences"] = builder.source(recipe.data.preferences)
-    else:
+    inputs = [PREFERENCES] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
+    if algorithm not in PREFERENCE_ALGORITHMS:
         fields |= {
             "prompts": builder.source(recipe.data.prompts),
             "generation": {**asdict(recipe.generation), "batch_size": None},
             "reward": builder.reward(),
         }
     if algorithm == "ppo":
+        builder.libraries |= {"vllm"} if recipe.ppo.rollout_backend == "vllm" else set()
         fields["ppo"] |= {"save_steps": None, "shown_every": None}  # the result does not depend on them
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
-    rewards = [] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
-    return builder.unit(algorithm, fields, _seed(0), *rewards, *_of_references(references), name=name)
+    return builder.unit(algorithm, fields, _seed(0), *inputs, *_of_references(references), name=name)
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -245,6 +306,7 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
     if judge is None:
         return []
     builder = _UnitBuilder(recipe, run)
+    builder.libraries |= {*TEXT} if judge.kind == "local" else set()
     unused: dict[str, Any] = dict.fromkeys(("api_key_env", "concurrency", "timeout", "retries"))
     places: dict[str, Any] = {"function": builder.function, "local": builder.path}
     model = places[judge.kind](judge.model) if judge.kind in places else judge.model
@@ -263,7 +325,7 @@ POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
 
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The unit of the report, which reads the results of all stages before it."""
-    before = [toy_units, sft_units, reward_units, soup_units]
+    before = [toy_units, data_units, sft_units, reward_units, soup_units]
     stages = [*before, *POLICY_UNITS.values(), landscape_units, evaluate_units, judge_units]
     search = None if recipe.search is None else asdict(recipe.search)
     fields = {"samples": recipe.evaluate.samples, **_comparisons(recipe), "search": search}

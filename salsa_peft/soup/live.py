@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import lora
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter, live_factors
 from salsa_peft.utils.errors import require
@@ -49,9 +50,11 @@ class LiveAdapters:
         """Set the model to base + Σ w_i δ_i by rescaling the blocks of B."""
         self.stacked.set_weights(self.model, self.name, weights)
 
-    def at_point(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the stacked adapter is active; afterwards the previous adapter is active again."""
-        return lora.active(self.model, self.name)
+    @contextlib.contextmanager
+    def at_point(self) -> Iterator[None]:
+        """Context for forwards with the stacked adapter; afterwards the previous adapter is active again."""
+        with lora.active(self.model, self.name), precision.autocast(self.model):
+            yield
 
     def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
         """Each module's name, its B in the model ((out, R), in convolutions (out, R, 1, …)) and its bias."""

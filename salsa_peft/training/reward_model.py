@@ -16,10 +16,12 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data import datasets
+from salsa_peft.data import tokenized
+from salsa_peft.data.splits import SPLIT_SEED, Split, split_by_prompt
+from salsa_peft.data.tokenized import PAIR_TOKENS
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import is_quantised, resolve_dtype
-from salsa_peft.models.precision import make_trained_float32
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, report_left_out
 from salsa_peft.models.weights import cast_weights, load_weights
 from salsa_peft.training import checkpoints
@@ -29,7 +31,6 @@ from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import read_json, write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
-SPLIT_SEED = 0
 FEW_PAIRS = 30
 """With fewer held-out pairs a warning is printed.
 
@@ -105,8 +106,11 @@ def make_trainer(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]
     recipe, section = job.recipe, job.recipe.reward
     # 1. pairs
     context = StageContext.of_job(job)
-    source = datasets.training_sources(recipe, job.inputs.get("toy"))["preferences"]
-    rows = datasets.preferences(source, context.tokenizer)
+    rows = tokenized.load(job.inputs["data/preferences"], *PAIR_TOKENS, "prompt_digest")
+    fitting = tokenized.pairs_that_fit(rows, recipe.model.max_length)
+    limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
+    report_left_out(job, len(rows) - len(fitting), len(rows), limit)
+    pairs = split_pairs(recipe, len(rows), fitting["prompt_digest"][:])
     # 2. a score head on a copy of seed-0
     model = start_from_seed(context, job.inputs["sft/seed-0"])
     # 3. the trainer
@@ -115,26 +119,20 @@ def make_trainer(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]
         args=RewardConfig(
             **context.arguments(section, folder, seed),
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
-            max_length=recipe.model.max_length,
+            max_length=None,
         ),
-        train_dataset=datasets.to_dataset(rows),
+        train_dataset=fitting.select(pairs.train),
+        eval_dataset=fitting.select(pairs.held_out),
         processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
     if is_quantised(model):  # TRL has rounded the factors to bfloat16
-        make_trained_float32(model)
+        precision.make_trained_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     set_padding_token(trainer)
-    # 4. hold out a share of the pairs that are short enough
-    fitting = len(trainer.train_dataset)
-    kept_out = count_held_out(recipe, len(rows), fitting)
-    limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
-    report_left_out(job, len(rows) - fitting, len(rows), limit)
-    parts = trainer.train_dataset.train_test_split(test_size=kept_out, seed=SPLIT_SEED)
-    trainer.train_dataset, trainer.eval_dataset = parts["train"], parts["test"]
     remove_printer(trainer)
-    numbers = {"train": fitting - kept_out, "held_out": kept_out}
-    return trainer, {"pairs": numbers, "left_out": len(rows) - fitting}
+    numbers = {"train": len(pairs.train), "held_out": len(pairs.held_out)}
+    return trainer, {"pairs": numbers, "left_out": len(rows) - len(fitting)}
 
 
 def train(job: Job, trainer: Any, folder: Path) -> dict[str, Any]:
@@ -150,24 +148,28 @@ def set_padding_token(trainer: Any) -> None:
     Transformers' classifiers compute the score at the last token that is not the padding token.
     """
     pad = trainer.processing_class.pad_token_id
-    last_tokens = {ids[-1] for side in ("chosen_ids", "rejected_ids") for ids in trainer.train_dataset[side]}
+    parts = [part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None]
+    last_tokens = {ids[-1] for part in parts for side in PAIR_TOKENS for ids in part[side]}
     if pad in last_tokens:
         pad = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
         trainer.data_collator.pad_token_id = trainer.model.config.get_text_config().pad_token_id = pad
 
 
-def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:
-    """Number of held-out pairs. Raises SalsaError if the training pairs do not fill a batch."""
-    section = recipe.reward
-    kept_out = section.held_out_rows(fitting)
+def split_pairs(recipe: Recipe, pairs: int, prompts: Sequence[str]) -> Split:
+    """Split the pairs that are short enough by prompt. Raises SalsaError if the training pairs do not fill a batch.
+
+    pairs: number of all pairs. prompts: the prompt of each pair that is short enough.
+    """
+    section, fitting, wanted = recipe.reward, len(prompts), recipe.reward.held_out_rows(len(prompts))
+    split = split_by_prompt(prompts, wanted) if wanted < fitting else Split([], [])
     require(
-        fitting - kept_out >= section.batch_size,
+        len(split.train) >= section.batch_size,
         f"data.preferences: of {pairs} pairs, {pairs - fitting} are longer than model.max_length ="
-        f" {recipe.model.max_length} tokens, and {kept_out} are held out (reward.held_out = {section.held_out:g}). The"
-        f" {fitting - kept_out} pairs left to train on are fewer than reward.batch_size = {section.batch_size}. Add"
-        " pairs, raise model.max_length or lower reward.batch_size",
+        f" {recipe.model.max_length} tokens, and {len(split.held_out) or wanted} are held out (reward.held_out ="
+        f" {section.held_out:g}). The {len(split.train)} pairs left to train on are fewer than reward.batch_size ="
+        f" {section.batch_size}. Add pairs, raise model.max_length or lower reward.batch_size",
     )
-    return kept_out
+    return split
 
 
 def start_from_seed(context: StageContext, seed: Path) -> Any:
@@ -207,7 +209,8 @@ def held_out_margins(trainer: Any) -> list[float]:
     trainer.model.eval()
     margins: list[float] = []
     for batch in trainer.get_eval_dataloader():
-        output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        with precision.autocast(trainer.model):  # also of an average, which no Trainer has prepared
+            output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         chosen, rejected = output.logits.squeeze(-1).float().chunk(2)
         margins += trainer.accelerator.gather_for_metrics(chosen - rejected).tolist()
     return margins

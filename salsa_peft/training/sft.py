@@ -19,8 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Adapter
-from salsa_peft.data import datasets
-from salsa_peft.data.chat.template_fields import trained_tokens
+from salsa_peft.data import tokenized
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.adapters.lora import lora_config
 from salsa_peft.models.architectures import checks
@@ -45,7 +44,7 @@ from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_f
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -59,11 +58,11 @@ def run(job: Job) -> dict[str, Any]:
         return import_seed(job, existing)
     # 1. this seed's demonstrations
     context = StageContext.of_job(job)
-    source = datasets.training_sources(recipe, job.inputs.get("toy"))["demonstrations"]
-    rows = datasets.demonstrations(source, context.tokenizer)
+    rows = tokenized.load(job.inputs["data/demonstrations"])
     if section.subset < 1:
-        rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
-    # 2. the trainer, without rows whose answers begin beyond max_length
+        rows = rows.select(random.Random(seed).sample(range(len(rows)), max(1, round(section.subset * len(rows)))))
+    answered = rows_with_answers(job, rows)
+    # 2. the trainer
     model = context.load_base() if recipe.adapter else context.load_trainable()
     if checks.needs_logprobs(recipe):  # otherwise PPO would raise the error later
         check_head(model)
@@ -73,15 +72,15 @@ def run(job: Job) -> dict[str, Any]:
         model=model,
         args=SFTConfig(
             **context.arguments(section, job.folder, seed),
-            max_length=recipe.model.max_length,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
             **router_loss(model, job.unit.id),
         ),
-        train_dataset=tokenize(rows, context.tokenizer),
+        train_dataset=answered,
         processing_class=context.tokenizer,
         peft_config=lora_config(recipe.adapter, **language_model_only(model)) if recipe.adapter else None,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
-    kept = keep_answered_rows(job, trainer, len(rows))
     # 3. train and save
     remove_printer(trainer)
     loss = run_trainer(trainer, job.unit.id)
@@ -89,8 +88,8 @@ def run(job: Job) -> dict[str, Any]:
     log = [row for row in trainer.state.log_history if "loss" in row]
     metrics = {
         "seed": seed,
-        "rows": kept,
-        "left_out": len(rows) - kept,
+        "rows": len(answered),
+        "left_out": len(rows) - len(answered),
         "epochs": section.num_train_epochs,
         "steps": trainer.state.global_step,
         "train_loss": loss,
@@ -101,21 +100,20 @@ def run(job: Job) -> dict[str, Any]:
     return metrics
 
 
-def keep_answered_rows(job: Job, trainer: Any, rows: int) -> int:
-    """Remove the trainer's rows whose answers begin beyond model.max_length, and return how many are left.
+def rows_with_answers(job: Job, rows: Dataset) -> Dataset:
+    """The rows cut to model.max_length tokens, without those whose answers begin beyond them.
 
     Raises SalsaError if they fill no batch.
     """
     model, section = job.recipe.model, job.recipe.sft
-    trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
-    kept = len(trainer.train_dataset)
+    kept = tokenized.cut_demonstrations(rows, model.max_length)
     limit = f"answer within model.max_length = {model.max_length} tokens"
     require(
-        kept >= section.batch_size,
-        f"data.demonstrations: {kept} rows have an {limit}, fewer than sft.batch_size = {section.batch_size}."
+        len(kept) >= section.batch_size,
+        f"data.demonstrations: {len(kept)} rows have an {limit}, fewer than sft.batch_size = {section.batch_size}."
         " Add rows, raise model.max_length or lower sft.batch_size",
     )
-    report_left_out(job, rows - kept, rows, f"no {limit}")
+    report_left_out(job, len(rows) - len(kept), len(rows), f"no {limit}")
     return kept
 
 
@@ -141,18 +139,6 @@ def router_loss(model: PreTrainedModel, unit: str) -> dict[str, Any]:
     if any(options.get(key) for key in checks.EXPERTS):
         say(f"{unit}  trained without the router's auxiliary loss, which TRL does not compute for {text.model_type}")
     return {"router_aux_loss_coef": 0.0}
-
-
-def tokenize(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Tokenize rows of `messages` to input_ids and labels, which are −100 outside assistant tokens."""
-
-    def tokenize_row(row: dict[str, Any]) -> dict[str, list[int]]:
-        ids, mask = trained_tokens(row, tokenizer)
-        return {"input_ids": ids, "labels": [token if keep else -100 for token, keep in zip(ids, mask, strict=True)]}
-
-    dataset = datasets.to_dataset(rows)
-    # with new_fingerprint, because datasets would otherwise hash the tokenizer, which takes seconds
-    return dataset.map(tokenize_row, remove_columns=dataset.column_names, new_fingerprint="labelled")
 
 
 def import_seed(job: Job, path: str) -> dict[str, Any]:

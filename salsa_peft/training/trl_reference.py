@@ -11,6 +11,7 @@ mean of the KLs (paper eq. 5, MKL).
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters.merged import merge_fault, merged_parameters
 from salsa_peft.training import reference_sync
 from salsa_peft.training.references import FrozenReference, as_references
 from salsa_peft.utils.errors import require
 
 REF = "ref"
 """The name of the adapter that TRL's trainers use as reference."""
+MERGED_WEIGHTS = "_iter_named_params"
+"""The method of TRL's VLLMGeneration that yields the names and weights that are sent to vLLM."""
 TRAINERS = (DPOTrainer, KTOTrainer, RLOOTrainer, GRPOTrainer)
 AnyReference = str | Path | FrozenReference | PreTrainedModel
 
@@ -42,8 +46,13 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     a checkpoint's folder or Hub id, or a model. The trainer's previous reference is dropped. The trainer's checkpoints
     include a reference that is an adapter (as `ref/`), but not a model.
 
+    With `use_vllm`, TRL sends merged weights to vLLM by merging the policy's adapter into the base and unmerging it,
+    which in bf16 changes the base a little every time, and with it every reference that shares the base. The trainer
+    then gets our way of merging, in copies.
+
     Raises SalsaError for a trainer that would ignore its reference, for several references with GRPO (k3 of averaged
-    log-probs is not the average of k3), for adapters on a base other than the policy's, and for sharded policies.
+    log-probs is not the average of k3), for adapters on a base other than the policy's, for sharded policies, and for
+    `use_vllm` with an adapter that cannot be merged in copies.
     """
     several = isinstance(reference, list | tuple) and not isinstance(reference, FrozenReference)
     given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]
@@ -56,6 +65,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     )
     check_policy(model, own, given)
     check_synced(model, own, [one for one in given if isinstance(one, FrozenReference)])
+    merge_in_copies(trainer, model, own)
     replaced = isinstance(model, PeftModel) and REF in model.peft_config and REF not in given
     # `ref` is TRL's copy of the policy, or the reference of an earlier call
     with lora.removed(model, REF) if replaced else contextlib.nullcontext():
@@ -141,6 +151,28 @@ def check_synced(model: Any, own: str | None, frozen: Sequence[FrozenReference])
             f"reference {one.label}: sync_every works for adapters only; use TRL's sync_ref_model for full weights",
         )
     reference_sync.check(frozen, model, own)
+
+
+def merge_in_copies(trainer: Any, model: Any, own: str | None) -> None:
+    """Make a trainer that uses vLLM send merged copies of the weights, so that the base does not change.
+
+    TRL's VLLMGeneration merges in place (huggingface/trl#6688). Raises SalsaError if it cannot be changed.
+    """
+    if own is None or isinstance(trainer, DPOTrainer | KTOTrainer) or not trainer.use_vllm:
+        return
+    name = (
+        f"{type(trainer).__name__}: use_vllm changes the base's weights, which the reference shares, because TRL merges"
+    )
+    generation, fault = vars(trainer).get("vllm_generation"), merge_fault(model, own)
+    require(
+        fault is None, f"{name} the adapter in place, and merged copies are not possible ({fault}). Set use_vllm=False"
+    )
+    require(
+        MERGED_WEIGHTS in dir(generation),
+        f"{name} the adapter in place, and this version of TRL has no VLLMGeneration.{MERGED_WEIGHTS} to replace. Set"
+        " use_vllm=False, or use TRL 1.16",
+    )
+    setattr(generation, MERGED_WEIGHTS, functools.partial(merged_parameters, model, own))
 
 
 class SyncReferences(TrainerCallback):

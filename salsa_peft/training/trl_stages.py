@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from salsa_peft.config.job import Job
-from salsa_peft.data import datasets
-from salsa_peft.data.chat.template_fields import messages_for_template, template_options
+from salsa_peft.data import datasets, tokenized
+from salsa_peft.data.chat.template_fields import messages_for_template
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
+from salsa_peft.data.splits import Split, split_by_prompt
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, device, is_quantised
 from salsa_peft.models.precision import make_trained_float32
@@ -31,7 +31,7 @@ from salsa_peft.models.stage_context import (
     seed_folders,
 )
 from salsa_peft.training.ppo_stage import build_policy, export_merged
-from salsa_peft.training.reward_model import SPLIT_SEED, margin_metrics
+from salsa_peft.training.reward_model import margin_metrics
 from salsa_peft.training.train import resumable, run_trainer
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
@@ -93,33 +93,28 @@ def arguments(context: StageContext, job: Job) -> dict[str, Any]:
     }
 
 
-def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
+def pairs(job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
     """Training pairs, held-out pairs and their numbers; pairs longer than model.max_length are left out.
 
     If the held-out share is the reward stage's, both stages hold out the same pairs.
     """
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
-    source = datasets.training_sources(job.recipe, job.inputs.get("toy"))["preferences"]
-    rows = datasets.preferences(source, context.tokenizer)
-
-    def fits(row: dict[str, Any]) -> bool:
-        render: Any = partial(context.tokenizer.apply_chat_template, return_dict=True, **template_options(row))
-        return max(len(render(row[side])["input_ids"]) for side in ("chosen", "rejected")) <= longest
-
-    kept = [row for row in rows if fits(row)]
+    rows = tokenized.load(job.inputs["data/preferences"])
+    kept = tokenized.pairs_that_fit(rows, longest)
     report_left_out(job, len(rows) - len(kept), len(rows), f"longer than model.max_length = {longest} tokens")
     section.check_rows(len(kept), job.unit.stage)
-    count = section.held_out_rows(len(kept))
-    parts = datasets.to_dataset(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
-    facts = {"pairs": {"train": len(kept) - count, "held_out": count}, "left_out": len(rows) - len(kept)}
-    return parts["train"], parts["test"], facts
+    split = split_by_prompt(kept["prompt_digest"][:], section.held_out_rows(len(kept)))
+    section.check_rows(len(kept), job.unit.stage, len(split.held_out))
+    parts = [kept.remove_columns([*tokenized.PAIR_TOKENS, "prompt_digest"]).select(part) for part in split]
+    facts = {"pairs": dict(zip(Split._fields, map(len, split), strict=True)), "left_out": len(rows) - len(kept)}
+    return parts[0], parts[1], facts
 
 
 def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Set up DPO on the preference pairs."""
     from trl import DPOConfig, DPOTrainer
 
-    train, test, facts = pairs(context, job)
+    train, test, facts = pairs(job)
     trainer = resumable(DPOTrainer)(
         model,
         ref_model=references[0].model,  # with full weights, TRL would otherwise load a reference itself
@@ -141,7 +136,7 @@ def kto(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
     """Set up KTO: each preference pair gives one desirable and one undesirable response."""
     from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
 
-    train, _, facts = pairs(context, job)
+    train, _, facts = pairs(job)
     trainer = resumable(KTOTrainer)(
         model,
         ref_model=references[0].model,

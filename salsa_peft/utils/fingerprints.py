@@ -17,6 +17,8 @@ from salsa_peft.utils.tensor_names import without_wrappers
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "fingerprint.json")
 """Files of an adapter's folder that its fingerprint covers; training checkpoints are not covered."""
+CONFIGURATIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Suffixes of the files of a model's folder that are not weights."""
 FINGERPRINT = "fingerprint.json"
 """The file beside an adapter or checkpoint that holds the fingerprint of its base."""
 HEAD = "lm_head.weight"
@@ -84,10 +86,17 @@ def _fingerprint(path: Path) -> str:
     for file in sorted(file for file in files if file.is_file()):
         name = str(file.relative_to(path))
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        weights = model and not name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken"))
+        weights = model and not name.endswith(CONFIGURATIONS)
         if not hidden and not weights:
             digest.update(f"{name}\n{sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The files of a model's folder from which a tokenizer is loaded: its configurations, vocabularies and templates."""
+    names = (*(f"*{suffix}" for suffix in CONFIGURATIONS), "additional_chat_templates/*.jinja")
+    found = {path for name in names for path in Path(folder).glob(name)}
+    return sorted(path for path in found if path.is_file() and not path.name.endswith(".index.json"))
 
 
 def base_fingerprint(folder: str | Path) -> str:

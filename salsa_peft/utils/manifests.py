@@ -1,6 +1,7 @@
 """The manifest.json of a result: reading it, and checking files against their size and SHA-256."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ from salsa_peft.utils.files import read_json
 from salsa_peft.utils.fingerprints import canonical_json, sha256
 
 LIBRARIES = ("torch", "transformers", "peft", "trl")
-"""The libraries, besides salsa-peft itself, whose versions are part of the cache keys."""
+"""The libraries, besides salsa-peft itself, whose versions are in reports and in most cache keys."""
 MANIFEST = "manifest.json"
 
 
-def versions() -> dict[str, str]:
-    """The versions of salsa-peft and of LIBRARIES; "none" for a library that is not installed."""
+def versions(libraries: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """The versions of salsa-peft and of libraries; "none" for a library that is not installed."""
     import importlib.metadata
 
     found = {"salsa-peft": salsa_peft.__version__}
-    for name in LIBRARIES:
+    for name in libraries:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

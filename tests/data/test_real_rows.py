@@ -15,7 +15,7 @@ from trl_rows import HERMES, by_reward, by_sft, tokenizer_of
 from salsa_peft.config.schema import Source
 from salsa_peft.data import datasets
 from salsa_peft.data.questions import questions
-from salsa_peft.training.sft import tokenize
+from salsa_peft.data.tokenized import tokenized_demonstrations
 from salsa_peft.utils.errors import SalsaError
 
 ROWS = SHARED / "hub" / "rows"
@@ -202,7 +202,7 @@ class TestEveryRow:
         given = SFT[name, number](row)
         rows = Dataset.from_list([given], features=Features({key: Json() for key in given}))
         ((ids, labels),) = by_sft(
-            tokenizer, model, tokenize(datasets.demonstrations(source, tokenizer), tokenizer), tmp_path
+            tokenizer, model, tokenized_demonstrations(datasets.demonstrations(source, tokenizer), tokenizer), tmp_path
         )
         theirs = by_sft(tokenizer, model, rows, tmp_path)
         show("demonstration", name, number, tokenizer, ids, theirs[0][0])

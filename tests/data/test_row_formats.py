@@ -24,8 +24,8 @@ from salsa_peft.data.chat.template_fields import reads_text_arguments
 from salsa_peft.data.check import count_rows
 from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
+from salsa_peft.data.tokenized import tokenized_demonstrations
 from salsa_peft.recipe.__main__ import main as salsa_run
-from salsa_peft.training.sft import tokenize
 from salsa_peft.utils.errors import SalsaError
 
 Row = dict[str, Any]
@@ -415,7 +415,10 @@ class TestBesideTRL:
             {"prompt": turns("q", system="s"), "completion": turns("", "b")[1:], "tools": json.dumps([TOOL])},
         ]
         ours = by_sft(
-            tokenizer, tiny_model, tokenize(datasets.demonstrations(put(*rows), tokenizer), tokenizer), tmp_path
+            tokenizer,
+            tiny_model,
+            tokenized_demonstrations(datasets.demonstrations(put(*rows), tokenizer), tokenizer),
+            tmp_path,
         )
         for row, found in zip(rows, ours, strict=True):
             features = Features({name: Json() for name in row})
@@ -504,7 +507,7 @@ class TestBeforeAStageBegins:
             data=Data(demonstrations=Source(path=str(folder))), evaluate=SimpleNamespace(prompts={})
         )
         with pytest.raises(SalsaError, match="set, row 2, messages: has no assistant turn; add one"):
-            check.check_every_row(recipe, {"sft"})
+            check.check_every_row(recipe, {"data/demonstrations"})
 
     def test_rows_of_the_hub_are_looked_at_too(self, tmp_path: Path, monkeypatch: Any) -> None:
         """A part of them, and those of the stages that are to be made."""

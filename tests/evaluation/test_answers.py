@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Evaluate, Generation, Model
@@ -18,8 +19,10 @@ from salsa_peft.evaluation import fastchat as fastchat_files
 from salsa_peft.evaluation.answers import answer
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models import generation
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.responses import Responses
+from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.utils.files import append_checked_lines, read_json_lines
 from salsa_peft.utils.statistics import mean_interval
 
@@ -136,6 +139,82 @@ def test_a_conversation_that_leaves_little_room(model: Any, tokenizer: Any) -> N
     assert [row["length"] for row in tight[:2]] == [6, 2] and first + 6 <= before + 2
     assert (tight[2]["length"], tight[2]["empty"], tight[2]["response"]) == (1, True, "")
     assert tight[2]["scores"]["reward"] == before + 1  # cut from the left to what there is room for
+
+
+def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of prompts of each call of generate, appended as they come."""
+    calls: list[int] = []
+    inner = generation.generate
+
+    def counted(model: Any, prompts: Any, *given: Any, **more: Any) -> Responses:
+        calls.append(len(prompts))
+        return inner(model, prompts, *given, **more)
+
+    monkeypatch.setattr(generation, "generate", counted)
+    return calls
+
+
+def varied(at: int) -> Question:
+    """Two turns; the first is of 1 to 5 words, so that each second turn leaves room for another number of tokens."""
+    texts = ("copy " + " ".join(WORDS[: 1 + (3 * at) % 5]), f"sort {' '.join(WORDS[: 1 + at % 3])}")
+    return Question(at, None, [{"role": "user", "content": texts[0]}], texts, None, {})
+
+
+def test_conversations_with_room_for_different_lengths_share_batches(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 second turns of many limits: 3 batches of 4, and each answer is the one that its prompt gets alone."""
+    asked, context = [varied(at) for at in range(12)], bench_of(tokenizer, 0.9, max_length=29, max_new_tokens=9, batch_size=4)  # fmt: skip
+    calls = counted_calls(monkeypatch)
+    rows = answer(model, "policy", asked, REWARDS, context, 5)
+    assert calls == [4] * 6
+    limits = set()
+    for one, first, second in zip(asked, rows[::2], rows[1::2], strict=True):
+        tokens = tokens_of(one.conversation([first["response"]]), tokenizer)
+        limits.add(min(9, 29 - len(tokens)))
+        sampling = Sampling(max_new_tokens=min(9, 29 - len(tokens)), temperature=0.9)
+        with lora.active(model, "policy"):
+            alone = generate(model, [tokens], sampling, tokenizer, row_seeds([first["index"]], 5, 2))
+        assert second["response"] == tokenizer.decode(
+            alone.response_ids[0][alone.response_mask[0]], skip_special_tokens=True
+        )
+        assert (second["length"], second["empty"]) == (int(alone.lengths), bool(alone.empty))
+    assert len(limits) >= 4 and min(limits) >= 1
+
+
+@pytest.mark.parametrize("longest", [29, 20])
+def test_no_batch_depends_on_which_answers_exist(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    """Whatever is known: what is generated or scored is a batch of the whole run, and the rows are the same."""
+    asked, context = [varied(at) for at in range(9)], bench_of(tokenizer, 0.9, max_length=longest, max_new_tokens=9)
+    seen: list[tuple[Any, ...]] = []
+
+    def reward(responses: Responses, rows: Any) -> torch.Tensor:
+        seen.append(tuple(map(tuple, responses.input_ids.tolist())))
+        return torch.arange(len(rows)).float()  # depends on the batch
+
+    whole = answer(model, "policy", asked, {"reward": reward}, context, 5)
+    batches = set(seen)
+    assert (longest == 20) == any(len(batch[0]) == longest and batch[0][-1] == tokenizer.eos_token_id for batch in seen)
+    for kept in ([0], [1, 4, 8], [0, 2, 3, 5, 6, 7, 8]):
+        seen.clear()
+        known = {(row["index"], row["turn"]): row for row in whole if row["index"] in kept}
+        assert answer(model, "policy", asked, {"reward": reward}, context, 5, known) == whole
+        assert set(seen) <= batches
+
+
+def test_the_host_waits_as_often_for_many_rows_as_for_few(model: Any, tokenizer: Any) -> None:
+    """One batch of 3 and one of 12, each of as many tokens: generation, decoding, scores, lengths."""
+    rewards = {"reward": prompt_length, "length": FunctionReward(lambda completion_ids: [len(ids) for ids in completion_ids], tokenizer)}  # fmt: skip
+    counts = []
+    for count in (3, 12):
+        context = bench_of(tokenizer, 1.0, min_new_tokens=6, batch_size=12)
+        with HostSyncs() as syncs:
+            rows = answer(model, "policy", [question(at, 1) for at in range(count)], rewards, context, 5)
+        assert len(rows) == count
+        counts.append(syncs.total)
+    assert counts[0] == counts[1]
 
 
 def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

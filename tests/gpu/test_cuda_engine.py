@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, gradients, length_reward, roll_out
+from plain_ppo import PROMPTS, gradients, length_reward, loss_of, roll_out
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
@@ -120,7 +120,7 @@ def test_master_weights_under_bf16_give_float32s_gradient(
         torch.nn.init.constant_(trainer.model.value_head.weight, 0.05)
         rollout = rollout or roll_out(trainer)
         tokens = int(rollout.responses.lengths.sum())
-        loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8, device=trainer.args.device), tokens)
+        loss = loss_of(trainer, rollout, torch.arange(8), tokens)
         loss.loss.backward()
         found.append((loss, torch.cat([gradient.flatten() for gradient in gradients(trainer).values()])))
     (exact, one), (mixed, other) = found
@@ -142,7 +142,7 @@ def test_small_steps_arrive_in_bf16(learning_rate: float, device: torch.device, 
         "default" if device.type == "cuda" else "force_eager"
     ):  # a CPU compiles for a minute
         for chosen in ("master", "stochastic"):
-            arguments = precision.arguments(chosen) | {"bf16": False}
+            arguments = precision.arguments(chosen)
             args = TrainingArguments(str(tmp_path), learning_rate=learning_rate, report_to="none", **arguments)
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
             weight = torch.nn.Parameter(start.to(precision.PRECISIONS[chosen].weights).clone())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from salsa_peft.models.batches import overhead, split_by_length
+from salsa_peft.models.batches import overhead, split_by_length, split_by_tokens
 
 
 def cost(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
@@ -82,7 +82,18 @@ def test_little_is_padding(length: Callable[[random.Random], int], rows: int, mo
     assert needed <= computed <= most * needed
 
 
-def test_very_short_rows_are_not_spread_over_many_forwards() -> None:
+def test_a_few_short_rows_are_one_batch() -> None:
     draw = random.Random(0)
     for _ in range(50):
-        assert len(split_by_length([draw.randint(10, 30) for _ in range(8)], 8)) <= 3
+        assert len(split_by_length([draw.randint(1, 32) for _ in range(8)], 8)) == 1
+    assert len(split_by_length([1] * 7 + [32], 4)) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "expected"),
+    [(8, None, [[0, 1, 2, 3]]), (3, None, [[0, 1, 2], [3]]), (8, 6, [[0, 1], [2], [3]]), (8, 9, [[0, 1], [2, 3]])],
+)
+def test_rows_without_padding_are_split_in_their_order(
+    rows: int, tokens: int | None, expected: list[list[int]]
+) -> None:
+    assert split_by_tokens([2, 4, 7, 2], rows, tokens) == expected

@@ -182,33 +182,41 @@ class TestRowsAreAlone:
         )
         assert [tokens[:4] for tokens in longer] == shorter
 
+    @pytest.mark.parametrize("pad_is_eos", [False, True])
     @pytest.mark.parametrize("minimum", [0, 6])
     def test_a_limit_of_each_row_cuts_that_row(
-        self, make_base: Any, tokenizer: Any, prompts: list[list[int]], minimum: int
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]], minimum: int, pad_is_eos: bool
     ) -> None:
         """In one batch each response is what the row gets alone with its own limit, tokens and `finished`."""
         model, seeds, limits = make_base(), row_seeds(range(12), 0), [1 + row % 7 for row in range(12)]
-        sampling = Sampling(max_new_tokens=20, min_new_tokens=minimum)
-        found = generate(model, prompts, sampling, tokenizer, seeds, limits=limits)
+        chosen, sampling = with_pad(tokenizer, pad_is_eos), Sampling(max_new_tokens=20, min_new_tokens=minimum)
+        found = generate(model, prompts, sampling, chosen, seeds, limits=limits)
         alone = [
             generate(model, [prompts[row]], Sampling(max_new_tokens=limits[row], min_new_tokens=min(minimum, limits[row])),
-                     tokenizer, [seeds[row]])
+                     chosen, [seeds[row]])
             for row in range(12)
         ]  # fmt: skip
         assert tokens_of(found) == [tokens_of(one)[0] for one in alone]
         assert found.finished.tolist() == [bool(one.finished) for one in alone]
-        assert found.response_ids.shape[1] <= 7 and not found.response_ids[~found.response_mask].any()
+        assert found.response_ids.shape[1] <= 7
+        assert (found.response_ids[~found.response_mask] == chosen.pad_token_id).all()
         assert minimum or 0 < int(found.finished.sum()) < 12
 
-    def test_generation_ends_where_each_row_has_ended(self, make_base: Any, tokenizer: Any) -> None:
-        """A row with a high limit that ends early does not keep a row at its low limit waiting."""
-        model, steps = make_base(), itertools.count()
-        model.lm_head.weight.data[EOS] = 0
-        prompts = [[BOS, 5], [BOS, 6, 7]]
+    def test_generation_ends_where_each_row_has_ended(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]]
+    ) -> None:
+        """One row ends before its high limit, another reaches its low limit in the same step: there is no further step."""
+        model, seeds, steps = make_base(), row_seeds(range(12), 0), itertools.count()
+        found = generate(model, prompts, Sampling(max_new_tokens=12), tokenizer, seeds)
+        lengths = found.lengths.tolist()
+        ends = [row for row in range(12) if found.finished[row] and lengths[row] > 1]
+        rows = [min(ends, key=lengths.__getitem__), max(range(12), key=lengths.__getitem__)]
+        assert lengths[rows[0]] < lengths[rows[1]]
         generate(
-            model, prompts, Sampling(max_new_tokens=30), tokenizer, [1, 2], limits=[3, 4], check=lambda: next(steps)
-        )
-        assert next(steps) == 4
+            model, [prompts[row] for row in rows], Sampling(max_new_tokens=12), tokenizer, [seeds[row] for row in rows],
+            limits=[12, lengths[rows[0]]], check=lambda: next(steps),
+        )  # fmt: skip
+        assert next(steps) == lengths[rows[0]]
 
 
 def syncs(model: Any, prompts: list[list[int]], tokenizer: Any, new_tokens: int, **options: Any) -> int:

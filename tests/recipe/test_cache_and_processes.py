@@ -24,7 +24,20 @@ from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint, sha256
 
-UNITS = ["toy", "sft/seed-0", "sft/seed-1", "reward", "soup", "ppo/ppo", "ppo/salsa", "landscape", "evaluate", "report"]
+DATA = ["data/demonstrations", "data/preferences"]
+UNITS = [
+    "toy",
+    *DATA,
+    "sft/seed-0",
+    "sft/seed-1",
+    "reward",
+    "soup",
+    "ppo/ppo",
+    "ppo/salsa",
+    "landscape",
+    "evaluate",
+    "report",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,10 +108,10 @@ def test_manifest_says_files_seconds_and_memory(go):
         ("landscape.seed=5", ["landscape", "report"]),
         ("soup.weights=[0.25, 0.75]", ["soup", "ppo/salsa", "evaluate", "report"]),
         ("reward.batch_size=4", ["reward", "ppo/ppo", "ppo/salsa", "landscape", "evaluate", "report"]),
-        ("sft.seeds=[0, 7]", [unit for unit in UNITS if unit not in ("toy", "sft/seed-0", "reward", "ppo/ppo")]),
+        ("sft.seeds=[0, 7]", [unit for unit in UNITS if unit not in ("toy", *DATA, "sft/seed-0", "reward", "ppo/ppo")]),
         ("generation.batch_size=8", ["landscape", "evaluate", "report"]),
         ("threads=1", []),
-        ("sft.learning_rate=1e-3", UNITS[1:]),
+        ("sft.learning_rate=1e-3", UNITS[3:]),
         ("toy.seed=1", UNITS),
         ("policies.third={reference: [seed-0, seed-1]}", ["ppo/third", "evaluate", "report"]),
     ],
@@ -154,7 +167,7 @@ def test_stages(go):
     assert "--stages: ppo/" in err
     assert "has no usable result (new)" in err
     assert not Path("runs").exists()
-    assert go("--stages", "toy,sft")[1] == UNITS[:3]
+    assert go("--stages", "toy,data,sft")[1] == UNITS[:5]
     assert go("--stages", "reward,soup,ppo/salsa")[1] == ["reward", "soup", "ppo/salsa"]
     code, made, err = go("--stages", "rewrd")
     assert code == 2
@@ -176,13 +189,13 @@ def test_stages(go):
 )
 def test_a_failed_stage(go, action, said):
     code, made, err = go(reward=action)
-    assert (code, made) == (1, UNITS[:3])
+    assert (code, made) == (1, UNITS[:5])
     assert said in err
     assert "Traceback" not in err
     log = Path("runs/tiny-lora/logs/reward.log")
     assert log.exists() == (action not in ("kill", "exit"))
     code, made, err = go()
-    assert (code, made) == (0, UNITS[3:])
+    assert (code, made) == (0, UNITS[5:])
     assert "reward … unfinished" in err
 
 

@@ -155,12 +155,13 @@ def test_the_plan(here, capsys):
         "adapter.r                     –                             16",
     ):
         assert " ".join(line.split()) in " ".join(out.split()), line  # whatever the columns' widths
-    assert out.count("to do") == 12
+    assert out.count("to do") == 14
     assert (
-        salsa_run(["tiny.yaml", "--lora", "--dry-run", "--stages", "toy,sft/seed-1", "--set", "sft.max_steps=3"]) == 0
+        salsa_run(["tiny.yaml", "--lora", "--dry-run", "--stages", "toy,data,sft/seed-1", "--set", "sft.max_steps=3"])
+        == 0
     )
     out = capsys.readouterr().out
-    assert out.count("to do") == 2
+    assert out.count("to do") == 4
     assert out.count("left out") == 10
     assert "3 steps (max_steps)" in out
 
@@ -212,7 +213,8 @@ def test_local_paths_are_in_no_slice(here):
     ]
     loaded = parsing.load_recipe("tiny.yaml", lora="lora", overrides=sets)
     units = {unit.id: unit for stage in recipe.STAGES.values() for unit in stage.units(loaded.recipe, stage.run)}
-    assert units["sft/seed-0"].files[1:] == (str(here / "d.jsonl"),)
+    assert units["data/demonstrations"].files[:1] == (str(here / "d.jsonl"),)
+    assert units["sft/seed-0"].files[1:] == ()
     assert units["ppo/ppo"].files[1:] == (str(here / "a"),)
     assert units["evaluate"].files[1:] == (str(here / "a"),)
     assert all(

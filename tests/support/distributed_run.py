@@ -38,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
              "eval_strategy": "steps", "eval_steps": 4, "kl_estimator": "full"},
     "full": {"full": True, "old_logprobs": "rollout", "target_kl": 2e-3, "rollout_batch_size": 2, "num_ppo_epochs": 4},
     "tied": {"full": True, "base": {"tie_word_embeddings": True}, "micro_batch_size": None},
+    "split": {"micro_batch_size": None, "micro_batch_tokens": 24, "rollout_batch_size": 4},
     "value": {"value": "adapter", "reward": "reward", "gradient_checkpointing": True, "references": ["seed-0", "base"]},
     "long": {"num_train_epochs": 1000, "save_strategy": "no", "num_mini_batches": 1, "num_ppo_epochs": 1, "micro_batch_size": None,
              "max_new_tokens": 40, "min_new_tokens": 40},
@@ -75,11 +76,16 @@ def run(name: str, out: Path) -> None:
             shutil.rmtree(folder)
     trainer.accelerator.wait_for_everyone()
     (out / name / f"pid-{trainer.args.process_index}").write_text(str(os.getpid()))
+    forwards: list[None] = []
+    trainer.model.value_head.register_forward_hook(
+        lambda *_: forwards.append(None) if torch.is_grad_enabled() else None
+    )
     trainer.train(resume_from_checkpoint=name != first)
     trainer.save_model(str(out / name / "saved"))
     held = sum(local(p).numel() for p in trainer.model.parameters())
     pieces = sum(isinstance(module, FSDPModule) for module in trainer.model.modules())
-    world = {"kind": state.distributed_type.value, "held": gather_object([held]), "pieces": pieces}
+    world = {"kind": state.distributed_type.value, "held": gather_object([held]), "pieces": pieces,
+             "forwards": gather_object([len(forwards)])}  # fmt: skip
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         (out / name / "world.json").write_text(json.dumps(world))

@@ -12,7 +12,10 @@ from torch import Tensor
 from salsa_peft.data import toy_language as toy
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
+from salsa_peft.models.responses import Sequences
+from salsa_peft.training.ppo.losses import PPOLoss
 from salsa_peft.training.ppo.rollout import Rollout
+from salsa_peft.training.ppo.state import MicroBatch
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
 PROMPTS = [
@@ -31,6 +34,12 @@ def roll_out(trainer: SalsaPPOTrainer, rows: int = 8, update: int = 1) -> Rollou
     return trainer.rollout_maker(
         [trainer.train_dataset[i] for i in range(rows)], update, trainer.ppo.kl_coef, lambda: None
     )
+
+
+def loss_of(trainer: SalsaPPOTrainer, rollout: Rollout, rows: Tensor, tokens: int) -> PPOLoss:
+    """The engine's losses of these rows of a rollout batch, in one forward pass; tokens: those of the whole minibatch."""
+    sequences = Sequences(rollout.responses, trainer.args.min_new_tokens)
+    return trainer.micro_batch_loss(trainer.model, MicroBatch(rollout, sequences, rows.tolist(), tokens, []))
 
 
 def plain_logprobs(trainer: SalsaPPOTrainer, which: Any, rollout: Rollout, temperature: float = 1.0) -> Tensor:
@@ -101,7 +110,7 @@ def check_gradients(trainer: SalsaPPOTrainer, micro: int) -> None:
     move(trainer)
     trainer.model.train()
     for rows in torch.arange(8).split(micro):
-        trainer.micro_batch_loss(trainer.model, rollout, rows, int(lengths.sum())).loss.backward()
+        loss_of(trainer, rollout, rows, int(lengths.sum())).loss.backward()
     found = gradients(trainer)
     trainer.model.zero_grad()
     trainer.model.eval()

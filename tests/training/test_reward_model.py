@@ -17,12 +17,13 @@ from salsa_peft.utils.errors import SalsaError
 def test_what_is_left_of_the_pairs_is_said_plainly() -> None:
     """How many there are, how many are too long, held out, left, needed; of none that fits none is held out."""
     recipe = load_recipe("quickstart", lora="lora", overrides=["reward.batch_size=8", "reward.held_out=0.1"]).recipe
-    assert reward_model.count_held_out(recipe, 20, 9) == 1
-    assert reward_model.count_held_out(recipe, 100, 100) == 10
+    for fitting, held_out in ((9, 1), (100, 10)):
+        split = reward_model.split_pairs(recipe, 100, [str(number) for number in range(fitting)])
+        assert (len(split.train), len(split.held_out)) == (fitting - held_out, held_out)
     for fitting, told in ((8, ", 12 are longer than model.max_length = 32 tokens, and 1 are held out (reward.held_out = 0.1). The 7"),
                           (0, ", 20 are longer than model.max_length = 32 tokens, and 0 are held out (reward.held_out = 0.1). The 0")):  # fmt: skip
         with pytest.raises(SalsaError) as caught:
-            reward_model.count_held_out(recipe, 20, fitting)
+            reward_model.split_pairs(recipe, 20, [str(number) for number in range(fitting)])
         assert (
             f"data.preferences: of 20 pairs{told} pairs left to train on are fewer than reward.batch_size = 8. Add pairs"
             in str(caught.value)

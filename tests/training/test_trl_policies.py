@@ -14,13 +14,12 @@ from small_recipe import SMALL, read, unit
 from small_recipe import load_checked as load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from salsa_peft.config.load import saved_recipe
-from salsa_peft.data import datasets
+from salsa_peft.data import tokenized
+from salsa_peft.data.splits import split_by_prompt
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.recipe import units
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training import trl_stages as trl_policies
-from salsa_peft.training.reward_model import SPLIT_SEED
 from salsa_peft.utils import fingerprints as runs
 from salsa_peft.utils.errors import SalsaError
 
@@ -79,11 +78,8 @@ def test_the_kl_term_looks_at_the_reference_that_the_recipe_names(run: Path) -> 
         assert facts["plain"][key] == pytest.approx(0, abs=1e-5), algorithm
         assert abs(facts["salsa"][key]) > 1e-4, algorithm
         assert facts["salsa"]["algorithm"] == algorithm and facts["salsa"]["reference"] == "soup"
-    from datasets import Dataset
-
-    recipe = saved_recipe(run / "recipe.yaml")
-    rows = datasets.preferences(datasets.training_sources(recipe, unit(run, "toy"))["preferences"])
-    held_out = Dataset.from_list(rows).train_test_split(test_size=6, seed=SPLIT_SEED)["test"]
+    rows = tokenized.load(unit(run, "data/preferences"))
+    held_out = rows.select(split_by_prompt(rows["prompt_digest"][:], 6).held_out)
     tokenizer = AutoTokenizer.from_pretrained(unit(run, "sft/seed-0"))
     start, soup = opened(run, "sft/seed-0"), opened(run, "soup")
     ratios = [

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import (
@@ -350,7 +351,6 @@ def test_an_adapter_is_no_reference_of_full_weights(world: World, tmp_path: Path
 
 def test_a_policy_that_trained_more_than_factors(world: World) -> None:
     """PEFT gives `ref` the base's own modules; several references would be read through the policy's, and are refused."""
-    from peft import LoraConfig, get_peft_model
 
     def policy(**options: Any) -> Any:
         return lambda: get_peft_model(
@@ -368,3 +368,98 @@ def test_a_policy_that_trained_more_than_factors(world: World) -> None:
         with pytest.raises(SalsaError, match="the policy has modules_to_save"):
             use_reference(trainer, reference)
     assert_reference(trainer, world, "soup")
+
+
+class FakeLLM:
+    """Stands in for vllm.LLM: keeps the weights of the last sync."""
+
+    def __init__(self, **_: Any) -> None:
+        self.weights: dict[str, Tensor] = {}
+        runner = SimpleNamespace(model_runner=SimpleNamespace(model=SimpleNamespace(load_weights=self._load)))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+
+    def _load(self, pairs: list[tuple[str, Tensor]]) -> None:
+        self.weights.update((name, tensor.clone()) for name, tensor in pairs)
+
+    def reset_prefix_cache(self) -> None: ...
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's VLLMGeneration in this process, with FakeLLM."""
+    import trl.generation.vllm_generation as generation
+
+    monkeypatch.setattr(generation, "is_vllm_available", lambda *_: True)
+    monkeypatch.setattr(generation, "LLM", FakeLLM, raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # TRL sets them; monkeypatch takes back what it has seen
+        monkeypatch.delenv(name)
+
+
+def bf16_policy(world: World, **options: Any) -> Any:
+    """An adapter that is not zero, on a bf16 base."""
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    model = get_peft_model(world.load("base").bfloat16(), config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters.parameters(model, "default"):
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 5
+    return model
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_with_vllm_the_base_has_the_same_bits_after_1000_syncs(world: World, algorithm: str, with_vllm: None) -> None:
+    """TRL's own merging in place moves a bf16 base, and a reference on it; after use_reference neither moves.
+
+    What vLLM gets is the same.
+    """
+    world.policy = lambda: bf16_policy(world)  # type: ignore[method-assign]
+    ids, moved, changed, sent = torch.arange(3, 12), [], [], []
+    for repaired in (False, True):
+        trainer = world.trainer(algorithm, use_vllm=True, vllm_mode="colocate")
+        if repaired:
+            use_reference(trainer, "base")
+        model = trainer.model
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".lora_" not in name}
+        with adapters.active(model, None):
+            reference = logprobs(model, ids, 8)
+        trainer.vllm_generation.sync_weights()
+        sent.append(dict(trainer.vllm_generation.llm.weights))
+        for _ in range(999):
+            trainer.vllm_generation.sync_weights()
+        with adapters.active(model, None):
+            changed.append((logprobs(model, ids, 8) - reference).abs().max().item())
+        after = model.state_dict()
+        same_bits = {
+            name: torch.equal(after[name].view(torch.int16), tensor.view(torch.int16))
+            for name, tensor in before.items()
+        }
+        moved.append(sorted(name.split(".")[-3] for name, same in same_bits.items() if not same))
+    assert set(moved[0]) == {"q_proj", "v_proj"}
+    assert changed[0] > 0.05
+    assert moved[1] == []
+    assert changed[1] == 0.0
+    assert list(sent[0]) == list(sent[1])
+    assert all(torch.equal(sent[0][name], sent[1][name]) for name in sent[0])
+    assert sorted(sent[1]) == sorted(world.load("base").state_dict())
+
+
+def test_what_cannot_be_merged_in_copies_is_refused_with_vllm(
+    world: World, with_vllm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained copy of a layer; a TRL whose engine has no such method. Without vLLM both are fine."""
+    import trl.generation.vllm_generation as generation
+
+    options = {"use_vllm": True, "vllm_mode": "colocate"}
+    world.policy = lambda: bf16_policy(world, modules_to_save=["o_proj"])  # type: ignore[method-assign]
+    with pytest.raises(
+        SalsaError, match=r"GRPOTrainer: use_vllm changes the base's .* trained copy, .* Set use_vllm=False"
+    ):
+        use_reference(world.trainer("grpo", **options), "base")
+    world.policy = lambda: bf16_policy(world)  # type: ignore[method-assign]
+    trainer = world.trainer("rloo", **options)
+    monkeypatch.delattr(generation.VLLMGeneration, "_iter_named_params")
+    with pytest.raises(
+        SalsaError, match=r"RLOOTrainer: use_vllm .* this version of TRL has no VLLMGeneration\._iter_named_params"
+    ):
+        use_reference(trainer, "base")
+    use_reference(world.trainer("grpo"), "base")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import short
 
 BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
     "hf": (),
@@ -12,13 +13,21 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
         "use_async_batching", "default_compile_level",
     ),
     "vllm": (
-        "mode", "server_base_url", "server_timeout", "group_port", "gpu_memory_utilization", "max_model_length", "max_num_seqs",
-        "enable_sleep_mode", "model_impl",
+        "sync", "mode", "server_base_url", "server_timeout", "group_port", "gpu_memory_utilization", "max_model_length",
+        "max_num_seqs", "enable_sleep_mode", "model_impl",
     ),
 }  # fmt: skip
-"""Rollout backend → its options: fields of Transformers' ContinuousBatchingConfig (paged) and arguments of TRL's
-VLLMGeneration (vllm). tensor_parallel_size is left out: TRL would split the responses into equal shares, which may be
-impossible for their number."""
+"""Rollout backend → its options: fields of Transformers' ContinuousBatchingConfig (paged); arguments of TRL's
+VLLMGeneration and `sync` (vllm). tensor_parallel_size is left out: TRL would split the responses into equal shares,
+which may be impossible for their number.
+
+sync: how vLLM gets the policy's weights. merged (default): all weights, with the adapter merged in copies. adapter: the
+adapter alone, as a LoRA request; mode colocate only. enable_sleep_mode: free vLLM's GPU memory while the policy is
+trained; true by default in mode colocate."""
+VLLM_CHOICES = {"sync": ("merged", "adapter"), "mode": ("colocate", "server")}
+"""Options of vllm → their values, the default first."""
+COLOCATED = ("gpu_memory_utilization", "max_num_seqs", "enable_sleep_mode", "model_impl")
+"""Options of vllm that a server would ignore."""
 
 
 def check_rollout_options(prefix: str, backend: str, options: Mapping[str, Any]) -> None:
@@ -29,4 +38,17 @@ def check_rollout_options(prefix: str, backend: str, options: Mapping[str, Any])
         not unknown,
         f"{prefix}rollout_options: rollout_backend {backend} has no option {unknown}"
         + (f"; its options are {known}" if known else "; it takes no options"),
+    )
+    for key, choices in VLLM_CHOICES.items():
+        found = options.get(key, choices[0])
+        require(found in choices, f"{prefix}rollout_options.{key}: must be {' or '.join(choices)}, not {short(found)}")
+    server = options.get("mode") == "server"
+    ignored = ", ".join(sorted(set(options) & set(COLOCATED))) if server else ""
+    require(
+        not ignored,
+        f"{prefix}rollout_options: a server does not read {ignored}; remove it here and set it when vLLM is started",
+    )
+    require(
+        not server or options.get("sync") != "adapter",
+        f"{prefix}rollout_options.sync: adapter works in mode colocate only; use merged, or mode colocate",
     )

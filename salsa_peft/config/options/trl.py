@@ -39,15 +39,18 @@ class PreferenceTraining(TRLTraining):
 
     def rows_per_epoch(self, pairs: int | None, prompts: int | None) -> int | None:
         """Number of rows in an epoch (KTO: two per pair), or None if the number of pairs is unknown."""
-        return None if pairs is None else (2 if isinstance(self, KTO) else 1) * (pairs - self.held_out_rows(pairs))
+        return None if pairs is None else self._rows_of(pairs - self.held_out_rows(pairs))
 
-    def check_rows(self, pairs: int, section: str) -> None:
-        """Raise SalsaError if that many pairs do not fill a batch."""
+    def _rows_of(self, pairs: int) -> int:
+        return (2 if isinstance(self, KTO) else 1) * pairs
+
+    def check_rows(self, pairs: int, section: str, held_out: int | None = None) -> None:
+        """Raise SalsaError if that many pairs do not fill a batch. held_out: if known, how many are held out."""
+        held_out = self.held_out_rows(pairs) if held_out is None else held_out
         require(
-            (self.rows_per_epoch(pairs, None) or 0) >= self.batch_size,
-            f"data.preferences: {pairs} pairs, {self.held_out_rows(pairs)} of them held out ({section}.held_out"
-            f" {self.held_out:g}), are too few for {section}.batch_size = {self.batch_size}; add pairs or lower"
-            f" {section}.batch_size",
+            self._rows_of(pairs - held_out) >= self.batch_size,
+            f"data.preferences: {pairs} pairs, {held_out} of them held out ({section}.held_out {self.held_out:g}), are too"
+            f" few for {section}.batch_size = {self.batch_size}; add pairs or lower {section}.batch_size",
         )
 
 

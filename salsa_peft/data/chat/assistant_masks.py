@@ -36,10 +36,10 @@ def assistant_tokens(
         "tokenizer: this is a slow tokenizer, which gives no character offsets of tokens. Use a fast tokenizer"
         " (tokenizer.json).",
     )
-    spans = _spans(chat, tokenizer, options)
+    text = render(chat, tokenizer, **options)
+    spans = _spans(chat, text, tokenizer, options)
     if spans is None:
         return _marked(chat, tokenizer, _of_trl(tokenizer), options)
-    text = render(chat, tokenizer, **options)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]  # type: ignore[arg-type]
     added, mask, closing = tokenizer.added_tokens_decoder, [0] * len(ids), assistant_turn(tokenizer).end
@@ -61,12 +61,14 @@ def _marked(chat: Messages, tokenizer: PreTrainedTokenizerBase, template: str | 
     return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
 
-def _spans(chat: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> list[tuple[int, int]] | None:
-    """Start and end of each answer in the rendered text.
+def _spans(
+    chat: Messages, text: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> list[tuple[int, int]] | None:
+    """Start and end of each answer in `text`, the rendered chat.
 
     None if the template renders the start of a conversation differently when more turns follow.
     """
-    text, spans = render(chat, tokenizer, **options), []
+    spans = []
     for turn, message in enumerate(chat):
         if message["role"] != "assistant":
             continue

@@ -1,44 +1,59 @@
-"""LoRA forward that adds scaling · B(A x) to W x in place, without PEFT's temporary tensors.
+"""LoRA forward that adds scaling · B(A x) to W x in place, without PEFT's temporary tensors and casts.
 
-PEFT's forward allocates three tensors of the output's size in each layer and keeps one. On SmolLM2-135M (CPU, 4
-rows), this forward lowers PPO's peak memory by a sixth (2,511 MB → 2,116 MB), and the time of forward and backward by
-a twentieth.
-Layers with DoRA, dropout, biases, merged or quantised weights, and batches for several adapters use PEFT's forward.
+PEFT's forward allocates three tensors of the output's size in each layer and keeps one. Under autocast it also casts x
+to the factors' float32 and back, and keeps that second copy of x for the backward pass. tests/benchmarks/lora_forward.py
+measures both; README.md has the figures.
+Layers with DoRA, biases or merged weights, and batches for several adapters use PEFT's forward. So do layers whose
+input and factors differ in dtype without autocast.
 """
 
 from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 
 def install(model: nn.Module) -> None:
-    """Install this forward in the model's present LoRA layers on nn.Linear; other layers keep PEFT's."""
+    """Install this forward in the model's present LoRA layers on nn.Linear and on 4-bit layers."""
     for layer in model.modules():
-        if type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear:
+        if isinstance(layer, LoraLayer) and is_supported(layer):
             vars(layer)["forward"] = MethodType(forward, layer)
 
 
+def is_supported(layer: LoraLayer) -> bool:
+    """Whether the layer is PEFT's ordinary LoRA layer on nn.Linear, or on bitsandbytes' Linear4bit."""
+    base = type(layer.get_base_layer())
+    return (type(layer) is Linear and base is nn.Linear) or type(layer).__name__ == base.__name__ == "Linear4bit"
+
+
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute the same as PEFT 0.21's lora.Linear.forward, up to rounding: x (…, in) → (…, out)."""
-    active = self.active_adapters
-    if self.merged or args or kwargs or self.disable_adapters or len(active) != 1:
-        return Linear.forward(self, x, *args, **kwargs)
-    (name,) = active
-    if name not in self.lora_A:
-        return self.base_layer(x)
-    A, B = self.lora_A[name], self.lora_B[name]
-    plain = (
-        A.bias is None and B.bias is None and not self.lora_variant and isinstance(self.lora_dropout[name], nn.Identity)
-    )
-    if not plain or not x.dtype == A.weight.dtype == B.weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return Linear.forward(self, x)
-    out = self.base_layer(x)
-    if out.dtype != x.dtype or not out.is_contiguous():
-        return Linear.forward(self, x)
-    inner = A(x)
-    # in place, since nothing else holds `out` and the backward of a linear layer does not read its output
-    rows = out.view(-1, out.shape[-1])
-    return rows.addmm_(inner.reshape(-1, inner.shape[-1]), B.weight.t(), alpha=self.scaling[name]).view_as(out)
+    """Compute the same as PEFT 0.21's lora.Linear.forward, up to rounding: x (…, in) → (…, out).
+
+    Under autocast the factors are cast to its dtype; their gradients are float32, as the factors are.
+    """
+    names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    linear = type(self.base_layer) is nn.Linear
+    if dtype is None:
+        same = all(x.dtype == self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype for name in names)
+    else:
+        same = linear or x.dtype == dtype
+    plain = all(self.lora_B[name].bias is None and name not in self.lora_variant for name in names)
+    if self.merged or args or kwargs or not (same and plain):
+        return type(self).forward(self, x, *args, **kwargs)
+    rows = x.reshape(-1, x.shape[-1])  # in two dimensions, since autograd copies gradients of a view changed in place
+    if dtype is not None:  # once, rather than in W and in A
+        rows = rows.to(dtype)
+    out = self.base_layer(rows)
+    if out.dtype != rows.dtype:
+        return type(self).forward(self, x)
+    for name in names:
+        inner = self.lora_A[name](self.lora_dropout[name](rows))
+        B = self.lora_B[name].weight.to(inner.dtype).t()
+        # in place, since nothing else holds `out` and the backward of a linear layer does not read its output; the
+        # output of bitsandbytes' autograd function must not be changed
+        add = out.addmm_ if linear else out.addmm
+        out = add(inner, B, alpha=self.scaling[name])
+    return out.view(*x.shape[:-1], out.shape[-1])

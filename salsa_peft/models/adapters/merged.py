@@ -1,7 +1,7 @@
 """Computing the base's weights with one adapter merged in, without changing the shared base."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -21,9 +21,13 @@ def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Ten
 
     Only one layer at a time is copied and merged. Raises SalsaError for an adapter that cannot be merged into the base.
     """
-    base = model.get_base_model()
-    layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    _require_mergeable(base, layers, adapter)
+    base, fault = model.get_base_model(), merge_fault(model, adapter)
+    require(
+        fault is None,
+        f"{fault}, as rollout_backend vllm needs; use rollout_backend hf, or with a quantised base"
+        " rollout_options.sync=adapter",
+    )
+    layers = _tuner_layers(base)
     current, merged = None, {}
     for name, parameter in base.named_parameters():
         owner = next((path for path in accumulate(name.split("."), "{}.{}".format) if path in layers), None)
@@ -52,22 +56,27 @@ def _merged(layer: Any, adapter: str) -> dict[str, Tensor]:
     return {name: parameter.data for name, parameter in wrappers[-1].base_layer.named_parameters()}
 
 
-def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> None:
-    """Raise SalsaError if the merged weights would not compute what the base with the adapter computes."""
+def _tuner_layers(base: Any) -> dict[str, Any]:
+    return {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def merge_fault(model: PeftModel, adapter: str) -> str | None:
+    """Why the merged weights would not compute what the base with the adapter computes; None if they would."""
+    base = model.get_base_model()
     wrapped = [path for path, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    bases = {path: layer.get_base_layer() for path, layer in layers.items()}
+    bases = {path: layer.get_base_layer() for path, layer in _tuner_layers(base).items()}
     nested = [path for path, own in bases.items() if any(isinstance(m, BaseTunerLayer) for m in own.modules())]
     quantised = [path for path, own in bases.items() if not all(w.is_floating_point() for w in own.parameters())]
-    unmergeable = [*wrapped, *nested, *quantised]
-    require(
-        not unmergeable,
-        f"{', '.join(unmergeable[:1])}: this layer has a trained copy, nested adapters or quantised weights, so the"
-        " adapter cannot be merged into it, as rollout_backend vllm needs; use rollout_backend hf",
-    )
+    if unmergeable := [*wrapped, *nested, *quantised]:
+        return (
+            f"{unmergeable[0]}: this layer has a trained copy, nested adapters or quantised weights, so the adapter"
+            " cannot be merged into it"
+        )
     embeddings = base.get_input_embeddings()
     tied = embeddings.weight is base.get_output_embeddings().weight
-    require(
-        not (tied and isinstance(embeddings, BaseTunerLayer) and adapter in embeddings._get_available_adapters()),
-        "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and merging it"
-        " would change both; use rollout_backend hf",
-    )
+    if tied and isinstance(embeddings, BaseTunerLayer) and adapter in embeddings._get_available_adapters():
+        return (
+            "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and cannot be"
+            " merged into one of them alone"
+        )
+    return None

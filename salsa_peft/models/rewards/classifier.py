@@ -20,8 +20,10 @@ from salsa_peft.data.chat.template_fields import messages_for_template, template
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.data.message_formats import parse_messages
-from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
-from salsa_peft.models.responses import append_turn_end, pad_tokens
+from salsa_peft.models import precision
+from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype, use_float32_head
+from salsa_peft.models.batches import split_by_length
+from salsa_peft.models.responses import append_turn_end, pad_tokens, token_lists
 from salsa_peft.models.rewards.base import Reward, Rows
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.utils.console import say
@@ -76,7 +78,7 @@ class ClassifierReward(Reward):
     @torch.no_grad()
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         sequences = self._truncate(self.encode(responses, rows))
-        with self.on_device():
+        with self.on_device(), precision.autocast(self.classifier):
             scores = self.micro_batch.run(lambda: self._scores(sequences), len(sequences))
         return scores.to(responses.response_ids.device)
 
@@ -89,20 +91,17 @@ class ClassifierReward(Reward):
         return self.classifier
 
     def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Score token ids in micro-batches of similar length."""
-        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-        scores = torch.empty(len(sequences), device=self.classifier.device)
-        for start in range(0, len(order), self.micro_batch.rows):
-            part = order[start : start + self.micro_batch.rows]
-            scores[part] = self._forward([sequences[row] for row in part])
-        return scores
+        """Score token ids in forward passes over sequences of similar length."""
+        batches = split_by_length([len(ids) for ids in sequences], self.micro_batch.rows)
+        scores = torch.cat([self._forward([sequences[row] for row in batch]) for batch in batches])
+        order = torch.tensor([row for batch in batches for row in batch], device=scores.device)
+        return torch.empty_like(scores).index_copy(0, order, scores)
 
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:
         """Token ids of each prompt with its response for the classifier, before truncation."""
         if self.shares_tokenizer:
             responses = append_turn_end(responses, rows, assistant_turn(self.tokenizer))
-            masks, ids = responses.attention_mask, responses.input_ids
-            return [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
+            return token_lists(responses.input_ids, responses.attention_mask)
         prompts = decode(self.policy_tokenizer, responses.prompt_ids, responses.prompt_mask)
         content = torch.cat([responses.prompt_mask, responses.content_mask], dim=1)
         whole = decode(self.policy_tokenizer, responses.input_ids, content)
@@ -175,6 +174,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     missing = sorted(report["missing_keys"])
     require(not missing, f"{path}: the weights {', '.join(missing[:2])} are missing; use a trained sequence classifier")
+    use_float32_head(loaded)
     loaded.config.get_text_config().use_cache = False
     name = name or path.rstrip("/").rsplit("/", 1)[-1]
     return ClassifierReward(loaded.to(device()), tokenizer, policy_tokenizer, micro_batch_size, name)

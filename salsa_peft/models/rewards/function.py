@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from salsa_peft.config.rewards import COLUMNS_NOT_PASSED, find_module, split_function
+from salsa_peft.models.responses import token_lists
 from salsa_peft.models.rewards.base import Reward, Rows
 from salsa_peft.utils.errors import SalsaError, require
 
@@ -71,16 +72,23 @@ class FunctionReward(Reward):
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         """Return a score for each response, (B,) float32. Raises SalsaError if the function returned a None."""
-        scores, applies = self.scores_and_mask(responses, rows)
+        scores = self._call(responses, rows)
+        missing = scores.count(None)
         require(
-            bool(applies.all()),
-            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses, which only a part"
-            " of a weighted sum may do; return a number for each response",
+            not missing,
+            f"{self._where}: it returned None for {missing} of {len(rows)} responses, which only a part of a weighted"
+            " sum may do; return a number for each response",
         )
-        return scores
+        return torch.tensor(scores, dtype=torch.float32, device=responses.response_ids.device)
 
     def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return scores (B,), float32, and a mask (B,): 0 and False where the function returned None."""
+        scores, device = self._call(responses, rows), responses.response_ids.device
+        numbers = torch.tensor([score or 0.0 for score in scores], dtype=torch.float32, device=device)
+        return numbers, torch.tensor([score is not None for score in scores], device=device)
+
+    def _call(self, responses: Responses, rows: Rows) -> list[float | None]:
+        """Call the function; returns its scores as numbers or None."""
         arguments = self._arguments(responses, rows)
         absent = sorted(self.needs - arguments.keys())
         columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
@@ -101,13 +109,11 @@ class FunctionReward(Reward):
             f"{self._where}: it returned {len(scores)} scores for {len(rows)} responses; return one score for each"
             " response",
         )
-        scores, device = list(scores), responses.response_ids.device
-        applies = torch.tensor([score is not None for score in scores], device=device)
+        scores = list(scores.cpu() if isinstance(scores, Tensor) else scores)
         try:
-            numbers = [0.0 if score is None else _number(score) for score in scores]
+            return [None if score is None else _number(score) for score in scores]
         except (TypeError, ValueError) as error:
             raise SalsaError(f"{self._where}: it returned {scores!r:.80}; return numbers") from error
-        return torch.tensor(numbers, dtype=torch.float32, device=device), applies
 
     def _arguments(self, responses: Responses, rows: Rows) -> dict[str, Any]:
         """All arguments that a reward function can have in its signature."""
@@ -129,9 +135,7 @@ class FunctionReward(Reward):
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                 for prompt, text in zip(prompts, texts, strict=True)
             ],
-            "completion_ids": [
-                row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)
-            ],
+            "completion_ids": token_lists(responses.response_ids, responses.response_mask),
             "log_metric": self._log_metric,
         }
 
@@ -154,8 +158,7 @@ def _number(score: Any) -> float:
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False) -> list[str]:
     """Decode the token ids (B, L) where the mask is True. special_tokens: whether to keep special tokens."""
-    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
+    return list(tokenizer.batch_decode(token_lists(ids, mask), skip_special_tokens=not special_tokens))
 
 
 def load_function(value: str) -> Callable[..., Any]:

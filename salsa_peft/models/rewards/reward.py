@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.chat.turn_ends import assistant_turn
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import apply_scalar_head, causal_lm
 from salsa_peft.models.responses import Responses, append_turn_end, last_token_states
@@ -72,7 +73,7 @@ class AdapterReward(Reward):
     def _scores(self, responses: Responses) -> Tensor:
         scores = []
         head = self.head.to(responses.response_ids.device)
-        with self.toggle(self.adapter):
+        with self.toggle(self.adapter), precision.autocast(self.model):
             for index in torch.arange(len(responses.finished)).split(self.micro_batch.rows):
                 part = responses.rows(index)
                 states = last_token_states(self.model, part.input_ids, part.attention_mask)
@@ -103,18 +104,22 @@ class WeightedReward(Reward):
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         total = torch.zeros(len(rows), device=responses.response_ids.device)
-        any_applies = torch.zeros_like(total, dtype=torch.bool)
-        for reward, weight, name in self.parts:
+        without_score = torch.ones_like(total, dtype=torch.bool)
+        sums: list[Tensor] = []
+        for reward, weight, _ in self.parts:
             scores, applies = reward.scores_and_mask(responses, rows)
-            self.add_metric(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
+            sums += [scores.sum(), applies.sum()]  # a score is 0 where the reward does not apply
             if weight:
-                total = total + weight * scores  # a score is 0 where the reward does not apply
-                any_applies |= applies
+                total = total + weight * scores
+                without_score &= ~applies
+        *sums_and_counts, missing = torch.stack([one.double() for one in [*sums, without_score.sum()]]).tolist()
+        for part, found, count in zip(self.parts, sums_and_counts[::2], sums_and_counts[1::2], strict=True):
+            self.add_metric(f"rewards/{part.name}/mean", found, int(count))
         names = ", ".join(part.name for part in self.parts if part.weight)
         require(
-            bool(any_applies.all()),
-            f"reward: {int((~any_applies).sum())} of {len(rows)} responses get no score, because none of the rewards"
-            f" {names} applies to them; return a score for each response from at least one reward",
+            not missing,
+            f"reward: {int(missing)} of {len(rows)} responses get no score, because none of the rewards {names} applies"
+            " to them; return a score for each response from at least one reward",
         )
         return total
 

@@ -1,26 +1,28 @@
-"""Generation backends: Transformers' generate, its continuous batching, and vLLM through TRL."""
+"""Generation backends: Transformers' generate, its continuous batching, and vLLM."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from packaging.version import Version
 from peft import PeftModel
-from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
-from salsa_peft.models.adapters.merged import merged_parameters
 from salsa_peft.models.base import causal_lm, device
 from salsa_peft.models.generation import Recording, generate, row_seeds
 from salsa_peft.models.responses import Responses, pad_responses
+from salsa_peft.training.ppo.engines.adapter import AdapterEngine
+from salsa_peft.training.ppo.engines.engine import Engine, require_same_ends
+from salsa_peft.training.ppo.engines.merged import MergedEngine
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import is_out_of_memory
 
@@ -43,8 +45,8 @@ MAX_TOKENS = 8192
 class Backend(abc.ABC):
     """Samples one response of the policy to each prompt, in the prompts' order.
 
-    seeds: one for each prompt. recording: records log-probs, entropies and values while sampling. check: called during
-    sampling; may raise an exception to stop it.
+    seeds: one for each prompt. recording: records log-probs while sampling, and with a value head (hf only) entropies
+    and values. check: called during sampling; may raise an exception to stop it.
     """
 
     def __init__(self, model: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,6 +60,9 @@ class Backend(abc.ABC):
 
     def sync_weights(self) -> None:  # noqa: B027  (most backends have no weights of their own)
         """Copy the policy's weights to an engine with weights of its own, if any. Called before sampling."""
+
+    def rest(self) -> None:  # noqa: B027
+        """Free the memory of an engine that can do without it until the next sync_weights. Called after sampling."""
 
 
 class HF(Backend):
@@ -87,7 +92,7 @@ class CompiledHF(HF):
                  check: Check | None = None) -> Responses:  # fmt: skip
         require(
             recording is None,  # a compiled step would silently skip the hook of `recording`
-            "old_logprobs: rollout does not work with rollout_compile; use recompute",
+            "rollout_compile: log-probs cannot be recorded while sampling; use old_logprobs=recompute and no correction",
         )
         cache = self._cache_for(len(prompts), max(map(len, prompts)) + self.args.max_new_tokens)
         spare = self.rows - len(prompts)
@@ -137,10 +142,9 @@ class Paged(Backend):
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
                  check: Check | None = None) -> Responses:  # fmt: skip
-        assert recording is None  # the options were checked
         lm = causal_lm(self.model)
         with _restored(lm), _autocast_in_threads(lm):
-            manager = self._manager(lm, prompts, seeds)
+            manager = self._manager(lm, prompts, seeds, return_logprobs=recording is not None)
             try:
                 # add all requests before the start; samples would otherwise depend on the timing of threads
                 names = manager.add_requests(
@@ -151,21 +155,27 @@ class Paged(Backend):
             finally:
                 manager.stop(hard_stop=True)
                 manager.destroy()
-        found = [answers[name] for name in names]
+        found = [answers[name].generated_tokens for name in names]
+        if recording is not None:
+            recording.add_logprobs([answers[name].logprobs for name in names], lm.device)
         return pad_responses(prompts, found, int(self.tokenizer.pad_token_id), self.ends, lm.device)
 
-    def _manager(self, lm: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Any:
+    def _manager(
+        self, lm: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, return_logprobs: bool
+    ) -> Any:
         hints = WorkloadHints(max(map(len, prompts)), self.args.max_new_tokens, len(prompts))
         sampling = GenerationConfig(
             do_sample=True, temperature=self.args.temperature, top_k=0, top_p=1.0, eos_token_id=list(self.ends),
             max_new_tokens=self.args.max_new_tokens, pad_token_id=int(self.tokenizer.pad_token_id),
         )  # fmt: skip
         try:
-            return lm.init_continuous_batching(sampling, self._config(prompts, seeds), hints)
+            return lm.init_continuous_batching(sampling, self._config(prompts, seeds, return_logprobs), hints)
         except ValueError as error:  # the attention implementation or a layer has no paged version
             raise SalsaError(f"rollout_backend: paged does not support this model: {error}. Use hf") from error
 
-    def _config(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> ContinuousBatchingConfig:
+    def _config(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], return_logprobs: bool
+    ) -> ContinuousBatchingConfig:
         """Configuration whose cache fits all responses at full length; the default takes most free memory."""
         page = self.options.get("page_size", ContinuousBatchingConfig.page_size)
         pages = sum(-(-(len(prompt) + self.args.max_new_tokens) // page) for prompt in prompts)
@@ -173,13 +183,16 @@ class Paged(Backend):
         # a quarter more blocks, because no request starts while less than 15% of them are free
         defaults = {"num_blocks": pages + pages // 4 + 1, "max_batch_tokens": min(tokens, MAX_TOKENS)}
         return ContinuousBatchingConfig(
-            seed=row_seeds([0], *seeds)[0], allow_block_sharing=False, **{**defaults, **self.options}
+            seed=row_seeds([0], *seeds)[0],
+            allow_block_sharing=False,
+            return_logprobs=return_logprobs,
+            **{**defaults, **self.options},
         )
 
 
-def _collect(manager: Any, count: int, check: Check | None) -> dict[str, list[int]]:
-    """Wait for the responses: request id → token ids. Raises SalsaError if a request failed."""
-    answers: dict[str, list[int]] = {}
+def _collect(manager: Any, count: int, check: Check | None) -> dict[str, GenerationOutput]:
+    """Wait for the responses: request id → tokens and log-probs. Raises SalsaError if a request failed."""
+    answers: dict[str, GenerationOutput] = {}
     while len(answers) < count:
         if check is not None:
             check()
@@ -190,7 +203,7 @@ def _collect(manager: Any, count: int, check: Check | None) -> dict[str, list[in
         if failed is not None:
             raise SalsaError(f"rollout_backend: paged failed: {failed}. Lower rollout_batch_size or use hf")
         if result is not None:
-            answers[result.request_id] = result.generated_tokens
+            answers[result.request_id] = result
     return answers
 
 
@@ -237,14 +250,16 @@ def _autocast_in_threads(lm: Any) -> Iterator[None]:
 
 
 class VLLM(Backend):
-    """vLLM through TRL's VLLMGeneration, in this process (colocate) or as a server (`vllm serve BASE`)."""
+    """vLLM in this process (colocate), or as a server (`vllm serve BASE`) through TRL's VLLMGeneration."""
 
     def __init__(
         self, model: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
     ) -> None:
         from trl.import_utils import is_vllm_available
 
-        options = {"mode": "colocate", "gpu_memory_utilization": 0.3, **args.rollout_options}  # type: ignore[dict-item]
+        options = {"mode": "colocate", **args.rollout_options}  # type: ignore[dict-item]
+        if options["mode"] == "colocate":
+            options = {"gpu_memory_utilization": 0.3, "enable_sleep_mode": True, **options}
         if args.max_prompt_length is not None:
             options.setdefault("max_model_length", args.max_prompt_length + args.max_new_tokens)
         require(is_vllm_available(), "rollout_backend: vllm is not installed. Run pip install 'salsa-peft[vllm]'")
@@ -259,70 +274,61 @@ class VLLM(Backend):
             f"temperature: vllm needs a temperature from 0.01 to 2, not {args.temperature:g}; change it, or use hf",
         )
         super().__init__(model, args, tokenizer)
-        self.synced, self.engine = False, self._engine(accelerator, options)
+        self.ready, self.sleeps = False, bool(options.get("enable_sleep_mode"))
+        engine = ENGINES[options.pop("sync", "merged")]
+        policy = str(model.active_adapter) if isinstance(model, PeftModel) else None
+        try:
+            self.engine = engine(model, policy, accelerator, tokenizer, self._sampling(), options)
+        except SalsaError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SalsaError(f"rollout_backend: vllm does not start: {' '.join(str(error).split())}") from error
 
-    def _engine(self, accelerator: Accelerator, options: Mapping[str, Any]) -> Any:
-        from trl.generation.vllm_generation import VLLMGeneration
-
-        policy = str(self.model.active_adapter) if isinstance(self.model, PeftModel) else None
-
-        class Engine(VLLMGeneration):
-            """VLLMGeneration that sends merged weights without changing the base.
-
-            TRL's class merges the adapter into the base and unmerges it, which rounds the base's weights.
-            """
-
-            def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-                if policy is None:
-                    return super()._iter_named_params()
-                sharded = self._dist.is_fsdp or self._dist.is_zero3
-                require(not sharded, "rollout_backend: vllm with adapters does not work with sharded weights; use DDP")
-                return merged_parameters(self.model, policy)  # type: ignore[arg-type]
-
+    def _sampling(self) -> dict[str, Any]:
+        """Arguments of VLLMGeneration that make vLLM sample from the policy's distribution."""
+        if self.args.min_new_tokens:
+            require_same_ends(causal_lm(self.model), self.ends)
         # ignore_eos, because vLLM would also stop at other EOS tokens of the base's files
         plain = {
             "ignore_eos": True, "stop_token_ids": list(self.ends), "min_tokens": self.args.min_new_tokens,
             "presence_penalty": 0.0, "frequency_penalty": 0.0,
         }  # fmt: skip
-        if self.args.min_new_tokens:
-            require_same_ends(causal_lm(self.model), self.ends)
-        try:
-            return Engine(
-                self.model, accelerator, self.tokenizer, temperature=self.args.temperature, top_p=1.0, top_k=0,
-                min_p=0.0, repetition_penalty=1.0, max_completion_length=self.args.max_new_tokens, logprobs=None,
-                generation_kwargs=plain, **options,
-            )  # fmt: skip
-        except (OSError, RuntimeError) as error:
-            raise SalsaError(f"rollout_backend: vllm does not start: {' '.join(str(error).split())}") from error
+        return {
+            "temperature": self.args.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            "max_completion_length": self.args.max_new_tokens, "generation_kwargs": plain,
+            "logprobs": 0 if self.args.corrects_sampling else None,  # 0: of the sampled token alone
+        }  # fmt: skip
 
     def sync_weights(self) -> None:
-        """Send the policy's weights to vLLM."""
-        self.engine.sync_weights()
-        self.synced = True
+        """Wake vLLM up, if it sleeps between rollouts, and send the policy's weights."""
+        if self.sleeps:
+            torch.cuda.empty_cache()
+            self.engine.llm.wake_up(tags=["weights"])
+        self.engine.sync()
+        if self.sleeps:  # not earlier: copies of merged weights and the KV cache need memory at different times
+            self.engine.llm.wake_up(tags=["kv_cache"])
+        self.ready = True
+
+    def rest(self) -> None:
+        """Free vLLM's GPU memory until the next sync."""
+        if self.ready and self.sleeps:
+            self.engine.llm.sleep(level=self.engine.sleep_level)
+        self.ready = False
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
                  check: Check | None = None) -> Responses:  # fmt: skip
-        assert recording is None  # the options were checked
         if check is not None:
             check()
-        if not self.synced:  # vLLM starts with the base's weights
+        if not self.ready:  # vLLM starts with the base's weights
             self.sync_weights()
-        _, answers, _, _ = self.engine.generate([list(prompt) for prompt in prompts], images=None, num_generations=1)
-        pad = int(self.tokenizer.pad_token_id)
-        return pad_responses(prompts, answers, pad, self.ends, causal_lm(self.model).device)
+        answers, logprobs = self.engine.generate([list(prompt) for prompt in prompts])
+        pad, lm = int(self.tokenizer.pad_token_id), causal_lm(self.model)
+        if recording is not None:
+            assert logprobs is not None  # args.corrects_sampling
+            recording.add_logprobs(logprobs, lm.device)
+        return pad_responses(prompts, answers, pad, self.ends, lm.device)
 
 
-def require_same_ends(lm: Any, ends: tuple[int, ...]) -> None:
-    """Raise SalsaError if the base has EOS tokens that are not in `ends`; vLLM's min_tokens forbids them."""
-    named = [lm.config.eos_token_id]
-    with contextlib.suppress(OSError):  # no generation_config.json
-        named.append(GenerationConfig.from_pretrained(lm.name_or_path).eos_token_id)
-    others = {token for entry in named for token in (entry if isinstance(entry, list) else [entry])} - {None, *ends}
-    require(
-        not others,
-        f"min_new_tokens: the base's configuration has the EOS tokens {sorted(others)} besides {list(ends)}, the"
-        " tokens that end a response, and vLLM would forbid all of them. Set min_new_tokens to 0, or use backend hf",
-    )
-
-
+ENGINES: dict[str, Callable[..., Engine]] = {"merged": MergedEngine, "adapter": AdapterEngine}
+"""rollout_options.sync → the engine of the backend vllm."""
 BACKENDS: dict[str, Callable[[Any, Any, Any, Any], Backend]] = {"hf": hf, "paged": Paged, "vllm": VLLM}

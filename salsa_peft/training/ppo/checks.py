@@ -19,7 +19,7 @@ from salsa_peft.data.chat.turn_ends import model_stop_token_ids, tokenizer_notes
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, keep_4bit_layout
 from salsa_peft.models.logprobs import check_head, head_of
-from salsa_peft.models.precision import require_float32
+from salsa_peft.models.precision import require_float32, uses_autocast
 from salsa_peft.models.tokenizers import PREPARED_TOKENIZERS
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
@@ -108,8 +108,23 @@ def check_trained(
             " requires_grad_(False) on it",
         )
     require_float32(model, args)
+    check_autocast(model, args)
     head_of(causal_lm(model), 1.0, model_stop_token_ids(tokenizer, causal_lm(model)))
     check_noise(model)
+
+
+def check_autocast(model: PeftModel | PreTrainedModel, args: TrainingArguments) -> None:
+    """Raise SalsaError for bf16 autocast over a base in fp16. Print a line if float32 adapters on bf16 run without it."""
+    base = causal_lm(model).dtype
+    require(
+        not (args.bf16 and base == torch.float16),
+        "bf16: True does not fit a base in float16. Load the base with dtype=torch.bfloat16, or set bf16=False",
+    )
+    if uses_autocast(base, float32_weights=isinstance(model, PeftModel)) and not args.bf16:
+        say(
+            "bf16: False, so the products of the float32 adapters with the hidden states of the bfloat16 base are"
+            " computed in float32. Set bf16=True to train, score and evaluate under bf16 autocast, as `salsa run` does"
+        )
 
 
 def check_noise(model: PeftModel | PreTrainedModel) -> None:
@@ -166,6 +181,11 @@ def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
         args.rollout_backend == "hf" and not args.rollout_compile,
         f"rollout_backend: {args.rollout_backend}{', compiled,' if args.rollout_compile else ''} does not work with"
         " sharded weights. Use hf without rollout_compile",
+    )
+    require(
+        args.micro_batch_tokens is None,
+        f"micro_batch_tokens: {args.micro_batch_tokens} does not work with sharded weights, because all processes must"
+        " make the same number of forward passes. Set micro_batch_size instead",
     )
     if kind == DistributedType.FSDP:
         _check_fsdp(accelerator.state.fsdp_plugin)

@@ -18,18 +18,17 @@ from torch import Tensor
 
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, hidden_states
+from salsa_peft.models.base import causal_lm, packs_rows
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
 from salsa_peft.models.responses import (
+    ForwardBatch,
     Responses,
+    Sequences,
     concatenate,
-    forbidden_eos,
     pad_to_width,
     response_logprobs,
     response_states,
-    response_values,
-    scatter,
 )
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale
@@ -121,10 +120,11 @@ class RolloutMaker:
             # 1. sample responses from the policy, prompts of similar length together
             responses, recorded = self.micro_batch_limit.run(lambda: self._sample(prompts, update, check), len(prompts))
             # 2. log-probs, values and KL, sequences of similar length together; then scores
+            sequences = Sequences(responses, args.min_new_tokens)
             logprobs, entropy, values, kl = self.micro_batch_limit.run(
-                lambda: self._score(responses, recorded), len(prompts)
+                lambda: self._score(sequences, recorded), len(prompts)
             )
-            scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
+            scores = self._reward_scores(responses, sequences, [prompt.row for prompt in prompts])
         made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         for what, tensor in (("score", scores), ("log-prob", logprobs), ("value", values), ("KL", kl)):
             self.require_finite(what, tensor, made)
@@ -144,7 +144,7 @@ class RolloutMaker:
         self.model.eval()
         with gathered(self.model, self.accelerator):
             responses, _ = self.micro_batch_limit.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
-            scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
+            scores = self._reward_scores(responses, Sequences(responses), [prompt.row for prompt in prompts])
         self.model.train()
         return responses, scores
 
@@ -164,6 +164,8 @@ class RolloutMaker:
             )
         except Interrupted:
             mine = None
+        finally:
+            self.backend.rest()
         everyones = self._gathered([mine])
         if None in everyones:
             raise Interrupted
@@ -184,27 +186,29 @@ class RolloutMaker:
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
 
-    def _score(self, responses: Responses, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    def _score(self, sequences: Sequences, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """Log-probs, entropies, values and KL of responses, (B, T) each. recorded: the tensors of `_sample`."""
-        shares = self._by_length(responses)
-        parts, own = [], []
-        for share in shares:
-            index = torch.tensor(share, device=self.accelerator.device)
-            parts.append(responses.rows(index))
-            given = [tensor[index, : parts[-1].response_ids.shape[1]] for tensor in recorded] if recorded else None
+        packed = packs_rows(self.model.policy)
+        parts = sequences.batches(self._own_rows(sequences.lengths), self.micro_batch_limit.rows,
+                                  self.args.micro_batch_tokens, packed=packed)  # fmt: skip
+        head, states, columns, cells = self.head(), [], [], []
+        for rows in parts:
+            batch = sequences.forward_batch(rows, packed=packed)
+            given = [tensor.flatten()[batch.cells] for tensor in recorded] if recorded else None
             with self.accelerator.autocast():
-                own.append(self._score_part(parts[-1], given))
-        kls = self._kl(parts, [states for states, *_ in own], [logprobs for _, logprobs, *_ in own])
-        mine = [(share, (*columns, kl)) for share, (_, *columns), kl in zip(shares, own, kls, strict=True)]
-        tables = torch.zeros(4, *responses.response_mask.shape, device=self.accelerator.device)
-        for share, columns in self._gathered(mine):
-            for table, column in zip(tables, columns, strict=True):
-                table[torch.tensor(share, device=table.device), : column.shape[1]] = column.float()
-        return tuple(tables)
+                kept, *own = self._score_part(batch, head, given)
+            states.append(kept)
+            columns.append(own)
+            cells.append(batch.cells)
+        kls = self._kl(sequences, parts, states, [logprobs for logprobs, *_ in columns])
+        mine = [(cell, torch.stack([*own, kl])) for cell, own, kl in zip(cells, columns, kls, strict=True)]
+        found = self._gathered(mine)
+        cell, table = torch.cat([cell for cell, _ in found]), torch.cat([columns for _, columns in found], dim=1)
+        return tuple(sequences.table(cell, column) for column in table)
 
-    def _reward_scores(self, responses: Responses, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _reward_scores(self, responses: Responses, sequences: Sequences, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""
-        mine = sorted(row for share in self._by_length(responses) for row in share)
+        mine = sorted(self._own_rows(sequences.lengths))
         index = torch.tensor(mine, device=self.accelerator.device)
         with self.accelerator.autocast():
             found = self.reward(responses.rows(index), [rows[row] for row in mine]).float() if mine else index.float()
@@ -213,43 +217,42 @@ class RolloutMaker:
             scores[torch.tensor(taken, device=scores.device)] = part
         return scores
 
-    def _score_part(self, part: Responses, given: list[Tensor] | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """Hidden states, log-probs, entropies and values of a micro-batch, from a forward pass of the policy.
+    def _score_part(self, batch: ForwardBatch, head: Head, given: list[Tensor] | None) -> tuple[Tensor | None, ...]:
+        """Hidden states (n, H), for the KL estimator `full` only; then log-probs, entropies and values, (n,) each.
 
-        The states of response tokens (N, H) are returned for the KL estimator `full` only. The other tensors are (b, t)
-        each. given: log-probs, entropies and values if they were recorded in generation.
+        given: log-probs, entropies and values if they were recorded in generation.
         """
-        args, kept = self.args, None
+        kept, inputs = None, (batch.input_ids, batch.before, batch.options)
         if given is None:
-            hidden, states = self.model(part.input_ids, part.attention_mask)
-            logprobs, entropy = response_logprobs(hidden, part, self.head(), args.min_new_tokens, with_entropy=True)
-            values = response_values(states, part)
-            kept = response_states(hidden, part) if args.kl_estimator == "full" else None
+            states, values = self.model(*inputs)
+            logprobs, entropy = response_logprobs(states, batch, head, with_entropy=True)
+            kept = states if self.args.kl_estimator == "full" else None
         else:
             logprobs, entropy, values = given
             if self.model.value_adapter is not None:
-                values = response_values(self.model.values(None, part.input_ids, part.attention_mask), part)
-        return kept, logprobs, entropy, values * part.response_mask
+                values = self.model.values(None, *inputs)
+        return kept, logprobs, entropy, values
 
     def _kl(
-        self, parts: Sequence[Responses], states: Sequence[Tensor | None], logprobs: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """KL averaged over the references (paper eq. 5), (b, t) for each micro-batch.
+        self, sequences: Sequences, parts: Sequence[list[int]], states: Sequence[Tensor | None],
+        logprobs: Sequence[Tensor],
+    ) -> list[Tensor]:  # fmt: skip
+        """KL averaged over the references (paper eq. 5), (n,) for each batch of rows in `parts`.
 
-        Each reference scores all micro-batches before the next one does, so that at most one offloaded reference is on
-        the device.
+        Each reference scores all batches before the next one does, so that at most one offloaded reference is on the
+        device.
         """
-        args, head, totals = self.args, self.head(), [torch.zeros_like(table) for table in logprobs]
+        args, head, totals = self.args, self.head(), [torch.zeros_like(own) for own in logprobs]
         for reference, on_device in zip(self.references, self.device_contexts, strict=True):
             model, reference_head = self.model.policy, head
             with on_device(), self.accelerator.autocast(), lora.active(self.model.policy, reference.adapter):
                 if reference.model is not None:
                     model, reference_head = reference.model, self.head(reference.model)
-                for total, part, own, table in zip(totals, parts, states, logprobs, strict=True):
-                    hidden = hidden_states(model, part.input_ids, part.attention_mask)
-                    total += kl_to_reference(
-                        own, table, hidden, part, head, reference_head, args.min_new_tokens, args.kl_estimator
-                    )
+                packed = packs_rows(model)
+                for total, rows, own, policy in zip(totals, parts, logprobs, states, strict=True):
+                    batch = sequences.forward_batch(rows, packed=packed)
+                    found = response_states(model, batch)
+                    total += kl_to_reference(policy, own, found, batch, head, reference_head, args.kl_estimator)
         return [total / len(self.references) for total in totals]
 
     def reward_metrics(self) -> dict[str, float]:
@@ -260,12 +263,13 @@ class RolloutMaker:
             entry[0], entry[1] = entry[0] + total, entry[1] + count
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
 
-    def _by_length(self, responses: Responses) -> list[list[int]]:
-        """Row indices of this process's micro-batches, sorted by the length of prompt and response."""
-        return self._shares((responses.prompt_mask.sum(-1) + responses.lengths).tolist())
+    def _own_rows(self, lengths: Sequence[int]) -> list[int]:
+        """Indices of the rows that this process scores, from the shortest to the longest."""
+        by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        return by_length[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _shares(self, lengths: list[int]) -> list[list[int]]:
-        """Row indices of this process's micro-batches, sorted by `lengths`."""
+        """Row indices of this process's batches for sampling, sorted by `lengths`."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = min(self.micro_batch_limit.rows, -(-min(len(lengths), self.args.batch_size) // world))
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
@@ -312,16 +316,13 @@ def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConf
     return scores
 
 
-def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses,
-                    head: Head, reference_head: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
-    """Per-token KL to a reference (B, T). reference: the reference's hidden states (B, P + T, H).
+def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, batch: ForwardBatch,
+                    head: Head, reference_head: Head, estimator: str) -> Tensor:  # fmt: skip
+    """KL to a reference at each response token, (n,). reference: the reference's response_states (n, H).
 
-    policy: the policy's hidden states of response tokens (N, H), which only the estimator `full` needs.
+    policy: the policy's response_states (n, H), which only the estimator `full` needs.
     """
     if estimator == "full":
         assert policy is not None
-        forbidden = forbidden_eos(responses, min_new_tokens)
-        kl = full_kl(policy, response_states(reference, responses), forbidden, head, reference_head)
-        return scatter(kl, responses.response_mask)
-    logprobs, _ = response_logprobs(reference, responses, reference_head, min_new_tokens)
-    return KL_ESTIMATORS[estimator](policy_logprobs, logprobs)
+        return full_kl(policy, reference, batch.forbidden, head, reference_head)
+    return KL_ESTIMATORS[estimator](policy_logprobs, response_logprobs(reference, batch, reference_head).logprobs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from salsa_peft.models.responses import Sequences
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.utils.errors import SalsaError
 
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
 
 
 class MicroBatch(NamedTuple):
-    """The rows of one forward and backward pass."""
+    """The rows of one of Trainer's training steps."""
 
     rollout: Rollout
-    rows: Tensor
+    sequences: Sequences
+    """The rollout batch's sequences."""
+    rows: list[int]
     """Row indices in the rollout batch."""
     tokens: int
     """Number of response tokens in the whole minibatch, over which the losses are averaged."""
-    earlier: Sequence[Tensor]
+    earlier: Sequence[list[int]]
     """Row indices of the previous micro-batches of this optimizer step."""
 
 
@@ -52,7 +55,9 @@ class PPOState:
     """Metrics that the reward reported for the current update."""
     rollout: Rollout | None = None
     """Rollout batch of the current update; None between updates."""
-    minibatches: list[Tensor] = field(default_factory=list)
+    sequences: Sequences | None = None
+    """The rollout batch's sequences; None until they are needed."""
+    minibatches: list[list[int]] = field(default_factory=list)
     """Row indices of each minibatch of the current update."""
     micro_step: int = 0
     """Index of the next micro-step in its optimizer step, from 0."""
@@ -68,17 +73,18 @@ class PPOState:
     def next_micro_batch(self, args: SalsaPPOConfig, step: int, process: int, processes: int) -> MicroBatch:
         """The next micro-batch of process number `process`. step: index of the optimizer step in the update."""
         assert self.rollout is not None
-        lengths = self.rollout.responses.lengths
-        if not self.minibatches:
-            self.minibatches = minibatches(lengths, args, self.update)
-        minibatch, position = self.minibatches[step], self.micro_step
-        own = minibatch.split(args.per_device_train_batch_size)[process::processes]
+        if self.sequences is None:
+            self.sequences = Sequences(self.rollout.responses, args.min_new_tokens)
+            self.minibatches = minibatches(self.sequences.lengths, args, self.update)
+        minibatch, position, size = self.minibatches[step], self.micro_step, args.per_device_train_batch_size
+        own = [minibatch[start : start + size] for start in range(0, len(minibatch), size)][process::processes]
         self.micro_step = (position + 1) % args.gradient_accumulation_steps
-        return MicroBatch(self.rollout, own[position], int(lengths[minibatch].sum()), own[:position])
+        tokens = sum(self.sequences.responses[row] for row in minibatch)
+        return MicroBatch(self.rollout, self.sequences, own[position], tokens, own[:position])
 
     def end_update(self) -> None:
         """Discard the rollout batch when the update is finished."""
-        self.rollout, self.minibatches, self.totals = None, [], []
+        self.rollout, self.sequences, self.minibatches, self.totals = None, None, [], []
 
     def abandon_update(self) -> None:
         """Discard the update that an error or Ctrl-C interrupted in an earlier call of train(), if any.
@@ -112,14 +118,15 @@ SAVED["figures"] = "reward_metrics"
 """Keys in salsa_state.json → attributes of PPOState."""
 
 
-def minibatches(lengths: Tensor, args: SalsaPPOConfig, update: int) -> list[Tensor]:
-    """Row indices of each minibatch, sorted by length. The rollout batch is shuffled in every PPO epoch."""
-    order = []
+def minibatches(lengths: Sequence[int], args: SalsaPPOConfig, update: int) -> list[list[int]]:
+    """Row indices of each minibatch, sorted by `lengths`. The rollout batch is shuffled in every PPO epoch."""
+    found = []
     for epoch in range(args.num_ppo_epochs):
         generator = torch.Generator().manual_seed(args.seed + 7919 * update + epoch)
-        shuffled = torch.randperm(len(lengths), generator=generator).to(lengths.device)
-        order += [rows[lengths[rows].argsort(stable=True)] for rows in shuffled.split(args.minibatch_size)]
-    return order
+        shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+        parts = [shuffled[start : start + args.minibatch_size] for start in range(0, len(lengths), args.minibatch_size)]
+        found += [sorted(part, key=lambda row: lengths[row]) for part in parts]
+    return found
 
 
 def update_learning_rates(optimizer: Any, scheduler: Any, saved: Mapping[str, Any], args: SalsaPPOConfig) -> None:

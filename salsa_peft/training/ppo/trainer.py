@@ -7,6 +7,7 @@ is one PPO minibatch.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import signal
@@ -26,8 +27,8 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import forward
-from salsa_peft.models.base import causal_lm, remove_dropout
-from salsa_peft.models.responses import response_logprobs, response_values
+from salsa_peft.models.base import causal_lm, packs_rows, remove_dropout
+from salsa_peft.models.responses import Sequences, response_logprobs
 from salsa_peft.models.rewards.reward import Reward, as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead, load_policy, save_policy, with_value_head
 from salsa_peft.training import checkpoints, reference_sync
@@ -39,7 +40,7 @@ from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
 from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
-from salsa_peft.training.ppo.rollout import Rollout, RolloutMaker
+from salsa_peft.training.ppo.rollout import RolloutMaker
 from salsa_peft.training.ppo.state import MicroBatch, PPOState, checkpoint_size, no_pickles, update_learning_rates
 from salsa_peft.training.references import FrozenReference, as_references
 from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
@@ -236,10 +237,14 @@ class SalsaPPOTrainer(Trainer):
         """
         micro_batch, is_retry = self._next_micro_batch(inputs), False
 
-        def forward_and_backward(rows: Tensor) -> Tensor:
-            parts = [micro_batch._replace(rows=part) for part in rows.split(self.micro_batch_limit.rows)]
+        def forward_and_backward(rows: list[int]) -> Tensor:
             step: Any = super(SalsaPPOTrainer, self).training_step
-            return torch.stack([step(model, part) for part in parts]).sum()
+            parts, found = self._forward_batches(micro_batch.sequences, rows), []
+            for number, part in enumerate(parts, 1):
+                # DDP adds up the gradients of all processes in the last backward pass only
+                with contextlib.nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                    found.append(step(model, micro_batch._replace(rows=part)))
+            return torch.stack(found).sum()
 
         def run() -> Tensor:
             nonlocal is_retry
@@ -253,32 +258,40 @@ class SalsaPPOTrainer(Trainer):
 
         return self.micro_batch_limit.run(run, len(micro_batch.rows))
 
+    def _forward_batches(self, sequences: Sequences, rows: list[int]) -> list[list[int]]:
+        """Split the rows of a micro-batch for forward passes with little padding.
+
+        With sharded weights there is one forward pass, because all processes must make the same number of them.
+        """
+        limit, packed = self.micro_batch_limit.rows, packs_rows(self.model.policy)
+        return [rows] if self.sharded else sequences.batches(rows, limit, self.args.micro_batch_tokens, packed=packed)
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Loss of a micro-batch × accumulation steps × processes, by which Trainer and DDP divide it."""
-        rollout, rows, tokens, _ = inputs
         if self.ppo.stopped_early:  # a loss with gradient 0 for backward; the step is skipped
-            return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
-        result = self.micro_batch_loss(model, rollout, rows, tokens)
-        self.rollout_maker.require_finite("loss", result.loss.detach(), rollout.tensors() | {"rows": rows})
+            return 0.0 * self.micro_batch_loss(model, inputs._replace(rows=inputs.rows[:1])).loss
+        result = self.micro_batch_loss(model, inputs)
+        self.rollout_maker.require_finite("loss", result.loss.detach(), inputs.rollout.tensors())
         self.ppo.sums += torch.stack([field.detach() for field in result])
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
-    def micro_batch_loss(self, model: Any, rollout: Rollout, rows: Tensor, tokens: int) -> losses.PPOLoss:
-        """PPO's losses of `rows` of a rollout batch. tokens: number of response tokens in the minibatch."""
-        part = rollout.responses.rows(rows)
-        width = part.response_ids.shape[1]
+    def micro_batch_loss(self, model: Any, micro_batch: MicroBatch) -> losses.PPOLoss:
+        """PPO's losses of a micro-batch, from one forward pass over its rows."""
+        rollout, args = micro_batch.rollout, self.args
+        batch = micro_batch.sequences.forward_batch(micro_batch.rows, packed=packs_rows(self.model.policy))
         old_logprobs, old_values, advantages, returns = (
-            field[rows, :width] for field in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
+            table.flatten()[batch.cells]
+            for table in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         )
         with self.accelerator.autocast():  # as in the rollout, so that the first ratio is 1
-            hidden, values = model(part.input_ids, part.attention_mask)
-            logprobs, _ = response_logprobs(hidden, part, self.rollout_maker.head(), self.args.min_new_tokens)
+            states, values = model(batch.input_ids, batch.before, batch.options)
+            logprobs = response_logprobs(states, batch, self.rollout_maker.head()).logprobs
         return losses.ppo_loss(
-            logprobs, response_values(values, part), old_logprobs, old_values, advantages, returns, part.response_mask,
-            tokens=tokens, cliprange=self.args.cliprange, cliprange_value=self.args.cliprange_value,
-            vf_coef=self.args.vf_coef,
+            logprobs, values, old_logprobs, old_values, advantages, returns, torch.ones_like(values, dtype=torch.bool),
+            tokens=micro_batch.tokens, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
         )  # fmt: skip
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

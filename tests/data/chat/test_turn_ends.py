@@ -21,17 +21,16 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
+from salsa_peft.data.tokenized import tokenized_demonstrations
 from salsa_peft.models import generation
 from salsa_peft.models import responses as rollout
-from salsa_peft.models.base import hidden_states
 from salsa_peft.models.logprobs import Head
-from salsa_peft.models.responses import ends_turn, response_logprobs
+from salsa_peft.models.responses import Sequences, ends_turn, response_logprobs, response_states
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import PromptEncoder
-from salsa_peft.training.sft import tokenize
 from salsa_peft.utils.errors import SalsaError
 
 KINDS = list(tiny_tokenizers.KINDS)
@@ -286,7 +285,7 @@ class TestLossMask:
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         tokenizer = make("gpt2")
-        rows = tokenize([{"messages": chat} for chat in CHATS], tokenizer)
+        rows = tokenized_demonstrations([{"messages": chat} for chat in CHATS], tokenizer)
         batch = DataCollatorForLanguageModeling(pad_token_id=0)(list(rows))
         for ids, mask, labels, chat in zip(
             batch["input_ids"], batch["attention_mask"], batch["labels"], CHATS, strict=True
@@ -345,8 +344,10 @@ class TestGeneration:
         """None of the ends has a probability in the first min_new_tokens: by hand, from plain forwards."""
         tokenizer, lm, sampling, found = sampled
         head = Head(lm.lm_head.weight, None, sampling.temperature, turn_ends.model_stop_token_ids(tokenizer, lm))
-        hidden = hidden_states(lm, found.input_ids, found.attention_mask)
-        logprobs, _ = response_logprobs(hidden, found, head, sampling.min_new_tokens)
+        sequences = Sequences(found, sampling.min_new_tokens)
+        batch = sequences.forward_batch(range(len(self.PROMPTS)))
+        found_logprobs = response_logprobs(response_states(lm, batch), batch, head).logprobs
+        logprobs = sequences.table(batch.cells, found_logprobs)
         for row in range(len(self.PROMPTS)):
             prompt = self.PROMPTS[row]
             answer = found.response_ids[row][found.response_mask[row]].tolist()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from plain_ppo import PROMPTS, gradients, length_reward, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, gradients, length_reward, loss_of, plain_logprobs, roll_out
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
@@ -71,7 +71,7 @@ def test_three_updates_over_four_bits(make_quantised: Any, make_run: Any) -> Non
     trainer = make_run(make_quantised())
     layers = [layer for layer in trainer.model.policy.modules() if isinstance(layer, LoraLayer)]
     assert len(layers) == 14 and all(isinstance(layer.get_base_layer(), bitsandbytes.nn.Linear4bit) for layer in layers)
-    assert not any("forward" in vars(layer) for layer in layers)  # PEFT's own: lora_forward leaves them alone
+    assert all("forward" in vars(layer) for layer in layers)  # ours
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     before, trained = frozen(trainer), [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
     rollout = roll_out(trainer)
@@ -79,7 +79,7 @@ def test_three_updates_over_four_bits(make_quantised: Any, make_run: Any) -> Non
     torch.testing.assert_close(rollout.logprobs, tables[0].detach(), rtol=1e-4, atol=1e-4)
     expected = torch.stack([tables[0] - table for table in tables[1:]]).mean(0).detach()
     torch.testing.assert_close(rollout.kl, expected, rtol=1e-4, atol=1e-4)
-    loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+    loss = loss_of(trainer, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
     assert loss.ratio.item() == pytest.approx(1, abs=1e-4) and loss.approxkl.item() == pytest.approx(0, abs=1e-6)
     trainer.train()
     assert trainer.ppo.update == 3 and frozen(trainer).keys() == before.keys()
@@ -107,7 +107,7 @@ def test_gradients_are_those_of_lora_on_the_dequantised_base(
             trainer.model.gradient_checkpointing_enable()
         trainer.model.train()
         rollout = roll_out(trainer) if not found else found[0][0]
-        loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+        loss = loss_of(trainer, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
         loss.loss.backward()
         found.append((rollout, loss, gradients(trainer)))
     assert found[1][1].ratio.item() == pytest.approx(1, abs=1e-4)
@@ -122,7 +122,7 @@ def test_bf16_over_four_bits(make_quantised: Any, make_run: Any) -> None:
     trainer = make_run(make_quantised(torch.bfloat16), bf16=True)
     trainer.accelerator.prepare(trainer.model)
     rollout = roll_out(trainer)
-    loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+    loss = loss_of(trainer, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
     assert loss.ratio.item() == pytest.approx(1, abs=1e-6)
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 

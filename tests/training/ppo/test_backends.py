@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import CompileConfig
@@ -22,10 +24,9 @@ from transformers import CompileConfig
 from salsa_peft.config.options.rollout import BACKEND_OPTIONS
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.merged import merged_parameters
-from salsa_peft.models.base import hidden_states
 from salsa_peft.models.generation import Recording
 from salsa_peft.models.logprobs import head_of
-from salsa_peft.models.responses import Responses, response_logprobs
+from salsa_peft.models.responses import Responses, Sequences, response_logprobs, response_states
 from salsa_peft.training.ppo import backends
 from salsa_peft.training.ppo import backends as vllm_backend
 from salsa_peft.training.ppo.backends import BACKENDS, HF, VLLM, CompiledHF, Paged
@@ -144,7 +145,7 @@ class TestCompiled:
         with pytest.raises(SalsaError, match="rollout_compile: this needs CUDA"):
             BACKENDS["hf"](make_base(), options(rollout_compile=True), tokenizer, None)
         recording = Recording(torch.nn.Linear(32, 1))
-        with pytest.raises(SalsaError, match="old_logprobs: rollout does not work with rollout_compile"):
+        with pytest.raises(SalsaError, match="rollout_compile: log-probs cannot be recorded while sampling"):
             CompiledHF(make_base(), options(), tokenizer, None)([[1]], [0], recording=recording)
         monkeypatch.setattr(backends, "device", lambda: torch.device("cuda"))
         assert isinstance(BACKENDS["hf"](make_base(), options(rollout_compile=True), tokenizer, None), CompiledHF)
@@ -156,7 +157,11 @@ class TestCompiled:
     [
         ({"rollout_options": {"page_size": 4}}, r"rollout_options: rollout_backend hf has no option page_size; it takes no options"),
         ({"rollout_backend": "paged", "rollout_options": {"return_logprobs": True}}, r"rollout_options: rollout_backend paged has no option return_logprobs; its options are page_size"),
-        ({"rollout_backend": "vllm", "rollout_options": {"temperature": 0.5}}, r"rollout_options: rollout_backend vllm has no option temperature; its options are mode"),
+        ({"rollout_backend": "vllm", "rollout_options": {"temperature": 0.5}}, r"rollout_options: rollout_backend vllm has no option temperature; its options are sync, mode"),
+        ({"rollout_backend": "vllm", "rollout_options": {"sync": "lora"}}, r"rollout_options\.sync: must be merged or adapter, not 'lora'"),
+        ({"rollout_backend": "vllm", "rollout_options": {"mode": "remote"}}, r"rollout_options\.mode: must be colocate or server, not 'remote'"),
+        ({"rollout_backend": "vllm", "rollout_options": {"mode": "server", "sync": "adapter"}}, r"rollout_options\.sync: adapter works in mode colocate only; use merged"),
+        ({"rollout_backend": "vllm", "rollout_options": {"mode": "server", "enable_sleep_mode": True, "max_num_seqs": 4}}, r"rollout_options: a server does not read enable_sleep_mode, max_num_seqs; remove it here"),
         ({"rollout_backend": "paged", "rollout_compile": True}, r"rollout_compile: rollout_backend paged cannot be compiled; set rollout_compile=false or use hf"),
         ({"rollout_compile": True, "old_logprobs": "rollout"}, r"old_logprobs: rollout does not work with rollout_compile, because a compiled step records no log-probs"),
         ({"rollout_backend": "paged", "old_logprobs": "rollout"}, r"old_logprobs: rollout does not work with rollout_backend paged, because only hf computes log-probs"),
@@ -213,34 +218,20 @@ class TestPaged:
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
     def test_what_is_sampled_is_what_is_scored(
-        self, two_adapters: Any, tokenizer: Any, paged_options: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch,
-        temperature: float,
-    ) -> None:  # fmt: skip
-        """Continuous batching's own log-probs of its samples are those that the update uses."""
-        own: dict[str, list[float]] = {}
-        collect = backends._collect
-
-        def spy(manager: Any, *args: Any) -> Any:
-            get = manager.get_result
-
-            def keep(**arguments: Any) -> Any:
-                result = get(**arguments)
-                own.update({} if result is None else {result.request_id: result.logprobs})
-                return result
-
-            manager.get_result = keep
-            return collect(manager, *args)
-
-        monkeypatch.setattr(backends, "_collect", spy)
+        self, two_adapters: Any, tokenizer: Any, paged_options: Any, prompts: list[list[int]], temperature: float
+    ) -> None:
+        """Continuous batching's own log-probs of its samples, as recorded, are those that the update uses."""
+        recording = Recording()
         paged = Paged(two_adapters, paged_options(temperature=temperature), tokenizer, None)
-        paged.options["return_logprobs"] = True
-        found = paged(prompts, range(12))
+        found = paged(prompts, range(12), recording=recording)
+        sequences = Sequences(found)
+        batch, head = sequences.forward_batch(range(12)), head_of(two_adapters.get_base_model(), temperature, (EOS,))
         with torch.no_grad():
-            hidden = hidden_states(two_adapters, found.input_ids, found.attention_mask)
-        logprobs, _ = response_logprobs(hidden, found, head_of(two_adapters.get_base_model(), temperature, (EOS,)), 0)
-        for row, name in enumerate(sorted(own, key=lambda name: int(name.split("_")[1]))):
-            scored = logprobs[row][found.response_mask[row]]
-            torch.testing.assert_close(scored, torch.tensor(own[name]), rtol=1e-4, atol=1e-4)
+            states = response_states(two_adapters, batch)
+        logprobs = sequences.table(batch.cells, response_logprobs(states, batch, head).logprobs)
+        (sampled,) = recording.stacked(found.response_mask)
+        assert sampled.lt(0).equal(found.response_mask)
+        torch.testing.assert_close(sampled, logprobs, rtol=1e-4, atol=1e-4)
 
     def test_first_tokens_have_the_models_distribution(
         self, make_base: Any, tokenizer: Any, paged_options: Any
@@ -388,6 +379,8 @@ class FakeTransfer:
 class Server(http.server.ThreadingHTTPServer):
     """Speaks what TRL's client asks of `vllm serve`: answers of other lengths, and a record of what was posted."""
 
+    logprobs_mode = "processed_logprobs"
+
     def __init__(self) -> None:
         self.posted: list[tuple[str, Any]] = []
         super().__init__(("127.0.0.1", 0), Handler)
@@ -405,7 +398,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self._reply({"data": [{"id": "tiny"}]})
+        mode = {"model_config": {"logprobs_mode": self.server.logprobs_mode}}
+        self._reply({"vllm_config": mode} if self.path.startswith("/server_info") else {"data": [{"id": "tiny"}]})
 
     def do_POST(self) -> None:
         text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -413,7 +407,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.posted.append((self.path, body))
         answers = [answer(prompt) for prompt in body.get("prompt", [])]
         choices = [
-            {"prompt_token_ids": p, "token_ids": a, "logprobs": None}
+            {"prompt_token_ids": p, "token_ids": a, "logprobs": None if body["logprobs"] is None else reported(a)}
             for p, a in zip(body.get("prompt", []), answers, strict=True)
         ]
         self._reply({"choices": choices})
@@ -431,6 +425,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def answer(prompt: list[int]) -> list[int]:
     """The server's: its prompt's last token once or twice, then EOS, or cut."""
     return [prompt[-1]] * (1 + len(prompt) % 2) + [EOS] * (len(prompt) % 3 > 0)
+
+
+def logprobs_of(tokens: list[int]) -> list[float]:
+    """The log-probs that vLLM reports of an answer: −1/8 of the token, −1/16 more at each place."""
+    return [-token / 8 - place / 16 for place, token in enumerate(tokens)]
+
+
+def reported(tokens: list[int]) -> dict[str, Any]:
+    """As the server reports them; the second of two candidates at the first place is the sampled token."""
+    names = [f"token_id:{token}" for token in tokens]
+    tops: list[Any] = [{"token_id:3": -0.01}, *[None] * (len(tokens) - 1)]
+    return {"tokens": names, "token_logprobs": logprobs_of(tokens), "top_logprobs": tops}
 
 
 @pytest.fixture
@@ -452,6 +458,79 @@ def with_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+class FakeLLM:
+    """Stands in for vllm.LLM: records how it is made, what it loads, what is asked, and the order of the calls."""
+
+    made: list[FakeLLM]
+    error: Exception | None
+
+    def __init__(self, **fields: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        self.fields, self.calls = fields, []
+        self.loaded: list[tuple[str, Tensor]] = []
+        self.asked: list[dict[str, Any]] = []
+        self.adapters: list[SimpleNamespace] = []
+        runner = SimpleNamespace(model_runner=SimpleNamespace(model=SimpleNamespace(load_weights=self._load)))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+        self.made.append(self)
+
+    def _load(self, pairs: list[tuple[str, Tensor]]) -> None:
+        self.calls += ["load"] if self.calls[-1:] != ["load"] else []
+        self.loaded.extend((name, tensor.clone()) for name, tensor in pairs)
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def generate(
+        self, given: Any, sampling_params: Any, use_tqdm: bool, lora_request: SimpleNamespace | None = None
+    ) -> list[Any]:
+        self.calls.append("generate")
+        self.asked.append(sampling_params)
+        if lora_request is not None:  # vLLM reads the folder at the first request that names it
+            folder = Path(lora_request.path)
+            tensors, config = (
+                load_file(folder / "adapter_model.safetensors"),
+                json.loads((folder / "adapter_config.json").read_text()),
+            )
+            self.adapters.append(
+                SimpleNamespace(name=lora_request.name, id=lora_request.id, tensors=tensors, config=config)
+            )
+        results = []
+        for row in given:
+            tokens = answer(row["prompt_token_ids"])
+            chosen = [{t: SimpleNamespace(logprob=p, rank=1)} for t, p in zip(tokens, logprobs_of(tokens), strict=True)]
+            output = SimpleNamespace(token_ids=tokens, logprobs=None if sampling_params["logprobs"] is None else chosen)
+            results.append(SimpleNamespace(prompt_token_ids=row["prompt_token_ids"], outputs=[output]))
+        return results
+
+
+@pytest.fixture
+def colocated(with_vllm: Server, monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    """vLLM's package as if it were installed, with FakeLLM; requests and sampling parameters are plain objects."""
+    import trl.generation.vllm_generation as generation
+
+    def request(name: str, number: int, path: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, id=number, path=path)
+
+    package = SimpleNamespace(LLM=FakeLLM, SamplingParams=lambda **fields: fields)
+    monkeypatch.setitem(sys.modules, "vllm", package)  # type: ignore[misc]
+    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())  # type: ignore[misc]
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=request))  # type: ignore[misc]
+    monkeypatch.setattr(generation, "LLM", FakeLLM, raising=False)
+    monkeypatch.setattr(generation, "SamplingParams", lambda **fields: fields, raising=False)
+    FakeLLM.made, FakeLLM.error = [], None
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # the engines set them; monkeypatch takes back what it has seen
+        monkeypatch.delenv(name)
+    return FakeLLM
 
 
 def vllm_options(options: Any, server: Server, **fields: Any) -> SalsaPPOConfig:
@@ -553,14 +632,19 @@ class TestVLLM:
         ]  # fmt: skip
         assert equal(weights(two_adapters), before)
 
-        found = backend(prompts, range(12))
+        recording = Recording()
+        found = backend(prompts, range(12), recording=recording)
         (body,) = with_vllm.bodies("/v1/completions")
         expected = {"temperature": 0.7, "max_tokens": 8, "min_tokens": 2, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1,
-                    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logprobs": None,
+                    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logprobs": 0,
                     "ignore_eos": True, "stop_token_ids": [EOS], "prompt": prompts}  # fmt: skip
         assert body.items() >= expected.items()
         assert "seed" not in body
-        assert same(found, pad(prompts, [answer(prompt) for prompt in prompts]))
+        answers = [answer(prompt) for prompt in prompts]
+        assert same(found, pad(prompts, answers))
+        (sampled,) = recording.stacked(found.response_mask)
+        for row, tokens in zip(sampled, answers, strict=True):
+            assert row.tolist() == [*logprobs_of(tokens), *[0.0] * (len(row) - len(tokens))]
 
     def test_changed_weights_are_pushed_again_and_none_are_forgotten(
         self, two_adapters: Any, tokenizer: Any, options: Any, with_vllm: Server
@@ -582,49 +666,201 @@ class TestVLLM:
         VLLM(model, vllm_options(options, with_vllm), tokenizer, Accelerator(cpu=True)).sync_weights()
         assert equal(dict(FakeTransfer.sent), weights(model))
 
+    @pytest.mark.parametrize("corrected", [True, False])
     def test_in_this_process(
-        self, two_adapters: Any, tokenizer: Any, options: Any, with_vllm: Server, monkeypatch: pytest.MonkeyPatch
+        self, two_adapters: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], corrected: bool
     ) -> None:
-        """Mode colocate with a stand-in for vllm.LLM: how it is made, what it loads, how it samples."""
-        import trl.generation.vllm_generation as generation
+        """Mode colocate: how the engine is made, what it loads, how it samples; log-probs only if they are used."""
+        args = options(rollout_backend="vllm", rollout_options={"max_num_seqs": 4}, max_prompt_length=20,
+                       importance_sampling_correction=corrected)  # fmt: skip
+        backend = VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))
+        recording = Recording() if corrected else None
+        found = backend([[1, 5], [1, 6, 7]], [0, 1], recording=recording)
+        (engine,) = colocated.made
+        assert (engine.fields["gpu_memory_utilization"], engine.fields["max_model_len"]) == (0.3, 28)
+        assert (engine.fields["max_num_seqs"], engine.fields["logprobs_mode"]) == (4, "processed_logprobs")
+        assert equal(dict(engine.loaded), dict(merged_parameters(two_adapters, "policy")))
+        plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 8, "min_tokens": 0, "stop_token_ids": [EOS],
+                 "logprobs": 0 if corrected else None}  # fmt: skip
+        assert engine.asked[0].items() >= plain.items()
+        assert "seed" not in engine.asked[0]
+        answers = [answer([1, 5]), answer([1, 6, 7])]
+        assert same(found, pad([[1, 5], [1, 6, 7]], answers))
+        if recording is not None:
+            (sampled,) = recording.stacked(found.response_mask)
+            assert sampled[found.response_mask].tolist() == [*logprobs_of(answers[0]), *logprobs_of(answers[1])]
 
-        made, loaded, asked = [], [], []
+    @pytest.mark.parametrize("sync", ["merged", "adapter"])
+    def test_it_sleeps_while_the_policy_is_trained(
+        self, two_adapters: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], sync: str
+    ) -> None:
+        """Weights wake up before they are sent, the KV cache after; batches of one rollout share one sync; then sleep."""
+        args = options(rollout_backend="vllm", rollout_options={"sync": sync})
+        backend = VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))
+        (engine,) = colocated.made
+        load, level = (["load"], 2) if sync == "merged" else ([], 1)
+        cycle = ["wake weights", *load, "wake kv_cache", "generate", "generate", f"sleep {level}"]
+        assert engine.fields["enable_sleep_mode"] is True
+        assert engine.calls == [f"sleep {level}"]
+        for rollouts in (1, 2):
+            backend.sync_weights()
+            backend([[1, 5]], [0])
+            backend([[1, 6]], [0])
+            backend.rest()
+            assert engine.calls == [f"sleep {level}", *cycle * rollouts]
+        backend.rest()  # after an error before the sync, too
+        assert engine.calls[-2:] == ["generate", f"sleep {level}"]
 
-        class LLM:
-            def __init__(self, **fields: Any) -> None:
-                made.append(fields)
-                model = SimpleNamespace(load_weights=lambda pairs: loaded.extend((n, t.clone()) for n, t in pairs))
-                runner = SimpleNamespace(model_runner=SimpleNamespace(model=model))
-                self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+    @pytest.mark.parametrize("sync", ["merged", "adapter"])
+    def test_the_base_has_the_same_bits_after_1000_syncs(
+        self, make_base: Any, make_adapter: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], sync: str
+    ) -> None:
+        """A bf16 base; the policy changes before each sync. What merging in place does to such a base is tested in
+        test_trl_reference.py."""
+        model = make_adapter(
+            make_base(num_hidden_layers=1).bfloat16(), "policy", 1, target_modules=["q_proj", "v_proj"]
+        )
+        base = {name: tensor for name, tensor in weights(model).items() if ".policy." not in name}
+        backend = VLLM(
+            model, options(rollout_backend="vllm", rollout_options={"sync": sync}), tokenizer, Accelerator(cpu=True)
+        )
+        (engine,) = colocated.made
+        for _ in range(1000):
+            engine.loaded.clear()
+            with torch.no_grad():
+                for parameter in adapters.parameters(model, "policy"):
+                    parameter.mul_(1.0005)
+            backend.sync_weights()
+        after = weights(model)
+        assert equal({name: after[name] for name in base}, base)
+        if sync == "merged":
+            sent = dict(engine.loaded)
+            assert not torch.equal(
+                sent["model.layers.0.self_attn.q_proj.weight"],
+                base["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"],
+            )
 
-            def reset_prefix_cache(self) -> None: ...
+    @pytest.mark.parametrize("sync", ["merged", "adapter"])
+    def test_it_stays_awake_on_request(
+        self, two_adapters: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], sync: str
+    ) -> None:
+        args = options(rollout_backend="vllm", rollout_options={"sync": sync, "enable_sleep_mode": False})
+        backend = VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))
+        backend.sync_weights()
+        backend([[1, 5]], [0])
+        backend.rest()
+        (engine,) = colocated.made
+        assert engine.calls == (["load", "generate"] if sync == "merged" else ["generate"])
+        assert engine.fields["enable_sleep_mode"] is False
 
-            def generate(self, given: Any, sampling_params: Any, use_tqdm: bool) -> list[Any]:
-                asked.append(sampling_params)
-                given = [row["prompt_token_ids"] for row in given]
-                outputs = [[SimpleNamespace(token_ids=answer(row), logprobs=None)] for row in given]
-                return [SimpleNamespace(prompt_token_ids=p, outputs=o) for p, o in zip(given, outputs, strict=True)]
+    def test_the_adapter_alone(
+        self, two_adapters: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], prompts: list[list[int]]
+    ) -> None:
+        """Each sync: a new name and id, and the policy's current weights as PEFT saves them; never a weight of the base."""
+        args = options(rollout_backend="vllm", rollout_options={"sync": "adapter", "max_num_seqs": 4}, temperature=0.7,
+                       min_new_tokens=2, max_prompt_length=20)  # fmt: skip
+        before = weights(two_adapters)
+        backend = VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))
+        (engine,) = colocated.made
+        fields = {"enable_lora": True, "max_lora_rank": 8, "max_model_len": 28, "max_num_seqs": 4, "quantization": None,
+                  "gpu_memory_utilization": 0.3, "logprobs_mode": "processed_logprobs", "seed": 0}  # fmt: skip
+        assert engine.fields.items() >= fields.items()
+        assert engine.fields["model"] == two_adapters.get_base_model().name_or_path
+        assert not {"sync", "mode", "max_model_length"} & set(engine.fields)
+        recording = Recording()
+        found = backend(prompts, range(12), recording=recording)
+        assert same(found, pad(prompts, [answer(prompt) for prompt in prompts]))
+        (sampled,) = recording.stacked(found.response_mask)
+        assert sampled[0].tolist()[: found.lengths[0]] == logprobs_of(answer(prompts[0]))
+        expected = {"n": 1, "temperature": 0.7, "max_tokens": 8, "min_tokens": 2, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+                    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logprobs": 0,
+                    "ignore_eos": True, "stop_token_ids": [EOS]}  # fmt: skip
+        assert engine.asked[0] == expected
+        with torch.no_grad():
+            for parameter in adapters.parameters(two_adapters, "policy"):
+                parameter.mul_(1.5)
+        backend.sync_weights()
+        backend([[1, 5]], [0])
+        backend([[1, 5]], [0])
+        first, second, third = engine.adapters
+        assert (first.name, second.name, third.name) == ("policy-1", "policy-2", "policy-2")
+        assert (first.id, second.id, third.id) == (1, 2, 2)
+        now = weights(two_adapters)
+        for request, state in ((first, before), (second, now)):
+            saved = {name.replace(".weight", ".policy.weight"): tensor for name, tensor in request.tensors.items()}
+            assert saved
+            assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+            assert sorted(saved) == sorted(name for name in state if ".policy." in name)
+        assert (first.config["r"], first.config["peft_type"]) == (two_adapters.peft_config["policy"].r, "LORA")
+        assert equal(
+            {name: now[name] for name in now if ".policy." not in name},
+            {name: before[name] for name in before if ".policy." not in name},
+        )
+        assert not engine.loaded
 
-        monkeypatch.setattr(generation, "LLM", LLM, raising=False)
-        monkeypatch.setattr(generation, "SamplingParams", lambda **fields: fields, raising=False)
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.setenv(name, "0")  # TRL sets them; monkeypatch takes back what it has seen
-            monkeypatch.delenv(name)
-        args = options(rollout_backend="vllm", rollout_options={"max_num_seqs": 4}, max_prompt_length=20)
-        found = VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))([[1, 5], [1, 6, 7]], [0, 1])
-        assert (made[0]["gpu_memory_utilization"], made[0]["max_model_len"], made[0]["max_num_seqs"]) == (0.3, 28, 4)
-        assert equal(dict(loaded), dict(merged_parameters(two_adapters, "policy")))
-        plain = {
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "max_tokens": 8,
-            "min_tokens": 0,
-            "stop_token_ids": [EOS],
-        }
-        assert asked[0].items() >= plain.items()
-        assert "seed" not in asked[0]
-        assert same(found, pad([[1, 5], [1, 6, 7]], [answer([1, 5]), answer([1, 6, 7])]))
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"r": 1024}, "adapter works up to rank 512, not 1024"),
+            ({"use_dora": True}, "does not work with the policy's use_dora, because vLLM ignores or refuses this"),
+            ({"rank_pattern": {"q_proj": 2}}, "the policy's rank_pattern"),
+            ({"alpha_pattern": {"q_proj": 2}}, "the policy's alpha_pattern"),
+            ({"bias": "lora_only"}, "the policy's bias"),
+            ({"lora_bias": True}, "the policy's lora_bias"),
+            ({"target_modules": ["q_proj"], "modules_to_save": ["o_proj"]}, "the policy's modules_to_save"),
+            ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "the policy's trainable_token_indices"),
+            ({"target_modules": ["embed_tokens"]}, "an adapter on the input or output embeddings"),
+            ({"target_modules": ["lm_head"]}, "an adapter on the input or output embeddings"),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights pissa, which changes the base"),
+        ],
+        ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
+    )  # fmt: skip
+    def test_adapters_that_vllm_would_not_run_as_they_are(
+        self,
+        make_base: Any,
+        tokenizer: Any,
+        options: Any,
+        colocated: type[FakeLLM],
+        fields: dict[str, Any],
+        message: str,
+    ) -> None:
+        """Refused before vLLM starts, in one line that names the other way."""
+        policy = get_peft_model(
+            make_base(), LoraConfig(task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | fields))
+        )
+        args = options(rollout_backend="vllm", rollout_options={"sync": "adapter"})
+        with pytest.raises(SalsaError, match=message) as error:
+            VLLM(policy, args, tokenizer, Accelerator(cpu=True))
+        assert str(error.value).startswith("rollout_options.sync: adapter ")
+        assert str(error.value).endswith("Set rollout_options.sync to merged")
+        assert not colocated.made
+
+    @pytest.mark.parametrize(("rank", "most"), [(1, 8), (8, 8), (9, 16), (24, 32), (300, 320)])
+    def test_the_rank_that_vllm_reserves(
+        self, make_base: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], rank: int, most: int
+    ) -> None:
+        """The smallest of those that vLLM allows which holds the policy's; rsLoRA, some layers and dropout are fine."""
+        lora = LoraConfig(task_type="CAUSAL_LM", r=rank, use_rslora=True, lora_dropout=0.1, target_modules=["q_proj"],
+                          layers_to_transform=[0], init_lora_weights="gaussian")  # fmt: skip
+        args = options(rollout_backend="vllm", rollout_options={"sync": "adapter"})
+        VLLM(get_peft_model(make_base(), lora), args, tokenizer, Accelerator(cpu=True))
+        assert colocated.made[0].fields["max_lora_rank"] == most
+
+    def test_full_weights_have_no_adapter(
+        self, make_base: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM]
+    ) -> None:
+        args = options(rollout_backend="vllm", rollout_options={"sync": "adapter"})
+        with pytest.raises(SalsaError, match=r"sync: adapter needs a policy that is a LoRA adapter"):
+            VLLM(make_base(), args, tokenizer, Accelerator(cpu=True))
+
+    @pytest.mark.parametrize("sync", ["merged", "adapter"])
+    def test_an_engine_that_does_not_start_is_one_line(
+        self, two_adapters: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], sync: str
+    ) -> None:
+        colocated.error = ValueError("No available memory\nfor the cache blocks.")
+        args = options(rollout_backend="vllm", rollout_options={"sync": sync})
+        with pytest.raises(SalsaError, match=r"vllm does not start: No available memory for the cache blocks\."):
+            VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))
 
     def test_what_is_refused(
         self,
@@ -654,6 +890,13 @@ class TestVLLM:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 8]}))
         with pytest.raises(SalsaError, match=r"has the EOS tokens \[8\] besides"):
             make(vllm_options(options, with_vllm, min_new_tokens=2))
+        with_vllm.logprobs_mode = "raw_logprobs"
+        make(vllm_options(options, with_vllm, importance_sampling_correction=False))
+        with pytest.raises(
+            SalsaError,
+            match=r"^importance_sampling_correction: the vLLM server reports raw_logprobs, which leave out the temperature",
+        ):
+            make(vllm_options(options, with_vllm))
         nobody = {"mode": "server", "server_base_url": "http://127.0.0.1:9", "server_timeout": 0.0}
         with pytest.raises(
             SalsaError, match=r"vllm does not start: The vLLM server can't be reached at http://127.0.0.1:9"

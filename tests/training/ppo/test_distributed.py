@@ -31,6 +31,8 @@ from salsa_peft.training.ppo.checks import check_sharding
 from salsa_peft.utils.errors import SalsaError
 
 CONFIGS = ROOT / "recipes" / "accelerate"
+PLAIN = {"rollout_backend": "hf", "rollout_compile": False, "micro_batch_tokens": None}
+"""Options that sharded weights allow."""
 
 
 @contextlib.contextmanager
@@ -197,6 +199,16 @@ def test_tied_embeddings_a_value_adapter_and_a_resumed_run(
     check_resumed(reward / prefix)
 
 
+def test_processes_that_make_different_numbers_of_forward_passes(one: Any, tmp_path: Path) -> None:
+    """DDP, with the rows of a micro-batch split by tokens: the gradients of all processes are added up once a step."""
+    with launched("ddp", tmp_path, "split") as two:
+        expected = one("split")
+        finish(two)
+    first, second = json.loads((tmp_path / "split" / "world.json").read_text())["forwards"]
+    assert first != second and min(first, second) > 0
+    check_equal(expected, tmp_path / "split", "MULTI_CPU")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
@@ -259,6 +271,7 @@ def sharded(**options: Any) -> Any:
         ),
         ({}, {"rollout_backend": "vllm"}, "rollout_backend: vllm does not work with sharded weights"),
         ({}, {"rollout_compile": True}, "rollout_backend: hf, compiled, does not work with sharded weights"),
+        ({}, {"micro_batch_tokens": 64}, "micro_batch_tokens: 64 does not work with sharded weights"),
     ],
 )
 def test_what_is_refused(
@@ -266,7 +279,7 @@ def test_what_is_refused(
 ) -> None:
     """One line each, before anything is sharded."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it for Transformers
-    given: Any = SimpleNamespace(**({"rollout_backend": "hf", "rollout_compile": False} | arguments))
+    given: Any = SimpleNamespace(**(PLAIN | arguments))
     with pytest.raises(SalsaError, match=message):
         check_sharding(sharded(**options), given)
 
@@ -274,7 +287,7 @@ def test_what_is_refused(
 def test_fsdp2_adds_up_gradients_in_float32_and_leaves_outputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate's own policy of bf16 would give values in bf16."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
-    accelerator, given = sharded(), SimpleNamespace(rollout_backend="hf", rollout_compile=False)
+    accelerator, given = sharded(), SimpleNamespace(**PLAIN)
     check_sharding(accelerator, given)  # type: ignore[arg-type]
     assert accelerator.state.fsdp_plugin.mixed_precision_policy is None
     accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
@@ -305,10 +318,10 @@ def deepspeed(precision: str = "no", more: dict[str, Any] | None = None, **optio
 )
 def test_what_is_refused_of_deepspeed(options: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
     """One line each, before anything is sharded; and what is not adds up gradients in float32."""
-    given: Any = SimpleNamespace(**({"rollout_backend": "hf", "rollout_compile": False} | arguments))
+    given: Any = SimpleNamespace(**(PLAIN | arguments))
     with pytest.raises(SalsaError, match=message):
         check_sharding(deepspeed(**options), given)
     accelerator = deepspeed("bf16")
-    check_sharding(accelerator, SimpleNamespace(rollout_backend="hf", rollout_compile=False))  # type: ignore[arg-type]
+    check_sharding(accelerator, SimpleNamespace(**PLAIN))  # type: ignore[arg-type]
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     assert (config["communication_data_type"], config["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import roll_out
+from plain_ppo import loss_of, roll_out
 
 SEEDS = {"policy": 1, "seed-0": 2, "soup": 3}  # of the adapters that make_trainer puts on its base
 
@@ -51,7 +51,7 @@ def test_the_same_loss_and_its_gradient_by_the_chain_rule(make_both: Any) -> Non
     noise = 0.4 * torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(0))
     rollout = rollout._replace(logprobs=rollout.logprobs + noise, values=rollout.values + noise)
     tokens, rows = int(rollout.responses.lengths.sum()), torch.arange(8)
-    found = [trainer.micro_batch_loss(trainer.model, rollout, rows, tokens) for trainer in (lora, full)]
+    found = [loss_of(trainer, rollout, rows, tokens) for trainer in (lora, full)]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert found[0].clipfrac > 0.1 and found[0].value_clipfrac > 0.1

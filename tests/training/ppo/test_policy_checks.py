@@ -28,6 +28,7 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.base import remove_dropout
 from salsa_peft.models.logprobs import check_head
+from salsa_peft.models.responses import Sequences
 from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.utils.errors import SalsaError
 
@@ -301,11 +302,11 @@ def test_dropout_of_what_is_attached_later_is_off(
     trainer = make_trainer(reward=str(tmp_path / "reward"), value="adapter")
     rates = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
     assert rates <= {0.0}
-    responses = roll_out(trainer).responses
+    batch = Sequences(roll_out(trainer).responses).forward_batch(range(8))
     values = []
     for _ in range(2):
         trainer.model.train()
-        values.append(trainer.model(responses.input_ids, responses.attention_mask)[1].detach())
+        values.append(trainer.model(batch.input_ids, batch.before, batch.options)[1].detach())
     assert torch.equal(*values) and values[0].abs().max() > 0
 
 
@@ -326,7 +327,7 @@ def test_checkpointing_that_the_user_switched_on(
             model.get_base_model().gradient_checkpointing_enable(**options)
         policy = PolicyWithValueHead(model, "value", torch.ones(1, 32)).train()
         remove_dropout(policy)
-        hidden, values = policy(ids, torch.ones_like(ids))
+        hidden, values = policy(ids, torch.arange(5), {})
         (hidden.sum() + values.pow(2).sum()).backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, length_reward, loss_of, plain_logprobs, roll_out
 
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.generation import generate, row_seeds
@@ -30,7 +30,7 @@ def test_sampled_and_scored_distributions_are_the_same(
         )
     else:
         assert rollout.responses.lengths.min() > minimum
-    loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+    loss = loss_of(trainer, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
     assert loss.ratio.item() == pytest.approx(1, abs=1e-4) and loss.approxkl.item() == pytest.approx(0, abs=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_dropout_is_off(make_trainer: Any) -> None:
     trainer = make_trainer(adapter={"lora_dropout": 0.5})
     rollout = roll_out(trainer)
     trainer.model.train()
-    loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+    loss = loss_of(trainer, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
     assert loss.approxkl.item() == pytest.approx(0, abs=1e-6)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, loss_of, plain_logprobs, roll_out
 
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.training.ppo.state import minibatches
@@ -198,17 +198,17 @@ class TestSteps:
     def test_minibatches_are_shuffled_by_epoch_update_and_seed(self, make_trainer: Any) -> None:
         """And sorted by length inside, rows of one length in a fixed order; every row once in an epoch."""
         trainer = make_trainer(num_mini_batches=2, num_ppo_epochs=3)
-        lengths = torch.tensor([5, 3, 3, 7, 1, 7, 3, 5])
+        lengths = [5, 3, 3, 7, 1, 7, 3, 5]
 
         def of(update: int, seed: int = 42) -> list[list[int]]:
             trainer.args.seed = seed
-            return [rows.tolist() for rows in minibatches(lengths, trainer.args, update)]
+            return minibatches(lengths, trainer.args, update)
 
         first = of(1)
         assert len(first) == 6 and all(len(rows) == 4 for rows in first)
         for epoch in range(3):
             assert sorted(first[2 * epoch] + first[2 * epoch + 1]) == list(range(8))
-        assert all(lengths[rows].tolist() == sorted(lengths[rows].tolist()) for rows in first)
+        assert all([lengths[row] for row in rows] == sorted(lengths[row] for row in rows) for rows in first)
         assert len({frozenset(rows) for rows in first}) > 2 and frozenset(first[0]) not in ({0, 1, 2, 3}, {4, 5, 6, 7})
         assert of(1) == first and of(2) != first and of(1, seed=43) != first
 
@@ -359,7 +359,7 @@ class TestModels:
         trainer = make_trainer(base={"attention_dropout": 0.5}, full=full)
         rollout = roll_out(trainer)
         trainer.model.train()
-        loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+        loss = loss_of(trainer, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
         assert loss.approxkl.item() == pytest.approx(0, abs=1e-6)
 
     def test_a_rollout_is_made_in_eval_mode(self, make_trainer: Any) -> None:

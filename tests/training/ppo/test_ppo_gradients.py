@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, check_gradients, gradients, length_reward, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, check_gradients, gradients, length_reward, loss_of, plain_logprobs, roll_out
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from salsa_peft import SalsaPPOConfig
@@ -197,7 +197,7 @@ def test_bf16_is_used_in_training_and_in_the_rollout(make_trainer: Any) -> None:
     assert set(seen) == {torch.bfloat16}
     seen.clear()
     with trainer.accelerator.autocast():
-        loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+        loss = loss_of(trainer, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
     assert set(seen) == {torch.bfloat16} and loss.ratio.item() == pytest.approx(1, abs=1e-3)
     before = trainer.model.value_head.weight.detach().clone()
     trainer.train()

@@ -16,12 +16,12 @@ from salsa_peft.models.generation import generate, generate_batches, row_seeds
 from salsa_peft.models.logprobs import head_of
 from salsa_peft.models.responses import (
     Responses,
-    forbidden_eos,
+    Sequences,
+    last_states,
     last_token_states,
     pad_tokens,
     response_logprobs,
     response_states,
-    scatter,
 )
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.rollout import kl_to_reference
@@ -213,37 +213,81 @@ class TestResponses:
         assert mask.int().tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-class TestLogprobs:
-    def test_states_are_those_before_each_counted_token(self) -> None:
-        """hidden[b, i] = 10 b + i: the response of row 0 starts from position 2; of row 1, from 2, 3 and 4."""
-        hidden = (10 * torch.arange(2)[:, None] + torch.arange(6))[..., None].float()
-        assert response_states(hidden, by_hand()).squeeze(-1).tolist() == [2, 12, 13, 14]
+class TestSequences:
+    def test_lengths_by_hand(self) -> None:
+        sequences = Sequences(by_hand())
+        assert (sequences.prompts, sequences.responses, sequences.lengths) == ([3, 2], [1, 3], [4, 5])
+
+    def test_padded_rows_by_hand(self) -> None:
+        """Row 1 first: rows of 5 positions; the responses' tokens stand at 2, 3, 4 and at 5 + 3."""
+        batch = Sequences(by_hand()).forward_batch([1, 0])
+        assert batch.input_ids.shape == (2, 5) and batch.options == {} and batch.forbidden is None
+        assert batch.input_ids[0].tolist() == [1, 9, 11, 12, 13] and batch.input_ids[1, :4].tolist() == [1, 7, 8, EOS]
+        assert batch.before.tolist() == [1, 2, 3, 7] and batch.last.tolist() == [4, 8]
+        assert batch.cells.tolist() == [3, 4, 5, 0] and batch.labels.tolist() == [11, 12, 13, EOS]
+
+    def test_packed_rows_by_hand(self) -> None:
+        """No padding, positions that start again, and the bounds that flash attention asks for."""
+        batch = Sequences(by_hand()).forward_batch([1, 0], packed=True)
+        assert batch.input_ids.tolist() == [[1, 9, 11, 12, 13, 1, 7, 8, EOS]]
+        assert batch.options["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+        for side in "qk":
+            bounds = batch.options[f"cu_seq_lens_{side}"]
+            assert bounds.tolist() == [0, 5, 9] and bounds.dtype == torch.int32
+            assert batch.options[f"max_length_{side}"] == 5
+        assert batch.before.tolist() == [1, 2, 3, 7] and batch.last.tolist() == [4, 8]
+        assert batch.cells.tolist() == [3, 4, 5, 0] and batch.labels.tolist() == [11, 12, 13, EOS]
 
     def test_where_eos_is_forbidden(self) -> None:
-        assert forbidden_eos(by_hand(), 0).tolist() == [False] * 4
-        assert forbidden_eos(by_hand(), 2).tolist() == [True, True, True, False]
+        assert Sequences(by_hand(), 2).forward_batch([1, 0]).forbidden.tolist() == [True, True, False, True]
 
-    def test_scatter(self) -> None:
-        mask = torch.tensor([[True, False, True], [False, True, False]])
-        assert scatter(torch.tensor([1.0, 2, 3]), mask).tolist() == [[1, 0, 2], [0, 3, 0]]
+    def test_table(self) -> None:
+        table = Sequences(by_hand()).table(torch.tensor([3, 4, 5, 0]), torch.tensor([1.0, 2, 3, 4]))
+        assert table.tolist() == [[4, 0, 0], [1, 2, 3]]
 
+    def test_batches(self) -> None:
+        """By length where padding would be computed, in order where it is not."""
+        tokens = torch.arange(200)[None].expand(4, -1)
+        mask = torch.arange(200) < torch.tensor([100, 10, 100, 12])[:, None]
+        one = torch.ones(4, 1, dtype=torch.bool)
+        sequences = Sequences(Responses(tokens[:, :1], one, tokens, mask, torch.ones(4)))
+        assert sequences.batches([0, 1, 2, 3], 8, None) == [[1, 3], [0, 2]]
+        assert sequences.batches([2, 3, 1], 8, None) == [[1, 3], [2]]
+        assert sequences.batches([0, 1, 2, 3], 8, 110) == [[1, 3], [0], [2]]
+        assert sequences.batches([0, 1, 2, 3], 8, None, packed=True) == [[0, 1, 2, 3]]
+        assert sequences.batches([0, 1, 2, 3], 3, None, packed=True) == [[0, 1, 2], [3]]
+        assert sequences.batches([0, 1, 2, 3], 8, 120, packed=True) == [[0, 1], [2, 3]]
+
+    def test_an_empty_response_has_no_token(self) -> None:
+        none = by_hand()._replace(response_mask=torch.tensor([[False] * 3, [True] * 3]))
+        batch = Sequences(none).forward_batch([0, 1])
+        assert batch.labels.tolist() == [11, 12, 13] and batch.last.tolist() == [2, 9]
+
+
+class TestLogprobs:
     @pytest.mark.parametrize(("temperature", "minimum"), [(1.0, 0), (0.6, 0), (1.3, 2)])
+    @pytest.mark.parametrize("packed", [False, True])
     def test_padding_changes_nothing(
-        self, make_base: Any, tokenizer: Any, prompts: list[list[int]], temperature: float, minimum: int
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]], temperature: float, minimum: int, packed: bool
     ) -> None:
         """Every row against its own sequence without padding, from full logits."""
         model = make_base()
         sampling = Sampling(max_new_tokens=8, temperature=temperature, min_new_tokens=minimum)
         responses = sample(model, prompts, sampling, tokenizer, 0)
         assert (~responses.prompt_mask).any()
+        sequences, rows = Sequences(responses, minimum), [7, 3, 11, 0, 1, 2, 5, 4, 6, 9, 8, 10]
+        batch = sequences.forward_batch(rows, packed=packed)
         with torch.no_grad():
-            hidden = hidden_states(model, responses.input_ids, responses.attention_mask)
-            found, entropy = response_logprobs(
-                hidden, responses, head_of(model, temperature, (EOS,)), minimum, with_entropy=True
-            )
-            for row in range(len(prompts)):
+            head = head_of(model, temperature, (EOS,))
+            result = response_logprobs(response_states(model, batch), batch, head, with_entropy=True)
+            found, entropy = (sequences.table(batch.cells, values) for values in result)
+            for row in rows:
                 expected = alone(model, responses, row, temperature, minimum)
-                torch.testing.assert_close(found[row][responses.response_mask[row]], expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(found[row][responses.response_mask[row]], expected, rtol=1e-5, atol=1e-5)
+            last = last_states(model, batch)
+            for place, row in enumerate(rows):
+                ids = responses.input_ids[row][responses.attention_mask[row]]
+                torch.testing.assert_close(last[place], model.model(ids[None])[0][0, -1], rtol=1e-5, atol=1e-5)
         assert not found[~responses.response_mask].any()
         assert not entropy[~responses.response_mask].any()
         assert entropy[responses.response_mask].min() > 0
@@ -251,24 +295,23 @@ class TestLogprobs:
     def test_kl_to_a_reference(
         self, make_base: Any, make_adapter: Any, tokenizer: Any, prompts: list[list[int]]
     ) -> None:
-        """Each estimator as KL_ESTIMATORS has it; `full` is 0 to itself, more than 0 to another, 0 outside the mask."""
+        """Each estimator as KL_ESTIMATORS has it; `full` is 0 to itself, and more than 0 to another."""
         model = make_adapter(make_adapter(make_base(), "policy", 1), "a", 2)
         responses, head = sample(model, prompts, SAMPLING, tokenizer, 0), head_of(model.get_base_model(), 1.0, (EOS,))
-        states = {}
+        batch, states = Sequences(responses).forward_batch(range(12)), {}
         for name in ("policy", "a"):
             with torch.no_grad(), adapters.active(model, name):
-                states[name] = hidden_states(model, responses.input_ids, responses.attention_mask)
-        logp = {name: response_logprobs(hidden, responses, head, 0)[0] for name, hidden in states.items()}
+                states[name] = response_states(model, batch)
+        logp = {name: response_logprobs(hidden, batch, head).logprobs for name, hidden in states.items()}
 
         def kl(name: str, estimator: str) -> Tensor:
-            own = response_states(states["policy"], responses)
-            return kl_to_reference(own, logp["policy"], states[name], responses, head, head, 0, estimator).detach()
+            own = states["policy"]
+            return kl_to_reference(own, logp["policy"], states[name], batch, head, head, estimator).detach()
 
         for estimator, estimate in losses.KL_ESTIMATORS.items():
             torch.testing.assert_close(kl("a", estimator), estimate(logp["policy"], logp["a"]))
         assert kl("policy", "full").abs().max() < 1e-5
-        assert not kl("a", "full")[~responses.response_mask].any()
-        assert kl("a", "full")[responses.response_mask].min() > 1e-3
+        assert kl("a", "full").min() > 1e-3
 
     def test_last_token_states_with_padding_on_both_sides(self, make_base: Any) -> None:
         model, tokens = make_base(), [5, 9, 12, 7]

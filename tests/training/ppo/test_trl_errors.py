@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, length_reward, loss_of, plain_logprobs, roll_out
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +21,7 @@ from salsa_peft.models import logprobs
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo import losses
+from salsa_peft.training.ppo.state import MicroBatch
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
 PAD, EOS = 0, 2
@@ -47,12 +48,11 @@ def test_minibatches_that_are_no_optimizer_steps_under_accumulation(make_trainer
     seen: list[tuple[list[int], float]] = []
     loss = trainer.micro_batch_loss
 
-    def watched(model: Any, rollout: Any, rows: Tensor, tokens: int) -> losses.PPOLoss:
-        assert (
-            tokens > int(rollout.responses.lengths[rows].sum()) or micro == 4
-        )  # the minibatch's, not the micro-batch's
-        seen.append((rows.tolist(), sum(p.double().sum().item() for p in model.parameters() if p.requires_grad)))
-        return loss(model, rollout, rows, tokens)
+    def watched(model: Any, batch: MicroBatch) -> losses.PPOLoss:
+        counted = int(batch.rollout.responses.lengths[batch.rows].sum())
+        assert batch.tokens > counted or micro == 4  # the minibatch's, not the micro-batch's
+        seen.append((batch.rows, sum(p.double().sum().item() for p in model.parameters() if p.requires_grad)))
+        return loss(model, batch)
 
     trainer.micro_batch_loss = watched
     trainer.train()
@@ -137,7 +137,7 @@ def test_pad_is_eos_and_the_prompts_eos_masked(make_trainer: Any) -> None:
     torch.testing.assert_close(rollout.logprobs, plain_logprobs(trainer, "policy", rollout), rtol=1e-4, atol=1e-4)
     layer, seen = trainer.model.policy.get_base_model().model.layers[0], []
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
-    trainer.micro_batch_loss(trainer.model, rollout, torch.tensor([0]), 1)
+    loss_of(trainer, rollout, torch.tensor([0]), 1)
     assert seen[0].tolist() == [list(range(7 + int(r.lengths[0])))]  # each EOS has a place of its own
 
 
@@ -165,7 +165,7 @@ def test_the_responses_eos_never_scored_or_trained(make_trainer: Any, pad_is_eos
     torch.testing.assert_close(rollout.kl[at], (policy - soup)[at].detach(), rtol=1e-4, atol=1e-4)
     alone = torch.zeros_like(rollout.advantages)
     alone[at] = 1.0  # nothing but the EOS has an advantage
-    trainer.micro_batch_loss(trainer.model, rollout._replace(advantages=alone), torch.arange(8), 8).loss.backward()
+    loss_of(trainer, rollout._replace(advantages=alone), torch.arange(8), 8).loss.backward()
     gradient = [p.grad for n, p in trainer.model.named_parameters() if ".policy.weight" in n]
     assert all(g is not None and g.abs().max() > 0 for g in gradient)
 
@@ -236,7 +236,7 @@ def test_generation_scores_kept(make_trainer: Any, monkeypatch: pytest.MonkeyPat
     with Wide(vocabulary, trainer.model.parameters()) as wide:
         rollout = roll_out(trainer)
         assert wide.now == 0
-        trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), 240).loss.backward()
+        loss_of(trainer, rollout, torch.arange(8), 240).loss.backward()
     assert rollout.responses.response_ids.shape == (batch, length)
     assert wide.now == 0
     assert batch * vocabulary <= wide.most <= 10 * batch * vocabulary  # a third of [B, R, V]
