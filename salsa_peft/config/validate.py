@@ -55,6 +55,7 @@ def check(recipe: Recipe) -> None:
     _check_hub(recipe)
     _check_required(recipe)
     check_files(recipe)
+    _check_dtype(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
 
@@ -142,6 +143,19 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
         algorithm in PREFERENCE_ALGORITHMS or recipe.generation.min_new_tokens == 0,
         f"generation.min_new_tokens: must be 0 with a policy of algorithm {algorithm}, not"
         f" {recipe.generation.min_new_tokens}, because TRL computes log-probs as if EOS had been allowed",
+    )
+
+
+def _check_dtype(recipe: Recipe) -> None:
+    """Raise SalsaError if a stage would train over a base in float16."""
+    seeds, reward = range(len(recipe.sft.seeds)), recipe.reward
+    stages = ["sft"] if any(recipe.sft.existing_seed(position) is None for position in seeds) else []
+    stages += ["reward"] if reward.trained else []
+    stages += [policy.algorithm for policy in recipe.policies.values()]
+    require(
+        recipe.model.dtype != "float16" or not stages,
+        f"model.dtype: float16 is only for runs that train nothing, but this run trains {', '.join(stages[:1])}."
+        " Gradients in float16 need a loss scaler, which PPO does not support. Set model.dtype=bfloat16 or float32",
     )
 
 

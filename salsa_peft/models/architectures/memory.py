@@ -200,7 +200,7 @@ class _Stage:
         states = STATES.get(self.optim, states)
         count, pieces = self.trained(), _sharded(self.recipe)
         weights = shared + sum(roles) + weight * count / pieces
-        casts = self.precision == "master" and phase != "step"
+        casts = self.precision == "master" and phase != "step" and self.width == 2
         if self.full and count and (casts or (pieces > 1 and phase in ("generate", "score"))):
             weights += 2 * count  # autocast's bf16 copies, or the policy gathered for a rollout
         gradients = gradient * count / pieces if phase in ("train", "step") else 0.0
