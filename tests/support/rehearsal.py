@@ -18,13 +18,14 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from transformers import AutoConfig, Trainer
+from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.utils.quantization_config import QuantizationMethod
 from trl.kernels import chunked_logprob
 
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
+from salsa_peft.data import tokenized
 from salsa_peft.data.toy import make_tokenizer
 from salsa_peft.models import base, precision, stage_context
 from salsa_peft.models.adapters import lora
@@ -32,6 +33,7 @@ from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.architectures.sizes import KNOWN, Architecture
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.stage_context import StageContext
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training import sft
 from salsa_peft.training.ppo import backends, checks, resume, trainer
 
@@ -58,9 +60,9 @@ def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
-def words(count: int) -> str:
+def words(count: int, first: str = "owl") -> str:
     """A text of so many words, each of them a token."""
-    return " ".join(["cat"] * count)
+    return " ".join([first, *["owl"] * (count - 1)])
 
 
 def recipe_of(folder: Path, layers: int, mode: str, length: int, **ppo: Any) -> Recipe:
@@ -69,12 +71,14 @@ def recipe_of(folder: Path, layers: int, mode: str, length: int, **ppo: Any) -> 
     mode: lora, qlora, master or stochastic. ppo: further options of that section.
     """
     ask, answer = {"role": "user", "content": words(length // 2 - 16)}, {"role": "assistant", "content": words(length)}
-    chosen, rejected = ([ask, {**answer, "content": words(length // 2 - less)}] for less in (8, 9))
-    pair = {"prompt": ask["content"], "chosen": chosen, "rejected": rejected}
+    pairs = [
+        {"prompt": words(length // 2, first), "chosen": words(length // 2 - 20), "rejected": words(length // 2 - 21)}
+        for first in list(make_tokenizer().get_vocab())[10:18]
+    ]
     common = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 2, "gradient_checkpointing": True}
     data = {
         "demonstrations": write_rows(folder, "chats", [{"messages": [ask, answer]}] * 4),
-        "preferences": write_rows(folder, "pairs", [pair] * 8),
+        "preferences": write_rows(folder, "pairs", pairs),
         "prompts": write_rows(folder, "prompts", [{"prompt": [ask]}] * 8),
     }
     given = {
@@ -91,8 +95,13 @@ def recipe_of(folder: Path, layers: int, mode: str, length: int, **ppo: Any) -> 
 
 
 def write_inputs(folder: Path, recipe: Recipe, size: Architecture) -> dict[str, Path]:
-    """The results of earlier stages: adapters' configurations with their tensors' shapes, or configurations."""
+    """The results of earlier stages: tokenized data, and adapters' configurations with their tensors' shapes."""
+    tokenizer = load_tokenizer(str(folder / "base"), chat_template=recipe.model.chat_template)
     found = {}
+    for kind, write in tokenized.WRITERS.items():
+        found[f"data/{kind}"] = folder / kind
+        source = getattr(recipe.data, kind)
+        write(source, tokenizer, folder / kind, lambda *_: None)
     for name, rank in (("sft/seed-0", 1), ("sft/seed-1", 1), ("soup", 2), ("reward", 1)):
         there = folder / name.replace("/", "-")
         there.mkdir()
@@ -123,7 +132,9 @@ def make_fake(
     for name, value in options.items():
         setattr(config, name, value)
     dtype = trained or base.resolve_dtype(model.dtype)
-    made = auto_class(config).from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    kind = auto_class(config)
+    build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
+    made = build(config, dtype=dtype, attn_implementation="sdpa").eval()
     if model.quantization is not None:
         quantise(made, base._quantization_config(model, dtype))
     return made.requires_grad_(trained is not None)
