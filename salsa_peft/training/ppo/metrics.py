@@ -81,6 +81,34 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
     }
 
 
+def sampling_metrics(rollout: Rollout, args: SalsaPPOConfig) -> dict[str, float]:
+    """Metrics of the importance weights, with TRL's names; {} without importance_sampling_correction.
+
+    min, mean and max are of the weights; `clipped` is the share whose ratio was outside the bounds. In sequence modes
+    each response counts once. Tokens whose log-prob the sampler did not report have no sampling_logp_difference.
+    """
+    weights, sampled = rollout.importance_weights, rollout.sampling_logprobs
+    if weights is None or sampled is None:
+        return {}
+    mask, mode = rollout.responses.response_mask, args.importance_sampling_mode
+    difference = (rollout.logprobs - sampled).abs()
+    known = mask & ~difference.isnan()
+    difference = difference.masked_fill(~known, 0.0)
+    clipped = weights != losses.importance_ratios(rollout.logprobs, sampled, mask, mode)
+    if mode.startswith("sequence"):
+        weights, clipped, mask = weights[:, :1], clipped[:, :1], mask[:, :1]
+    count = mask.sum()
+    found = torch.stack([
+        weights.masked_fill(~mask, torch.inf).min(), weights.masked_fill(~mask, 0.0).sum() / count,
+        weights.masked_fill(~mask, 0.0).max(), (clipped & mask).sum() / count,
+        difference.sum() / known.sum().clamp(min=1), difference.max(),
+    ])  # fmt: skip
+    names = ("ratio/min", "ratio/mean", "ratio/max", "ratio/clipped")
+    keys = [f"sampling/importance_sampling_{name}" for name in names]
+    keys += [f"sampling/sampling_logp_difference/{name}" for name in ("mean", "max")]
+    return dict(zip(keys, found.tolist(), strict=True))
+
+
 def completion_rows(
     responses: Responses, columns: Mapping[str, Tensor], count: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:

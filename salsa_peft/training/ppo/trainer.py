@@ -37,7 +37,7 @@ from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
-from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples
+from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
 from salsa_peft.training.ppo.rollout import RolloutMaker
@@ -284,13 +284,14 @@ class SalsaPPOTrainer(Trainer):
             table.flatten()[batch.cells]
             for table in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         )
+        weights = rollout.importance_weights
         with self.accelerator.autocast():  # as in the rollout, so that the first ratio is 1
             states, values = model(batch.input_ids, batch.before, batch.options)
             logprobs = response_logprobs(states, batch, self.rollout_maker.head()).logprobs
         return losses.ppo_loss(
             logprobs, values, old_logprobs, old_values, advantages, returns, torch.ones_like(values, dtype=torch.bool),
             tokens=micro_batch.tokens, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
-            vf_coef=args.vf_coef,
+            vf_coef=args.vf_coef, weights=None if weights is None else weights.flatten()[batch.cells],
         )  # fmt: skip
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
@@ -326,7 +327,7 @@ class SalsaPPOTrainer(Trainer):
         """End an update: sync references, write logs, check the guards, and adapt β to the KL."""
         args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
         assert rollout is not None
-        row = metrics(rollout, ppo, args.batch_size) | ppo.reward_metrics
+        row = metrics(rollout, ppo, args.batch_size) | sampling_metrics(rollout, args) | ppo.reward_metrics
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
         if self.is_world_process_zero():
