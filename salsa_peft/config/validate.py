@@ -11,6 +11,7 @@ from pathlib import Path
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import unit_of
+from salsa_peft.config.options.rollout import MAX_RANKS
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
@@ -160,7 +161,18 @@ def _check_dtype(recipe: Recipe) -> None:
 
 def _check_mode(recipe: Recipe) -> None:
     """Raise SalsaError for settings of full weights in a run with adapters, and the reverse."""
+    sync = recipe.ppo.rollout_options.get("sync", "merged")
     if recipe.adapter is not None:
+        require(
+            sync == "merged" or recipe.adapter.r <= MAX_RANKS[-1],
+            f"adapter.r: {recipe.adapter.r} is more than {MAX_RANKS[-1]}, the highest rank that vLLM loads with"
+            " ppo.rollout_options.sync=adapter. Lower it, or set ppo.rollout_options.sync=merged",
+        )
+        require(
+            recipe.ppo.rollout_backend != "vllm" or sync == "adapter" or recipe.model.quantization is None,
+            f"ppo.rollout_options.sync: merged does not work with model.quantization {recipe.model.quantization}, because"
+            " an adapter cannot be merged into quantised weights. Set ppo.rollout_options.sync=adapter",
+        )
         for key, value, default, why in (
             ("offload", recipe.offload, "none", "references share the base, so there is nothing to offload"),
             ("precision", recipe.precision, "auto", "adapters are always trained in float32"),
@@ -175,6 +187,7 @@ def _check_mode(recipe: Recipe) -> None:
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
         ("ppo.value", recipe.ppo.value, "head"),
+        ("ppo.rollout_options.sync", sync, "merged"),
     ):
         require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
 
