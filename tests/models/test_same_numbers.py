@@ -16,16 +16,17 @@ from torch import Tensor
 
 from salsa_peft import SalsaPPOTrainer
 from salsa_peft.config.load import load_recipe
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.data.questions import Question
 from salsa_peft.data.toy import make_tokenizer
 from salsa_peft.evaluation.answers import answer
-from salsa_peft.evaluation.landscape import mean_scores
+from salsa_peft.evaluation.landscape import mean_scores, measures
 from salsa_peft.models import precision
 from salsa_peft.models.adapters import forward
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import hidden_states
-from salsa_peft.models.logprobs import head_of
-from salsa_peft.models.responses import Responses, response_logprobs
+from salsa_peft.models.logprobs import head_of, token_logprobs
+from salsa_peft.models.responses import Responses
 from salsa_peft.models.rewards.reward import AdapterReward
 from salsa_peft.models.stage_context import StageContext
 from salsa_peft.soup.measures import RewardScore, _on_base
@@ -67,14 +68,18 @@ def make_context(tmp_path: Path) -> Any:
 class Inside:
     """A reward that computes scores and log-probs of given responses in the context in which it is called."""
 
-    def __init__(self, model: Any, adapter: str, given: Responses, reward: AdapterReward) -> None:
+    def __init__(self, model: Any, adapter: str, given: Responses, reward: Any, context: StageContext) -> None:
         self.model, self.adapter, self.given, self.reward = model, adapter, given, reward
+        self.tokenizer = context.tokenizer
 
     def __call__(self, responses: Responses, rows: Any) -> Tensor:
-        head = head_of(self.model.get_base_model(), 1.0, (0,))
+        lm, labels = self.model.get_base_model(), self.given.response_ids.flatten()
+        forbidden = torch.ones_like(labels, dtype=torch.bool)
         with torch.no_grad(), adapters.active(self.model, self.adapter):
             hidden = hidden_states(self.model, self.given.input_ids, self.given.attention_mask)
-            self.logprobs, _ = response_logprobs(hidden, self.given, head, LENGTH)
+            states = hidden[:, -LENGTH - 1 : -1].flatten(0, 1)
+            head = head_of(lm, 1.0, model_stop_token_ids(self.tokenizer, lm))
+            self.logprobs = token_logprobs(states, labels, forbidden, head).logprobs.view(-1, LENGTH)
         self.scores = self.reward(self.given, [{"prompt": "x"}] * ROWS)
         return torch.zeros(len(rows))
 
@@ -97,24 +102,22 @@ def test_ppo_evaluation_landscape_and_measures_compute_the_same_numbers(
     given = rollout.responses
     assert given.attention_mask.all(), "all rows have one length, so that no batch is padded"
 
-    for measure in (answer, mean_scores, "soup"):
-        if measure == "soup":
+    question = Question(1, None, PROMPTS[0]["prompt"], (PROMPTS[0]["prompt"][0]["content"],), None, {})
+    job: Any = SimpleNamespace(recipe=context.recipe, inputs={"reward": tmp_path / "reward"})
+    for measured in ("evaluation", "landscape", "soup"):
+        if measured == "soup":
             live = _on_base(context.load_base(), [tmp_path / "seed-0"])
-            other, name = live.model, live.name
+            inside = Inside(live.model, live.name, given, AdapterReward(live.model, tmp_path / "reward"), context)
+            score: Any = RewardScore(live, [{}], [[5, 6, 7]], inside, context.recipe.generation, context.tokenizer)
+            score([1.0])
         else:
-            other, name = adapters.attach(context.load_base(), tmp_path / "seed-0", "other"), "other"
-        inside = Inside(other, name, given, AdapterReward(other, tmp_path / "reward"))
-        forward.install(other)
-        questions = [Question(1, None, PROMPTS[0]["prompt"], (PROMPTS[0]["prompt"][0]["content"],), None, {})]
-        if measure == "soup":
-            sampling = context.recipe.generation
-            RewardScore(live, [{}], [[5, 6, 7]], inside, sampling, context.tokenizer)([1.0])  # type: ignore[arg-type]
-        else:
-            measure(other, name, questions, {"reward": inside}, context, 0)  # type: ignore[operator]
-        assert torch.equal(inside.logprobs, rollout.logprobs), measure
-        assert torch.equal(inside.scores, rollout.scores), measure
-        if dtype == "bfloat16":
-            assert not torch.equal(inside.scores, inside.scores.bfloat16().float()), "the head is float32"
+            other = adapters.attach(context.load_base(), tmp_path / "seed-0", "other")
+            inside = Inside(other, "other", given, measures(job, other, context)["reward"], context)
+            function: Any = answer if measured == "evaluation" else mean_scores
+            function(other, "other", [question], {"reward": inside}, context, 0)
+        assert torch.equal(inside.logprobs, rollout.logprobs), measured
+        assert torch.equal(inside.scores, rollout.scores), measured
+    assert not torch.equal(rollout.scores, rollout.scores.bfloat16().float()), "the score head is float32"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
