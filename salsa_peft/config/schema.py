@@ -65,7 +65,11 @@ class Model:
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are always float32."""
+    """Type of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are always float32.
+
+    It also sets the arithmetic of every stage: float32 computes in float32, bfloat16 under bf16 autocast where float32
+    weights (adapters, master weights) take part. float16 is for runs that train nothing.
+    """
     quantization: Literal["nf4", "nf4-double"] | None = None
     """4-bit quantization of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantizes the scales. Adapters only."""
     attn_implementation: str | None = None
@@ -286,8 +290,8 @@ class Recipe:
     threads: Count | None = None
     """Number of CPU threads of each stage. None: PyTorch's default."""
     precision: Literal["auto", "master", "stochastic"] = "auto"
-    """Precision of full-weight training (adapters are always float32). master: float32 weights and AdamW under bf16
-    autocast. stochastic: bf16 weights with stochastic rounding and 8-bit AdamW (torchao, the extra `full`). auto:
+    """Precision of full-weight training (adapters are always float32). master: float32 weights and AdamW, under bf16
+    autocast unless model.dtype is float32. stochastic: bf16 weights with stochastic rounding and 8-bit AdamW (torchao, the extra `full`). auto:
     master if models/architectures/memory.py estimates that it fits on the GPU, else stochastic."""
     offload: Literal["none", "frozen"] = "none"
     """frozen: full-weight references and reward models are kept in CPU memory while the policy generates and trains."""

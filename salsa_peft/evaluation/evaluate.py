@@ -4,9 +4,7 @@ Answers are saved batch by batch: if the stage is killed, the next run generates
 """
 
 import functools
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,16 +21,13 @@ from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation import fastchat
 from salsa_peft.evaluation.answers import Rows, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
-from salsa_peft.evaluation.landscape import measures
+from salsa_peft.evaluation.landscape import PARTIAL, measures
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.stage_context import StageContext, seed_folders
 from salsa_peft.training.references import attach_reference, load_reference
 from salsa_peft.utils.console import progress_bar, say
-from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.files import append_checked_lines, read_checked_lines, write_atomic
 from salsa_peft.utils.statistics import mean_interval
-
-PARTIAL = "partial"
-"""Folder of the answers generated so far, one file for each model and set of questions."""
 
 
 def model_names(recipe: Recipe) -> list[str]:
@@ -92,28 +87,10 @@ def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
 
 def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """Read the answers generated so far as (index, turn) → row; damaged lines are left out and reported."""
-    lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
-    whole = [row for digest, _, row in (line.partition(b" ") for line in lines) if digest == _digest(row)]
-    if damaged := len(lines) - len(whole):
-        say(f"{path}: {damaged} of {len(lines)} lines are damaged or incomplete; their answers are generated again")
-    return {(row["index"], row["turn"]): row for row in map(json.loads, whole)}
-
-
-def append_partial(path: Path, rows: Rows) -> None:
-    """Append the rows of a batch, each line with a checksum, and sync the file to the disk.
-
-    The batch starts on a new line, because the file's last line may be incomplete.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row).encode() for row in rows]
-    with path.open("ab") as file:
-        file.write(b"\n" + b"".join(_digest(line) + b" " + line + b"\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(line: bytes) -> bytes:
-    return hashlib.sha256(line).hexdigest()[:16].encode()
+    rows, damaged = read_checked_lines(path)
+    if damaged is not None:
+        say(f"{damaged}; their answers are generated again")
+    return {(row["index"], row["turn"]): row for row in rows}
 
 
 def answer_all(
@@ -139,7 +116,7 @@ def answer_all(
             for dataset, questions in sets.items():
 
                 def keep(rows: Rows, path: Path = paths[dataset]) -> None:
-                    append_partial(path, rows)
+                    append_checked_lines(path, rows)
                     bar.update(len(rows))
 
                 answers[dataset][name] = answer(

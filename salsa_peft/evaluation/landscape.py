@@ -2,9 +2,11 @@
 
 With adapters, each point sets the members' weights in one stacked adapter, which interpolates the deltas exactly. With
 full weights, each point is computed from the seeds' checkpoints. The control line averages nothing: its points
-are base + λ·δ with the delta δ of one seed.
+are base + λ·δ with the delta δ of one seed. Each point's scores are saved as they come: if the stage is killed, the
+next run measures only the points that are left.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -29,12 +31,14 @@ from salsa_peft.models.stage_context import StageContext, seed_folders
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
-from salsa_peft.utils.console import progress_bar
-from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.console import progress_bar, say
+from salsa_peft.utils.files import append_checked_lines, read_checked_lines, write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
 POINT = "landscape"
 """Name of the stacked adapter in the model."""
+PARTIAL = "partial"
+"""Folder of what an unfinished stage has measured so far."""
 
 
 def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward]:
@@ -123,7 +127,13 @@ def run(job: Job) -> dict[str, Any]:
         return mean_scores(model, adapter, asked, rewards, context, section.seed)
 
     # 3. every point; a point that two figures share is measured once
-    result = measure_points(points(section), score, job.unit.id)
+    partial = job.folder / PARTIAL / "points.jsonl"
+    rows, damaged = read_checked_lines(partial)
+    if damaged is not None:
+        say(f"{damaged}; their points are measured again")
+    known = {_point(dict(weights)): scores for weights, scores in rows}
+    keep = functools.partial(append_checked_lines, partial)
+    result = measure_points(points(section), score, job.unit.id, known, keep)
     result |= {"questions": chosen, "n": len(asked), "sampling_seed": section.seed, "measures": list(rewards)}
     write_atomic(job.folder / "landscape.json", json.dumps(result, indent=2))
     return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(asked)}
@@ -145,20 +155,36 @@ def adjustable_model(
     return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights)
 
 
+Point = tuple[tuple[int, float], ...]
+"""A point's members and their weights, without members of weight 0."""
+
+
+def _point(weights: Mapping[int, float]) -> Point:
+    return tuple(sorted((seed, round(weight, 9)) for seed, weight in weights.items() if weight))
+
+
 def measure_points(
-    figures: dict[str, dict[str, Any]], score: Callable[[Mapping[int, float]], Any], description: str
+    figures: dict[str, dict[str, Any]],
+    score: Callable[[Mapping[int, float]], Any],
+    description: str,
+    known: Mapping[Point, Any] | None = None,
+    keep: Callable[[list[Any]], None] = lambda rows: None,
 ) -> dict[str, Any]:
-    """Score all points of the figures that `points` returned; returns {"lines": […], "plane": … or None}."""
-    known: dict[tuple[tuple[int, float], ...], Any] = {}
+    """Score all points of the figures that `points` returned; returns {"lines": […], "plane": … or None}.
+
+    known: scores of points that were measured before. keep: called with the weights and scores of each new point.
+    """
+    found = dict(known or {})
     with progress_bar(sum(len(figure["points"]) for figure in figures.values()), description) as bar:
         for figure in figures.values():
             measured = []
             for position, weights in figure["points"]:
-                key = tuple(sorted((seed, round(weight, 9)) for seed, weight in weights.items() if weight))
-                if key not in known:
-                    known[key] = score(weights)
+                point = _point(weights)
+                if point not in found:
+                    found[point] = score(weights)
+                    keep([[list(weights.items()), found[point]]])
                 at = {} if position is None else {"at": position}
-                measured.append({**at, "weights": list(weights.values()), "scores": known[key]})
+                measured.append({**at, "weights": list(weights.values()), "scores": found[point]})
                 bar.update()
             figure["points"] = measured
     lines = [figure for kind, figure in figures.items() if kind != "plane"]

@@ -77,7 +77,7 @@ def pad_tokens(
     rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True, padding_side=side)
-    return ids.to(device), mask.to(device)
+    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
 
 def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:

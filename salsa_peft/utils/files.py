@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,32 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Only \\n ends a line: JSON strings may contain other line separators such as U+2028.
     """
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def append_checked_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Append rows as JSON, each line with a checksum, and sync the file to the disk.
+
+    They start on a new line, because the file's last line may be incomplete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row).encode() for row in rows]
+    with path.open("ab") as file:
+        file.write(b"\n" + b"".join(_digest(line) + b" " + line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checked_lines(path: Path) -> tuple[list[Any], str | None]:
+    """The rows that `append_checked_lines` wrote, and how many lines are damaged, as text; None if none is."""
+    lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+    whole = [row for digest, _, row in (line.partition(b" ") for line in lines) if digest == _digest(row)]
+    damaged = len(lines) - len(whole)
+    words = f"{path}: {damaged} of {len(lines)} lines are damaged or incomplete" if damaged else None
+    return [json.loads(row) for row in whole], words
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest()[:16].encode()
 
 
 def sync_folder(folder: Path) -> None:

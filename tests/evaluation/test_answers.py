@@ -23,7 +23,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.responses import Responses
 from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.utils.files import read_json_lines
+from salsa_peft.utils.files import append_checked_lines, read_json_lines
 from salsa_peft.utils.statistics import mean_interval
 
 WORDS = ["owl", "saw", "fig", "cod", "oak"]
@@ -225,7 +225,7 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
 
     def stops(rows: Any) -> None:
         nonlocal batches
-        evaluate.append_partial(path, rows)
+        append_checked_lines(path, rows)
         batches += 1
         if batches == 3:
             raise KeyboardInterrupt
@@ -253,7 +253,7 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
         context,
         5,
         known,
-        lambda part: (rows.extend(part), evaluate.append_partial(path, part)),
+        lambda part: (rows.extend(part), append_checked_lines(path, part)),
     )
     assert (
         again == whole and calls == 6 - 2
@@ -315,9 +315,9 @@ def test_a_reward_sees_the_conversation_and_what_there_was_room_for(model: Any, 
 def test_a_torn_line_does_not_swallow_the_next_one(tmp_path: Path) -> None:
     """What is kept after it stands on a line of its own."""
     path = tmp_path / "0.jsonl"
-    evaluate.append_partial(path, [{"index": 0, "turn": 1}, {"index": 1, "turn": 1}])
+    append_checked_lines(path, [{"index": 0, "turn": 1}, {"index": 1, "turn": 1}])
     path.write_bytes(path.read_bytes()[:-8])
-    evaluate.append_partial(path, [{"index": 1, "turn": 1, "again": True}])
+    append_checked_lines(path, [{"index": 1, "turn": 1, "again": True}])
     assert evaluate.read_partial(path) == {
         (0, 1): {"index": 0, "turn": 1},
         (1, 1): {"index": 1, "turn": 1, "again": True},

@@ -26,7 +26,7 @@ from salsa_peft.recipe import processes
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training import checkpoints
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.files import append_checked_lines, write_atomic
 from salsa_peft.utils.fingerprints import canonical_json, fingerprint
 from salsa_peft.utils.manifests import MANIFEST, changed_file
 
@@ -360,10 +360,10 @@ def test_a_judges_cache(tmp_path: Path, damage: str) -> None:
 def test_answers_on_the_way(tmp_path: Path, line: str) -> None:
     """A line that is no answer is left out, and asked again."""
     rows = [{"index": number, "turn": 1, "response": "r"} for number in range(3)]
-    evaluate.append_partial(tmp_path / "0.jsonl", rows[:2])
+    append_checked_lines(tmp_path / "0.jsonl", rows[:2])
     with (tmp_path / "0.jsonl").open("a") as file:
         file.write(line)
-    evaluate.append_partial(tmp_path / "0.jsonl", rows[2:])
+    append_checked_lines(tmp_path / "0.jsonl", rows[2:])
     assert evaluate.read_partial(tmp_path / "0.jsonl") == {(row["index"], 1): row for row in rows}
 
 
@@ -371,7 +371,7 @@ def test_a_flipped_bit_of_an_answer_on_the_way(tmp_path: Path, capsys: Any, tall
     """Any bit of it, also one that leaves good JSON: said, left out, and asked again."""
     path = tmp_path / "0.jsonl"
     rows = [{"index": number, "turn": 1, "response": "abc"} for number in range(2)]
-    evaluate.append_partial(path, rows)
+    append_checked_lines(path, rows)
     whole = path.read_bytes()
     bits = range(8, 8 * (len(whole) - 1), 7)
     for bit in bits:
