@@ -9,14 +9,19 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import Unit
+from salsa_peft.config.paths import is_local
+from salsa_peft.config.schema import Recipe, Source
+from salsa_peft.data.files import at_commit, hub_repository
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import read_json, write_atomic
 from salsa_peft.utils.fingerprints import canonical_json, fingerprint, sha256
+from salsa_peft.utils.hub import Repository, resolve_commits
 from salsa_peft.utils.manifests import MANIFEST, changed_file, content_digest, read_manifest, versions
 
 BEGUN = "begun.json"
@@ -58,6 +63,43 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
         "versions": made_with,
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def with_commits(recipe: Recipe, *, record: bool) -> Recipe:
+    """The recipe with the commits of its repositories on the Hub in place of branches, tags and missing revisions.
+
+    They are in the cache keys, so that what changes on the Hub is read again. record: as in resolve_commits. Prints a line
+    about repositories whose commits are not known, and leaves their revisions as they are.
+    """
+    from salsa_peft.training.external_models import hub_models
+
+    model, data, prompts = recipe.model, recipe.data, recipe.evaluate.prompts
+    models = {name: Repository("model", name, recipe.revisions.get(name)) for name in hub_models(recipe)}
+    base = (
+        Repository("model", model.base, model.revision) if model.base is not None and not is_local(model.base) else None
+    )
+    given = {name: source for name, source in vars(data).items() if isinstance(source, Source)}
+    wanted = [
+        one for one in (base, *models.values(), *map(hub_repository, (*given.values(), *prompts.values()))) if one
+    ]
+    commits = resolve_commits(wanted, record=record) if wanted else {}
+    unknown = ", ".join(dict.fromkeys(one.name for one in wanted if one not in commits))
+    if unknown:
+        say(
+            f"not known on the Hub or in its local cache: the commit of {unknown}; a change of it there will not be noticed"
+        )
+
+    def at(source: Source) -> Source:
+        repository = hub_repository(source)
+        return at_commit(source, commits[repository]) if repository in commits else source
+
+    return replace(
+        recipe,
+        model=replace(model, revision=commits.get(base, model.revision) if base else model.revision),
+        data=replace(data, **{name: at(source) for name, source in given.items()}),
+        evaluate=replace(recipe.evaluate, prompts={name: at(source) for name, source in prompts.items()}),
+        revisions=recipe.revisions | {name: commits[one] for name, one in models.items() if one in commits},
+    )
 
 
 def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:
