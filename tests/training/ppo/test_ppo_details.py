@@ -177,6 +177,9 @@ class Counting:
         self.updates += 1
         self.backend.sync_weights()
 
+    def rest(self) -> None:
+        self.backend.rest()
+
 
 def test_the_backend_is_told_of_every_update(make_trainer: Any) -> None:
     """Before it samples, for each rollout batch and each evaluation."""
