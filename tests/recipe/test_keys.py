@@ -132,10 +132,10 @@ class TestWhy:
         assert self.why(units(), run, "sft/seed-0") is None
         changed = units("sft.learning_rate=0.5")
         assert self.why(changed, run, "data/demonstrations") is None
-        assert self.why(changed, run, "sft/seed-0") == "outdated: sft.learning_rate 0.0001 → 0.5"
+        assert self.why(changed, run, "sft/seed-0") == "outdated: sft.learning_rate 0.0002 → 0.5"
         assert self.why(changed, run, "reward") == "outdated: its input sft/seed-0 has changed"
         both = units("sft.learning_rate=0.5", "sft.weight_decay=0.25")
-        assert self.why(both, run, "sft/seed-0") == "outdated: sft.learning_rate 0.0001 → 0.5 (and 1 more)"
+        assert self.why(both, run, "sft/seed-0") == "outdated: sft.learning_rate 0.0002 → 0.5 (and 1 more)"
         with (tmp_path / "demonstrations.jsonl").open("a") as file:
             file.write("\n")
         assert self.why(units(), run, "data/demonstrations") == "outdated: a file or folder that it reads has changed"
