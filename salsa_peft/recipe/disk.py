@@ -97,8 +97,9 @@ def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None
         seeds = len(recipe.reward.seeds)
         count += size.hidden - (size.head if recipe.adapter is None else 0)
         before, kept = one * count * (seeds - 1), one * count * (seeds + (seeds > 1))
-    if stage not in ("sft", "reward", *ALGORITHMS) or (recipe.sharded and stage not in ALGORITHMS):
-        return kept, kept  # sharded weights are trained without checkpoints
+    zero3 = recipe.sharded and recipe.accelerate == "zero3"  # under which sft and reward save no checkpoints
+    if stage not in ("sft", "reward", *ALGORITHMS) or (zero3 and stage not in ALGORITHMS):
+        return kept, kept
     checkpoint = _bytes_per_weight(recipe, stage, size, gpu) * count
     saved = (_steps(recipe, stage) - 1) // getattr(recipe, stage).save_steps  # the last step is not saved
     beside = before + one * count if before else kept  # what is written before the last checkpoint is removed

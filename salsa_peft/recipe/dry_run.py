@@ -150,8 +150,8 @@ def _training_rows(recipe: Recipe) -> list[list[str]]:
 def kill_cost(recipe: Recipe, stage: str) -> str:
     """The most optimizer steps that a killed unit of a training stage repeats, as text."""
     every, steps = getattr(recipe, stage).save_steps, disk.steps_of(recipe, stage)
-    if recipe.sharded and stage in ("sft", "reward"):
-        return "all steps (sharded weights are trained without checkpoints)"
+    if recipe.sharded and recipe.accelerate == "zero3" and stage in ("sft", "reward"):
+        return "all steps (no checkpoints under DeepSpeed)"
     if steps is not None and steps <= every:
         return f"all {steps} steps (save_steps = {every})"
     return f"{every} steps (save_steps)"

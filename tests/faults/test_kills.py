@@ -229,17 +229,22 @@ class TestTrainingStages:
             found[file.relative_to(folder).as_posix()] = rows
         return found
 
+    def saved(self, folder: Path, name: str) -> set[str]:
+        """Names of a unit's checkpoints, those of a reward model's members with the member's."""
+        found = [*folder.glob(f"{name}/*/checkpoint-*"), *folder.glob(f"{name}/*/seed-*/checkpoint-*")]
+        return {f"{path.parent.name}/{path.name}" for path in found}
+
     def killed(self, folder: Path, name: str, whom: str, after: float) -> str | None:
         """Start a stage and kill it `after` seconds from the first new checkpoint → its last checkpoint, or None if it ended."""
-        before = {path.name for path in folder.glob(f"{name}/*/**/checkpoint-*")}
+        before = self.saved(folder, name)
         process = self.start(folder, name)
-        while process.poll() is None and not {path.name for path in folder.glob(f"{name}/*/**/checkpoint-*")} - before:
+        while process.poll() is None and not self.saved(folder, name) - before:
             time.sleep(0.002)
         running = wait_for(Trial(0, whom, after, None), process, folder)
         stop(process, Trial(0, whom, after, None))
         said = process.communicate(timeout=240)[1]
         assert running or process.returncode == 0, said[-2000:]
-        return max((path.name for path in folder.glob(f"{name}/*/**/checkpoint-*")), default="") if running else None
+        return ", ".join(self.saved(folder, name)) if running else None
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
