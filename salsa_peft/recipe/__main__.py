@@ -11,17 +11,20 @@ import math
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from salsa_peft.config.load import bundled_names, load_recipe
 from salsa_peft.data.check import check_local
 from salsa_peft.models.architectures.checks import check
+from salsa_peft.recipe.cache import with_commits
 from salsa_peft.recipe.hardware import GPUS, Gpu
 from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import disk_full_message
+from salsa_peft.utils.hub import pinned
 from salsa_peft.utils.messages import one_line
 
 
@@ -37,10 +40,12 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         with raise_on_sigterm():
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set, more=(check_local, check))
             folder = run_folder(loaded, args.output_dir)
-            run(
-                loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune,
-                dry_run=args.dry_run, gpu=args.gpu, debug=args.debug,
-            )  # fmt: skip
+            loaded = replace(loaded, recipe=with_commits(loaded.recipe, record=not args.dry_run))
+            with pinned(loaded.recipe.model_revisions):
+                run(
+                    loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune,
+                    dry_run=args.dry_run, gpu=args.gpu, debug=args.debug,
+                )  # fmt: skip
             return 0
     except (SalsaError, StageError) as error:
         code, line = 2 if isinstance(error, SalsaError) else 1, one_line(error)

@@ -54,7 +54,10 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
     state = {name: "to do" if name in asked else "left out" for name in plan}
     units = [[name, state[name] if planned.why else "cached", planned.why or ""] for name, planned in plan.items()]
     _print(console, ["unit", "state", "why"], units)
-    _print(console, ["training", "batch", "steps"], _training_rows(recipe))
+    header = ["training", "batch", "steps", "a kill costs at most"]
+    _print(console, header, [[*row, kill_cost(recipe, row[0].split(",")[0])] for row in _training_rows(recipe)])
+    points = " one point of landscape and" if recipe.landscape is not None else ""
+    console.print(Text(f"of the other stages a kill costs at most{points} one batch of answers of evaluate\n"))
     _print_memory(console, loaded, gpu)
     header, rows, notes = hours.table(recipe, plan, gpu)
     if rows:
@@ -147,6 +150,16 @@ def _training_rows(recipe: Recipe) -> list[list[str]]:
         steps = _steps(section, section.rows_per_epoch(pairs, prompts))
         rows.append([f"{algorithm}, each of {policies[algorithm]} policies", _batch(section), steps])
     return rows
+
+
+def kill_cost(recipe: Recipe, stage: str) -> str:
+    """The most optimizer steps that a killed unit of a training stage repeats, as text."""
+    every, steps = getattr(recipe, stage).save_steps, disk.steps_of(recipe, stage)
+    if recipe.sharded and recipe.accelerate == "zero3" and stage in ("sft", "reward"):
+        return "all steps (no checkpoints under DeepSpeed)"
+    if steps is not None and steps <= every:
+        return f"all {steps} steps (save_steps = {every})"
+    return f"{every} steps (save_steps)"
 
 
 def _batch(training: Training) -> str:

@@ -141,7 +141,7 @@ def _run_unit(
         say(f"{unit.id} … cached")
         return
     resumed = STAGES[unit.stage].resumes and planned.why == "unfinished" and cache.has_same_inputs(planned, plan)
-    if planned.why.startswith(("changed", "missing", "unfinished")):
+    if planned.why.startswith(("changed", "missing", "unfinished", "outdated")):
         say(f"{unit.id} … {planned.why}: {'resuming' if resumed else 'running again'}")
     started = timestamp()
     inputs = {name: plan[name].folder for name in unit.inputs}
