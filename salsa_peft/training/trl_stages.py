@@ -1,7 +1,7 @@
 """The stages dpo, kto, rloo and grpo: policies trained by TRL's trainers against any reference.
 
 With the soup as reference, these stages apply SALSA's idea to other algorithms (the paper's future work). A stage that
-was killed starts again from the beginning. Sharding is not supported.
+was killed goes on from its newest checkpoint (training/train.py). Sharding is not supported.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ class KnownValues(TorchDispatchMode):
         if not made or any(tensor.numel() > LARGEST for tensor in made):
             return
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
-        if any(self.value(tensor) is None for tensor in given):
+        joined = func in (aten.stack.default, aten.cat.default)  # numbers of a log, which are read together
+        known = [self.value(tensor) is not None for tensor in given]
+        if not all(known) and not (joined and any(known)):
             changed = [args[i] for i, a in enumerate(func._schema.arguments) if a.is_write and i < len(args)]
             self._stale |= {
                 one.untyped_storage()._cdata
@@ -122,7 +124,8 @@ class KnownValues(TorchDispatchMode):
 
     def _real(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return self.value(leaf)
+            known = self.value(leaf)
+            return torch.zeros(leaf.shape, dtype=leaf.dtype) if known is None else known
         return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
 
