@@ -119,9 +119,7 @@ def test_flash_attention_computes_no_padding(
         )
         with computed(inner.model) as shapes:
             trainer.train()
-    needed = sum(map(sum, ROWS)) * (
-        2 if options.get("full") else 3
-    )  # the reference's are computed by its own model
+    needed = sum(map(sum, ROWS)) * (2 if options.get("full") else 3)  # the reference's are computed by its own model
     assert sum(length for _, length in shapes) == needed and {rows for rows, _ in shapes} == {1}
     assert len(shapes) == {"full": 2, "kl_estimator": 4}.get(next(iter(options), ""), 3)
     for one, other in zip(*found, strict=True):
