@@ -214,7 +214,7 @@ def test_full_weights_are_saved_in_the_bases_dtype(whole: Callable[..., Path], t
         "ppo.learning_rate=1e-3",
         "landscape=null",
     ]
-    stages = ["--stages", "toy,sft,reward,soup,ppo/salsa"]
+    stages = ["--stages", "toy,data,sft,reward,soup,ppo/salsa"]
     folder = whole("llama", *(part for word in words for part in ("--set", word)), *stages)
     found = {
         name: load_file(unit(folder, name) / "model.safetensors")

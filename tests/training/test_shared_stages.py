@@ -26,7 +26,7 @@ def words_of(folder: Path, mode: list[str], **more: Any) -> list[str]:
     """The quickstart up to one policy."""
     given = SHARED | {key.replace("__", "."): value for key, value in more.items()}
     sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    stages = ["--stages", f"toy,{UNIT},reward,ppo/both"]
+    stages = ["--stages", f"toy,data,{UNIT},reward,ppo/both"]
     return [
         sys.executable,
         str(SUPPORT / "launched_recipe.py"),
