@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from salsa_peft.data.chat.turn_ends import AssistantTurn
-from salsa_peft.models.base import hidden_states
+from salsa_peft.models.base import hidden_states, packed_options
 from salsa_peft.models.batches import split_by_length, split_by_tokens
 from salsa_peft.models.logprobs import Head, TokenLogprobs, token_logprobs
 
@@ -150,7 +150,7 @@ class Sequences:
         forbidden = cells % self.width < self.min_new_tokens if self.min_new_tokens else None
         return ForwardBatch(
             self.tokens[source].view(1 if packed else len(rows), -1),
-            _packed_options(*positions, max(lengths)) if packed else {},
+            packed_options(*positions, max(lengths)) if packed else {},
             before,
             last,
             cells,
@@ -169,13 +169,6 @@ def send(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     whole = torch.cat([part.flatten() for part in parts])
     whole = whole.pin_memory() if device.type == "cuda" else whole
     return whole.to(device, non_blocking=True).split([part.numel() for part in parts])
-
-
-def _packed_options(positions: Tensor, starts: Tensor, longest: int) -> dict[str, Any]:
-    """Arguments of a model for rows one after another, as from Transformers' DataCollatorWithFlattening."""
-    bounds = starts.int()
-    return {"position_ids": positions[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
-            "max_length_k": longest}  # fmt: skip
 
 
 def response_states(model: nn.Module, batch: ForwardBatch) -> Tensor:
