@@ -148,7 +148,7 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
     file.write_text(SMALL)
     job = load_recipe(str(file), lora=lora, overrides=[]).recipe
     steps = plan(job, folder)
-    asked = [name for name, step in steps.items() if step.unit.stage in ("toy", "sft", "reward", "soup", "ppo")]
+    asked = [name for name, step in steps.items() if step.unit.stage in ("toy", "data", "sft", "reward", "soup", "ppo")]
     expected = disk.need(job, steps, asked, None)
 
     def watch() -> None:
@@ -159,7 +159,7 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
     watching = threading.Thread(target=watch)
     watching.start()
     try:
-        stages = ["--stages", "toy,sft,reward,soup,ppo", "--output-dir", str(folder)]
+        stages = ["--stages", "toy,data,sft,reward,soup,ppo", "--output-dir", str(folder)]
         assert salsa_run([str(file), *(["--lora"] if lora else []), *stages]) == 0
     finally:
         done.set()

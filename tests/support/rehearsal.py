@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils.quantization_config import QuantizationMethod
 from trl.kernels import chunked_logprob
 
@@ -32,6 +33,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.architectures.sizes import KNOWN, Architecture
 from salsa_peft.models.responses import pad_responses
+from salsa_peft.models.rewards import classifier
 from salsa_peft.models.stage_context import StageContext
 from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training import sft
@@ -41,12 +43,16 @@ LLAMA2 = "meta-llama/Llama-2-7b-hf"
 FULL = ("master", "stochastic")
 
 
-def write_base(folder: Path, layers: int) -> Path:
-    """config.json of Llama-2-7B with some of its layers, and the embedded world's tokenizer."""
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Sizes where only the tensors' devices matter."""
+
+
+def write_base(folder: Path, layers: int, **sizes: int) -> Path:
+    """config.json of Llama-2-7B with some of its layers or other sizes, and the embedded world's tokenizer."""
     tokenizer = make_tokenizer()
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    sizes = KNOWN[LLAMA2] | special | {"num_hidden_layers": layers, "max_position_embeddings": 4096}
-    config = AutoConfig.for_model(**sizes)
+    given = KNOWN[LLAMA2] | special | {"num_hidden_layers": layers, "max_position_embeddings": 4096} | sizes
+    config = AutoConfig.for_model(**given)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -65,10 +71,13 @@ def words(count: int, first: str = "owl") -> str:
     return " ".join([first, *["owl"] * (count - 1)])
 
 
-def recipe_of(folder: Path, layers: int, mode: str, length: int, **ppo: Any) -> Recipe:
+def recipe_of(
+    folder: Path, layers: int, mode: str, length: int, sizes: dict[str, int] | None = None, more: Any = None, **ppo: Any
+) -> Recipe:
     """A recipe of Llama-2-7B whose sequences all have `length` tokens, in micro-batches of one, two for a step.
 
-    mode: lora, qlora, master or stochastic. ppo: further options of that section.
+    mode: lora, qlora, master or stochastic. sizes: other sizes of the base. more: further sections. ppo: further
+    options of that section.
     """
     ask, answer = {"role": "user", "content": words(length // 2 - 16)}, {"role": "assistant", "content": words(length)}
     pairs = [
@@ -83,11 +92,11 @@ def recipe_of(folder: Path, layers: int, mode: str, length: int, **ppo: Any) -> 
     }
     given = {
         "name": "rehearsal", "toy": {}, "data": data, "precision": mode if mode in FULL else "auto",
-        "model": {"base": str(write_base(folder / "base", layers)), "max_length": length, "dtype": "bfloat16",
+        "model": {"base": str(write_base(folder / "base", layers, **(sizes or {}))), "max_length": length, "dtype": "bfloat16",
                   "chat_template": "zephyr"},
         "sft": {"seeds": [0, 1], **common}, "reward": common, "generation": {"max_new_tokens": length // 2},
         "ppo": {**common, "num_ppo_epochs": 2, "logged_completions": 0, "shown_every": None, **ppo},
-        "policies": {"salsa": {"reference": "soup", "kl_coef": 0.01}},
+        "policies": {"salsa": {"reference": "soup", "kl_coef": 0.01}}, **(more or {}),
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(given))
@@ -134,7 +143,7 @@ def make_fake(
     dtype = trained or base.resolve_dtype(model.dtype)
     kind = auto_class(config)
     build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
-    made = build(config, dtype=dtype, attn_implementation="sdpa").eval()
+    made = build(config, dtype=dtype, attn_implementation="sdpa").eval().to(base.device())
     if model.quantization is not None:
         quantise(made, base._quantization_config(model, dtype))
     return made.requires_grad_(trained is not None)
@@ -174,6 +183,16 @@ def replace_files(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(resume, "digest", lambda weights: "")
     for module in (sft, checks):
         patch.setattr(module, "check_head", lambda model: None)
+
+
+def place_on_cuda(patch: pytest.MonkeyPatch) -> None:
+    """Everything is placed on a GPU: models, and what Trainer and accelerate place on their device."""
+    cuda = torch.device("cuda", 0)
+    for module in (base, stage_context, classifier, backends):
+        patch.setattr(module, "device", lambda: cuda)
+    patch.setattr(TrainingArguments, "device", property(lambda self: cuda))
+    patch.setattr(Accelerator, "device", property(lambda self: cuda))
+    patch.setattr(checks, "check_noise", lambda model: None)  # keeps CUDA's random state
 
 
 def compute_as_cuda(patch: pytest.MonkeyPatch) -> None:
