@@ -21,7 +21,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import messages_for_template, trained_tokens
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.data.files import READERS
-from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import causal_lm, hidden_states, load_base, remove_dropout
 from salsa_peft.models.batches import split_by_length
 from salsa_peft.models.generation import generate_batches
@@ -195,6 +195,7 @@ def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = F
     model = lora.attach(base, folders[0], "start")
     live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
     remove_dropout(model)
+    forward.install(model)
     model.eval()
     return live
 

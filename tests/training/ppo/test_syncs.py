@@ -47,7 +47,8 @@ def test_the_number_of_waits(update: Any) -> None:
 
 def test_each_optimizer_step_waits_once_and_each_epoch_shuffles_once(update: Any) -> None:
     steps = {"num_mini_batches": 4, "num_ppo_epochs": 2, "max_steps": 8}
-    assert update(8, 8, **steps) == update(1, 8, **steps) == 8 + BESIDES + 7 + 1
+    options = steps | {"prompts": PROMPTS, "batch_size": 16}
+    assert update(4, 8, **options) == update(1, 8, **options) == 8 + BESIDES + 7 + 1
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_no_kind_of_update_waits_for_micro_batches_or_tokens(
         reward = make_adapter(make_base(max_position_embeddings=256), "reward", 9)
         adapters.save(reward, "reward", tmp_path / "reward", extra={SCORE_HEAD: head})
         options = options | {"reward": str(tmp_path / "reward")}
-    few, many, longer = update(8, 8, **options), update(1, 8, **options), update(8, 24, **options)
+    options = options | {"prompts": PROMPTS, "batch_size": 16}
+    few, many, longer = update(4, 8, **options), update(1, 8, **options), update(4, 24, **options)
     assert few == many == longer - 16
     assert few <= 8 + BESIDES + 4
