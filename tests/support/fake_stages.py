@@ -118,7 +118,7 @@ def make_fake(
     auto_class: Callable[[Any], Any], folder: str, model: Any, trained: torch.dtype | None, **options: Any
 ) -> Any:
     """In place of models.base._load: the same model with made-up weights."""
-    config, quantisation = AutoConfig.from_pretrained(folder), options.pop("quantization_config", None)
+    config, _ = AutoConfig.from_pretrained(folder), options.pop("quantization_config", None)
     for name, value in options.items():
         setattr(config, name, value)
     dtype = trained or base.resolve_dtype(model.dtype)

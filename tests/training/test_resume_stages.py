@@ -64,7 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     """A run's folder, and what its units left without an interruption. The units are its own again after each test."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with inline_stages():
-        assert command(folder, "--stages", "toy,sft,reward,dpo,kto,rloo,grpo,landscape") == 0
+        assert command(folder, "--stages", "toy,data,sft,reward,dpo,kto,rloo,grpo,landscape") == 0
         yield folder, {name: content(unit(folder, name)) for name in UNITS}
 
 

@@ -7,6 +7,7 @@ prompts' order, T response tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -131,8 +132,9 @@ class RolloutMaker:
             )
             scores = self._reward_scores(responses, sequences, [prompt.row for prompt in prompts])
         made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
-        for what, tensor in (("score", scores), ("log-prob", logprobs), ("value", values), ("KL", kl)):
-            self.require_finite(what, tensor, made)
+        named = {"score": scores, "log-prob": logprobs, "value": values, "KL": kl}
+        numbers = torch.stack([first_not_finite(tensor) for tensor in named.values()]).tolist()
+        self.require_finite(dict(zip(named, numbers, strict=True)), made)
         # 3. per-token rewards, whitened if whiten_rewards is set; then advantages, always whitened
         mask = responses.response_mask
         shaped = apply_score_options(scores, responses, args, self.scale)
@@ -289,16 +291,21 @@ class RolloutMaker:
             return parts
         return send_to_device(gather_object(send_to_device(parts, "cpu")), self.accelerator.device)
 
-    def require_finite(self, what: str, values: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Raise NotFinite if one of `values` is NaN or infinite. what: name of the values for the message.
+    def require_finite(self, numbers: Mapping[str, float], batch: Mapping[str, Tensor]) -> None:
+        """Raise NotFinite for the first number that is NaN or infinite. numbers: by name, for the message.
 
-        batch: responses and other tensors. They are saved in <output_dir>/not-finite: texts in batch.jsonl, all tensors
-        in batch.safetensors.
+        batch: responses and other tensors, the same in all processes. They are saved in <output_dir>/not-finite: texts
+        in batch.jsonl, all tensors in batch.safetensors.
         """
-        bad = ~torch.isfinite(values)
-        if not bool(bad.any()):
+        what = next((name for name, number in numbers.items() if not math.isfinite(number)), None)
+        if what is None:
             return
         folder = Path(str(self.args.output_dir)) / "not-finite"
+        if self.accelerator.is_main_process:
+            self._save_batch(folder, batch)
+        raise NotFinite(f"{what}: PPO computed {numbers[what]}. No checkpoint was saved; the batch is in {folder}")
+
+    def _save_batch(self, folder: Path, batch: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         prompts, answers = (
             decode(self.tokenizer, batch[f"{part}_ids"], batch[f"{part}_mask"], special_tokens=True)
@@ -308,9 +315,11 @@ class RolloutMaker:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "batch.jsonl").write_text(lines, encoding="utf-8")
         save_file(on_cpu(batch), folder / "batch.safetensors")
-        raise NotFinite(
-            f"{what}: PPO computed {values[bad].flatten()[0].item()}. No checkpoint was saved; the batch is in {folder}"
-        )
+
+
+def first_not_finite(tensor: Tensor) -> Tensor:
+    """The first number of a tensor that is NaN or infinite, as a tensor (); its first number if all are finite."""
+    return tensor.take((~tensor.isfinite()).flatten().int().argmax())
 
 
 def with_importance_weights(rollout: Rollout, sampling_logprobs: Tensor, args: SalsaPPOConfig) -> Rollout:

@@ -273,7 +273,6 @@ class SalsaPPOTrainer(Trainer):
         if self.ppo.stopped_early:  # a loss with gradient 0 for backward; the step is skipped
             return 0.0 * self.micro_batch_loss(model, inputs._replace(rows=inputs.rows[:1])).loss
         result = self.micro_batch_loss(model, inputs)
-        self.rollout_maker.require_finite("loss", result.loss.detach(), inputs.rollout.tensors())
         self.ppo.sums += torch.stack([field.detach() for field in result])
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
@@ -295,13 +294,18 @@ class SalsaPPOTrainer(Trainer):
             vf_coef=args.vf_coef, weights=None if weights is None else weights.flatten()[batch.cells],
         )  # fmt: skip
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Trainer's gradient norm. Raises NotFinite, before the optimizer's step, if it is NaN or infinite."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        assert self.ppo.rollout is not None
-        number = torch.as_tensor(norm, dtype=torch.float32)
-        self.rollout_maker.require_finite("gradient norm", number, self.ppo.rollout.tensors())
-        return norm
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """Trainer's gradient norm, copied from the device together with the losses of the optimizer step.
+
+        Raises NotFinite, before the optimizer's step, if a loss or the norm is NaN or infinite.
+        """
+        ppo, norm = self.ppo, sharding.whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm)))
+        sums = self.accelerator.reduce(ppo.take_sums(), "sum")
+        *totals, number = torch.cat([sums, norm.to(sums).view(1)]).tolist()
+        assert ppo.rollout is not None
+        self.rollout_maker.require_finite({"loss": totals[0], "gradient norm": number}, ppo.rollout.tensors())
+        ppo.totals += [] if ppo.stopped_early else [totals]
+        return number
 
     # the end of an optimizer step and of an update
 
@@ -313,7 +317,6 @@ class SalsaPPOTrainer(Trainer):
         args, ppo = self.args, self.ppo
         if ppo.stopped_early:
             return True
-        ppo.totals.append(self.accelerator.reduce(ppo.take_sums(), "sum").tolist())
         mean = dict(zip(losses.PPOLoss._fields, ppo.totals[-1], strict=True))
         exceeds = mean["ratio"] > args.max_ratio
         ppo.skipped += int(exceeds)
