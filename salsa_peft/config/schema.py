@@ -339,6 +339,9 @@ class Recipe:
     """Evaluation and judge."""
     hub: Hub = dataclasses.field(default_factory=Hub)
     """Publishing on the Hub."""
+    revisions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Hub id → branch, tag or commit of models that have no key `revision` of their own: in sft.from, references, reward
+    and a local judge. A run adds the commits of those that are missing here, and saves them in its recipe.yaml."""
 
     def as_data(self) -> dict[str, Any]:
         """All settings, under the keys of a recipe file."""
@@ -352,6 +355,12 @@ class Recipe:
         if self.adapter is None:
             return "full"
         return "lora" if self.model.quantization is None else "qlora"
+
+    @property
+    def model_revisions(self) -> dict[str, str]:
+        """Hub id → revision of all models of this recipe whose revision is known, the base included."""
+        base, revision = self.model.base, self.model.revision
+        return {**self.revisions, **({base: revision} if base is not None and revision is not None else {})}
 
     @property
     def sharded(self) -> bool:

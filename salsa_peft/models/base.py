@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -199,14 +200,52 @@ def uses_flash_attention(model: Any) -> bool:
     return is_flash_attention_requested(model.config.get_text_config(decoder=True))
 
 
+def packed_options(position_ids: torch.Tensor, starts: torch.Tensor, longest: int) -> dict[str, Any]:
+    """Arguments of `hidden_states` for rows one after another, as in Transformers' DataCollatorWithFlattening.
+
+    position_ids: (N,), from 0 in each row. starts: where each row starts, and N. longest: length of the longest row.
+    """
+    bounds = starts.int()
+    return {"position_ids": position_ids[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
+            "max_length_q": longest, "max_length_k": longest}  # fmt: skip
+
+
+_KEEPS_ROWS_APART: MutableMapping[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
 def packs_rows(model: nn.Module) -> bool:
     """Whether `hidden_states` of several rows is computed with the rows one after another, without padding.
 
     This needs flash attention on CUDA, and layers without other states than attention's, which would run on into the
-    next row.
+    next row. The first call for a model runs it, to see whether its layers keep the rows apart.
     """
     lm = causal_lm(model)
-    return lm.device.type == "cuda" and uses_flash_attention(lm) and has_only_attention(lm)
+    if not (is_on_gpu(lm) and uses_flash_attention(lm) and has_only_attention(lm)):
+        return False
+    if lm not in _KEEPS_ROWS_APART:
+        _KEEPS_ROWS_APART[lm] = keeps_rows_apart(lm)
+    return _KEEPS_ROWS_APART[lm]
+
+
+def is_on_gpu(lm: Any) -> bool:
+    """Whether a model is on a CUDA device."""
+    return bool(lm.device.type == "cuda")
+
+
+@torch.no_grad()
+def keeps_rows_apart(lm: Any) -> bool:
+    """Whether two rows have the same hidden states one after another as each by itself.
+
+    They differ by far more than rounding if a model does not pass the rows' bounds on to flash attention.
+    """
+    rows, training = [torch.arange(1, 6, device=lm.device), torch.arange(8, 1, -1, device=lm.device)], lm.training
+    positions = torch.cat([torch.arange(len(row), device=lm.device) for row in rows])
+    starts = torch.tensor([0, len(rows[0]), len(positions)], device=lm.device)
+    lm.eval()
+    alone = torch.cat([hidden_states(lm, row[None])[0] for row in rows])
+    packed = hidden_states(lm, torch.cat(rows)[None], **packed_options(positions, starts, len(rows[1])))[0]
+    lm.train(training)
+    return bool((packed - alone).abs().max() <= 0.1 * alone.abs().max())
 
 
 def has_only_attention(lm: Any) -> bool:

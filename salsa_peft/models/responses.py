@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from salsa_peft.data.chat.turn_ends import AssistantTurn
-from salsa_peft.models.base import hidden_states
+from salsa_peft.models.base import hidden_states, packed_options
 from salsa_peft.models.batches import split_by_length, split_by_tokens
 from salsa_peft.models.logprobs import Head, TokenLogprobs, token_logprobs
 
@@ -60,14 +60,6 @@ class Responses(NamedTuple):
     def empty(self) -> Tensor:
         """Whether each response consists of only the token that ends it, (B,) bool."""
         return self.finished & (self.lengths == 1)
-
-    def rows(self, index: Tensor) -> Responses:
-        """The responses at these indices, without columns that are padding in every selected row."""
-        picked = Responses(*(field[index] for field in self))
-        left = int((~picked.prompt_mask).long().cumprod(-1).sum(-1).min())
-        right = int(picked.lengths.max())
-        return Responses(picked.prompt_ids[:, left:], picked.prompt_mask[:, left:], picked.response_ids[:, :right],
-                         picked.response_mask[:, :right], picked.finished)  # fmt: skip
 
 
 def pad_tokens(
@@ -158,7 +150,7 @@ class Sequences:
         forbidden = cells % self.width < self.min_new_tokens if self.min_new_tokens else None
         return ForwardBatch(
             self.tokens[source].view(1 if packed else len(rows), -1),
-            _packed_options(*positions, max(lengths)) if packed else {},
+            packed_options(*positions, max(lengths)) if packed else {},
             before,
             last,
             cells,
@@ -179,13 +171,6 @@ def send(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     return whole.to(device, non_blocking=True).split([part.numel() for part in parts])
 
 
-def _packed_options(positions: Tensor, starts: Tensor, longest: int) -> dict[str, Any]:
-    """Arguments of a model for rows one after another, as from Transformers' DataCollatorWithFlattening."""
-    bounds = starts.int()
-    return {"position_ids": positions[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
-            "max_length_k": longest}  # fmt: skip
-
-
 def response_states(model: nn.Module, batch: ForwardBatch) -> Tensor:
     """Hidden states from which the response tokens were sampled, (n, H), with the active adapter."""
     return hidden_states(model, batch.input_ids, **batch.options).flatten(0, 1)[batch.before]
@@ -199,15 +184,6 @@ def response_logprobs(states: Tensor, batch: ForwardBatch, head: Head, *, with_e
 def last_states(model: nn.Module, batch: ForwardBatch) -> Tensor:
     """Hidden states of each row's last token, (b, H), for a reward model's head."""
     return hidden_states(model, batch.input_ids, **batch.options).flatten(0, 1)[batch.last]
-
-
-@torch.no_grad()
-def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states (B, H) of the last non-padding token of each row, for a reward model's head."""
-    hidden = hidden_states(model, input_ids, attention_mask)
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.long() * places).argmax(-1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, ends: Sequence[int],

@@ -1,4 +1,4 @@
-"""The plan that --dry-run prints: units, batch sizes, memory, disk space, and what --lora changes."""
+"""The plan that --dry-run prints: units, batch sizes, memory, hours, disk space, and what --lora changes."""
 
 import dataclasses
 import math
@@ -19,8 +19,8 @@ from salsa_peft.data.check import number_of_rows
 from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
-from salsa_peft.recipe import disk
 from salsa_peft.recipe.cache import Plan
+from salsa_peft.recipe.estimates import disk, hours
 from salsa_peft.recipe.hardware import Gpu
 
 TRAINING = ("sft", "reward", "ppo")
@@ -54,8 +54,16 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
     state = {name: "to do" if name in asked else "left out" for name in plan}
     units = [[name, state[name] if planned.why else "cached", planned.why or ""] for name, planned in plan.items()]
     _print(console, ["unit", "state", "why"], units)
-    _print(console, ["training", "batch", "steps"], _training_rows(recipe))
+    header = ["training", "batch", "steps", "a kill costs at most"]
+    _print(console, header, [[*row, kill_cost(recipe, row[0].split(",")[0])] for row in _training_rows(recipe)])
+    points = " one point of landscape and" if recipe.landscape is not None else ""
+    console.print(Text(f"of the other stages a kill costs at most{points} one batch of answers of evaluate\n"))
     _print_memory(console, loaded, gpu)
+    header, rows, notes = hours.table(recipe, plan, gpu)
+    if rows:
+        _print(console, header, rows, narrow=9)
+    for note in notes:
+        console.print(Text(f"{note}\n"))
     console.print(Text(disk.plan_line(recipe, plan, asked, None if gpu is None else float(gpu.bytes)) + "\n"))
     answers = plan["evaluate"]
     judge = costs.plan_line(recipe, answers.folder / "answers.jsonl" if answers.why is None else None)
@@ -142,6 +150,16 @@ def _training_rows(recipe: Recipe) -> list[list[str]]:
         steps = _steps(section, section.rows_per_epoch(pairs, prompts))
         rows.append([f"{algorithm}, each of {policies[algorithm]} policies", _batch(section), steps])
     return rows
+
+
+def kill_cost(recipe: Recipe, stage: str) -> str:
+    """The most optimizer steps that a killed unit of a training stage repeats, as text."""
+    every, steps = getattr(recipe, stage).save_steps, disk.steps_of(recipe, stage)
+    if recipe.sharded and recipe.accelerate == "zero3" and stage in ("sft", "reward"):
+        return "all steps (no checkpoints under DeepSpeed)"
+    if steps is not None and steps <= every:
+        return f"all {steps} steps (save_steps = {every})"
+    return f"{every} steps (save_steps)"
 
 
 def _batch(training: Training) -> str:

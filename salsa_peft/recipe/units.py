@@ -64,12 +64,12 @@ class _UnitBuilder:
         )
 
     def path(self, value: str | None) -> str | None:
-        """The key field of a path or Hub id: a Hub id or None unchanged; "local" for a local path.
+        """The key field of a path or Hub id: a Hub id with its revision in `revisions`, or "local" for a local path.
 
         A local path is added to `files`.
         """
         if value is None or not is_local(value):
-            return value
+            return value if value not in self.recipe.revisions else f"{value}@{self.recipe.revisions[value]}"
         self.files.append(value)
         return "local"
 

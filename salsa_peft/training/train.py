@@ -22,7 +22,10 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 
+from salsa_peft.models import sharding
+from salsa_peft.models.adapters import forward
 from salsa_peft.models.precision import make_trained_float32, require_float32, rounds_stochastically
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo.state import checkpoint_size, no_pickles
@@ -44,20 +47,21 @@ def run_trainer(trainer: Resumable, unit: str, references: Sequence[FrozenRefere
     All trained weights are made float32 first: LoRA factors, DoRA magnitudes, score heads, modules_to_save, trained
     tokens and full weights. Two kinds are left as they are: full weights whose optimizer rounds stochastically, and the
     weights of DeepSpeed, whose optimizer holds float32 copies. Training starts at the newest checkpoint in output_dir,
-    if there is one. unit: name of the stage's unit, for messages. references: those of a policy, for their syncing.
+    if there is one. Adapters compute with models/adapters/forward.py. unit: name of the stage's unit, for messages. references: those of a policy, for their syncing.
 
     Raises SalsaError if a trained weight is not float32, or if the checkpoint is of other settings. SIGTERM saves a
-    checkpoint and raises SystemExit(143). Sharded weights are trained without checkpoints.
+    checkpoint and raises SystemExit(143). Under DeepSpeed no checkpoints are saved.
     """
     model = trainer.model
     if not trainer.is_deepspeed_enabled:
         if not rounds_stochastically(trainer.args):
             make_trained_float32(model)
         require_float32(model, trainer.args)
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        forward.install(model)
+    if not trainer.is_deepspeed_enabled:
         return mean_loss(trainer, trainer.train_from_newest(unit, references))
     if trainer.is_world_process_zero():
-        say(f"{unit}  sharded weights are trained without checkpoints: if it is killed, it starts from the beginning")
+        say(f"{unit}  is trained without checkpoints under DeepSpeed: if it is killed, it starts from the beginning")
     return mean_loss(trainer, trainer.train().training_loss)
 
 
@@ -83,6 +87,8 @@ class Resumable(Trainer):
     """
 
     references: Sequence[FrozenReference] = ()
+    setting: dict[str, Any]
+    """What must match on resume."""
     partial: Path | None = None
     """Folder in which a checkpoint is being written; None between checkpoints."""
     resumed: dict[str, Any] | None = None
@@ -95,12 +101,12 @@ class Resumable(Trainer):
 
     def train_from_newest(self, unit: str, references: Sequence[FrozenReference]) -> float:
         """Train from the newest checkpoint in output_dir, or from the start; return the mean loss of all steps."""
-        self.references = references
+        self.references, self.setting = references, self._setting()
         main = self.is_world_process_zero()
         (checkpoint,) = broadcast_object_list([checkpoints.newest_of(self.folder, unit) if main else None])
         if checkpoint is not None:
             remedy = f"Run it with the settings of before, or train it from the beginning with --force {unit}"
-            checkpoints.read_state(checkpoint, self.setting(), remedy)
+            checkpoints.read_state(checkpoint, self.setting, remedy)
             self.resumed = json.loads((checkpoint / PROGRESS.format(self.args.process_index)).read_bytes())
         stop = GracefulStop(self.accelerator)
         self.add_callback(SaveOrStop(self, stop))
@@ -118,8 +124,11 @@ class Resumable(Trainer):
         """The trained weights by name."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
-    def setting(self) -> dict[str, Any]:
-        """What must match on resume and is not in a unit's cache key, or decides what a checkpoint's files hold."""
+    def _setting(self) -> dict[str, Any]:
+        """What must match on resume and is not in a unit's cache key, or decides what a checkpoint's files hold.
+
+        Called before training, which may shard the weights.
+        """
         args, weights = self.args, hashlib.sha256()
         for name, weight in self.trained().items():
             weights.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -129,6 +138,7 @@ class Resumable(Trainer):
             "seed": args.seed,
             "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "num_processes": args.world_size,
+            "sharded": self.is_fsdp_enabled,
             "optim": str(args.optim),
             "trained weights": weights.hexdigest()[:12],
         }
@@ -145,7 +155,8 @@ class Resumable(Trainer):
         Raises SalsaError if the disk is full.
         """
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
-        size = checkpoint_size(self.model, self.optimizer, None)
+        alone = self.accelerator.num_processes == 1  # with several, one that lacks space would leave the others waiting
+        size = checkpoint_size(self.model, self.optimizer, None) if alone else None
         try:
             with checkpoints.writing(self.folder, name, size, self.accelerator) as self.partial:
                 super()._save_checkpoint(model, trial)
@@ -153,7 +164,7 @@ class Resumable(Trainer):
                 self._save_progress(made)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
-                    state = {"saved": checkpoints.next_number(self.folder), "setting": self.setting()}
+                    state = {"saved": checkpoints.next_number(self.folder), "setting": self.setting}
                     (made / checkpoints.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
                     checkpoints.commit(made, self.folder / name)
                     checkpoints.rotate(self.folder, keep=1)
@@ -161,13 +172,27 @@ class Resumable(Trainer):
             self.partial = None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the trained weights, and references that are synced, in the dtypes that they have in memory."""
+        """Save the trained weights, and references that are synced, in the dtypes that they have in memory.
+
+        state_dict: the gathered weights of a sharded model.
+        """
         if self.args.should_save:
             folder = Path(str(output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            trained = {name: weight.detach() for name, weight in self.trained().items()}
+            held = {name: weight.detach() for name, weight in self.trained().items()}
+            trained = held if state_dict is None else {name: state_dict[name] for name in held}
             synced = reference_sync.state_dict(self.model, self.references)
             torch.save({"trained": trained, "references": synced}, folder / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save optimizer and scheduler. With sharded weights, the weights are not saved a second time."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharding.save_sharded_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
+        assert self.lr_scheduler is not None
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_progress(self, folder: Path) -> None:
         """Save this process's sums of losses, metrics that are not logged yet, and TRL's counters."""
@@ -205,7 +230,7 @@ class Resumable(Trainer):
         require(saved["trained"].keys() == held.keys(), f"{file}: its weights are not those of this model")
         with torch.no_grad():
             for name, weight in held.items():
-                weight.copy_(saved["trained"][name])
+                weight.copy_(sharding.sharded_like(saved["trained"][name], weight))
         reference_sync.load_state_dict(self.model, self.references, saved["references"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

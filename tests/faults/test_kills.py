@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,82 @@ class TestWholeRecipe:
         wrong = [line for line in results if line is not None]
         tally(tries=number, survived=number - len(wrong), unbroken=f"{seconds:.0f} s")
         assert not wrong, "\n".join(wrong)
+
+
+TRAINING = {
+    **SMALL, "policies": {"dpo": {"reference": "soup", "algorithm": "dpo"}}, "adapter.lora_dropout": 0.1, "toy.demonstrations": 100,
+    "sft.batch_size": 8, "sft.micro_batch_size": 4, "sft.max_steps": 250, "sft.save_steps": 1, "reward.seeds": [0, 1], "reward.batch_size": 8,
+    "reward.max_steps": 150, "reward.save_steps": 1, "dpo.batch_size": 8, "dpo.micro_batch_size": 4, "dpo.max_steps": 200, "dpo.save_steps": 1,
+    "dpo.learning_rate": 1e-3, "evaluate.models": [], "evaluate.pairs": [["dpo", "seed-0"]], "hub": {},
+}  # fmt: skip
+"""The quickstart with training stages of many short steps and a checkpoint after each."""
+INSIDE = 20
+"""Kills in each of these stages."""
+
+
+class TestTrainingStages:
+    def start(self, folder: Path, *stages: str) -> subprocess.Popen[str]:
+        """Some stages of the recipe, in a process group of their own."""
+        sets = [word for key, value in TRAINING.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        words = ["-m", "salsa_peft.recipe", "quickstart", "--lora", *sets, "--output-dir", str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen([sys.executable, *words, "--stages", ",".join(stages)], cwd=ROOT, env=environment, text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+    def left(self, folder: Path) -> dict[str, Any]:
+        """Weights and metrics of a finished unit to the byte, and the rows of its log without times."""
+        times = ("train_runtime", "train_samples_per_second", "train_steps_per_second", *TIMES)
+        found: dict[str, Any] = {}
+        for file in sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"):
+            rows = [file.read_bytes()]
+            if file.name in ("log.jsonl", "soup.json"):
+                texts = file.read_text().splitlines() if file.name == "log.jsonl" else [file.read_text()]
+                rows = [{key: value for key, value in json.loads(text).items() if key not in times} for text in texts]
+            found[file.relative_to(folder).as_posix()] = rows
+        return found
+
+    def saved(self, folder: Path, name: str) -> set[str]:
+        """Names of a unit's checkpoints, those of a reward model's members with the member's."""
+        found = [*folder.glob(f"{name}/*/checkpoint-*"), *folder.glob(f"{name}/*/seed-*/checkpoint-*")]
+        return {f"{path.parent.name}/{path.name}" for path in found}
+
+    def killed(self, folder: Path, name: str, whom: str, after: float) -> str | None:
+        """Start a stage and kill it `after` seconds from the first new checkpoint → its last checkpoint, or None if it ended."""
+        before = self.saved(folder, name)
+        process = self.start(folder, name)
+        while process.poll() is None and not self.saved(folder, name) - before:
+            time.sleep(0.002)
+        running = wait_for(Trial(0, whom, after, None), process, folder)
+        stop(process, Trial(0, whom, after, None))
+        said = process.communicate(timeout=240)[1]
+        assert running or process.returncode == 0, said[-2000:]
+        return ", ".join(self.saved(folder, name)) if running else None
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    def test_kill_9_inside_a_stage(self, tmp_path: Path, tally: Any) -> None:
+        """Twenty kills of one unit, each of a run that went on from the one before: it ends as if there had been none."""
+        folder, aside, drawn, survived = tmp_path / "run", tmp_path / "aside", random.Random(0), 0
+        whole = self.start(folder, "toy", "data", "sft", "reward", "soup", "dpo")
+        said = whole.communicate(timeout=1200)[1]
+        assert whole.returncode == 0, said[-3000:]
+        for name in ("sft/seed-0", "reward", "dpo/dpo"):
+            (place,) = (path.parent for path in folder.glob(f"{name}/*/manifest.json"))
+            expected = self.left(place)
+            place.rename(aside)
+            whom = ("command", "group", "stage")
+            seen = [self.killed(folder, name, whom[index % 3], drawn.uniform(0, 0.12)) for index in range(INSIDE)]
+            assert None not in seen, f"{name} had ended before the last kill: {seen}"
+            again = self.start(folder, name)
+            said = again.communicate(timeout=600)[1]
+            assert again.returncode == 0 and f"{name}  resuming from checkpoint-" in said, said[-3000:]
+            found = self.left(place)
+            assert found.keys() == expected.keys()
+            assert [file for file in found if found[file] != expected[file]] == [], name
+            survived += INSIDE
+            shutil.rmtree(place)
+            aside.rename(place)
+        tally(tries=3 * INSIDE, survived=survived)
 
 
 FAKE = "name: x\ntoy: {}\nsft: {seeds: [0, 1]}\npolicies: {ppo: {reference: seed-0}, salsa: {reference: soup}}\n"

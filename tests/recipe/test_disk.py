@@ -15,9 +15,10 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.architectures.memory import GIB
 from salsa_peft.recipe import cache as runs
-from salsa_peft.recipe import disk, hardware
+from salsa_peft.recipe import hardware
 from salsa_peft.recipe import run as recipe
 from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.recipe.estimates import disk
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
 SMALL = """
@@ -113,8 +114,8 @@ def test_a_run_that_cannot_fit_is_refused(
     words = ["llama2_full", "--set", "evaluate.judge=null", "--output-dir", str(tmp_path / "run")]
     free.free = 120 * GIB
     assert salsa_run(words) == 2
-    line = capsys.readouterr().err.strip()
-    assert "\n" not in line and line.startswith(
+    note, line = capsys.readouterr().err.splitlines()
+    assert note.startswith("not known on the Hub or in its local cache") and line.startswith(
         f"results: need 163.5 GiB during the run (100.2 GiB when it is finished), but only 120.0 GiB are free on the disk of {tmp_path}"
     )
     assert line.endswith("use --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())
@@ -147,7 +148,7 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
     file.write_text(SMALL)
     job = load_recipe(str(file), lora=lora, overrides=[]).recipe
     steps = plan(job, folder)
-    asked = [name for name, step in steps.items() if step.unit.stage in ("toy", "sft", "reward", "soup", "ppo")]
+    asked = [name for name, step in steps.items() if step.unit.stage in ("toy", "data", "sft", "reward", "soup", "ppo")]
     expected = disk.need(job, steps, asked, None)
 
     def watch() -> None:
@@ -158,7 +159,7 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
     watching = threading.Thread(target=watch)
     watching.start()
     try:
-        stages = ["--stages", "toy,sft,reward,soup,ppo", "--output-dir", str(folder)]
+        stages = ["--stages", "toy,data,sft,reward,soup,ppo", "--output-dir", str(folder)]
         assert salsa_run([str(file), *(["--lora"] if lora else []), *stages]) == 0
     finally:
         done.set()

@@ -113,6 +113,58 @@ def test_what_a_new_version_makes_again(units: Any, tmp_path: Path, monkeypatch:
         assert changed <= differ and not same & differ, library
 
 
+class TestWhy:
+    """An outdated result is named with the first thing that differs; without a finished result a unit is new."""
+
+    def finish(self, found: dict[str, Unit], run: Path) -> None:
+        plan = cache.plan(list(found.values()), run)
+        for planned in plan.values():
+            planned.folder.mkdir(parents=True, exist_ok=True)
+            cache.write_manifest(planned, plan)
+
+    def why(self, found: dict[str, Unit], run: Path, unit: str) -> str | None:
+        return cache.plan(list(found.values()), run)[unit].why
+
+    def test_settings_data_and_inputs(self, units: Any, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        assert self.why(units(), run, "sft/seed-0") == "new"
+        self.finish(units(), run)
+        assert self.why(units(), run, "sft/seed-0") is None
+        changed = units("sft.learning_rate=0.5")
+        assert self.why(changed, run, "data/demonstrations") is None
+        assert self.why(changed, run, "sft/seed-0") == "outdated: sft.learning_rate 0.0002 → 0.5"
+        assert self.why(changed, run, "reward") == "outdated: its input sft/seed-0 has changed"
+        both = units("sft.learning_rate=0.5", "sft.weight_decay=0.25")
+        assert self.why(both, run, "sft/seed-0") == "outdated: sft.learning_rate 0.0002 → 0.5 (and 1 more)"
+        with (tmp_path / "demonstrations.jsonl").open("a") as file:
+            file.write("\n")
+        assert self.why(units(), run, "data/demonstrations") == "outdated: a file or folder that it reads has changed"
+        assert self.why(units(), run, "sft/seed-1") == "outdated: its input data/demonstrations has changed"
+        assert self.why(units(), run, "data/preferences") is None
+
+    def test_the_newest_finished_result_counts(self, units: Any, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        self.finish(units("sft.learning_rate=0.5"), run)
+        self.finish(units("sft.learning_rate=0.25"), run)
+        assert self.why(units("sft.learning_rate=2"), run, "sft/seed-0") == "outdated: sft.learning_rate 0.25 → 2.0"
+        assert self.why(units("sft.learning_rate=0.5"), run, "sft/seed-0") is None
+
+    def test_a_version(self, units: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.finish(units(), tmp_path / "run")
+        version = importlib.metadata.version
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "datasets" else version(name))
+        why = self.why(units(), tmp_path / "run", "data/demonstrations")
+        assert why == f"outdated: datasets {version('datasets')} → 99"
+
+    def test_a_run_of_a_version_that_did_not_write_what_keys_are_made_of(self, units: Any, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        (run / "sft" / "seed-0" / "0123456789ab").mkdir(parents=True)
+        (run / "sft" / "seed-0" / "0123456789ab" / "manifest.json").write_text('{"key": "0123", "files": {}}')
+        said = "outdated: the finished result is of an earlier version of salsa-peft"
+        assert self.why(units(), run, "sft/seed-0") == said
+        assert self.why(units(), run, "sft/seed-1") == "new"
+
+
 class TestData:
     def keys(self, found: dict[str, Unit], run: Path) -> tuple[str, str]:
         plan = cache.plan(list(found.values()), run)

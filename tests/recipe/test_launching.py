@@ -41,7 +41,7 @@ def command(folder: Path, *words: str, **actions: str) -> subprocess.Popen[str]:
     argv = [sys.executable, str(SUPPORT / "launched_stages.py"), "tiny.yaml", "--lora", "--set", f"description={said}"]
     as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     return subprocess.Popen(
-        [*argv, "--stages", f"toy,{UNIT}", *words], cwd=folder, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        [*argv, "--stages", f"toy,data,{UNIT}", *words], cwd=folder, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, preexec_fn=as_in_a_terminal, start_new_session=True,
     )  # fmt: skip
 

@@ -25,8 +25,10 @@ SHARED: dict[str, Any] = SMALL | {
 def words_of(folder: Path, mode: list[str], **more: Any) -> list[str]:
     """The quickstart up to one policy."""
     given = SHARED | {key.replace("__", "."): value for key, value in more.items()}
+    if mode:  # of full weights alone
+        del given["precision"]
     sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    stages = ["--stages", f"toy,{UNIT},reward,ppo/both"]
+    stages = ["--stages", f"toy,data,{UNIT},reward,ppo/both"]
     return [
         sys.executable,
         str(SUPPORT / "launched_recipe.py"),
@@ -142,3 +144,42 @@ def test_several_reward_models(tmp_path: Path) -> None:
     """The first process averages them, both measure the average."""
     several = made(tmp_path / "one", ["--lora"], reward__seeds=[0, 1])
     check_equal(several, made(tmp_path / "two", ["--lora"], num_processes=2, reward__seeds=[0, 1]))
+
+
+KILLED = {"sft.batch_size": 8, "sft.micro_batch_size": 2, "sft.num_train_epochs": 12, "sft.save_steps": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stage_that_was_killed_goes_on(tmp_path: Path, how: str, mode: str) -> None:
+    """kill -9 of command and processes in a later epoch: weights to the bit, metrics and log too, times aside."""
+    more = {key.replace(".", "__"): value for key, value in KILLED.items()}
+    words = words_of(tmp_path / "run", MODES[mode], num_processes=2, accelerate=how, **more)
+    words[-1] = f"toy,data,{UNIT}"
+
+    def run() -> str:
+        return subprocess.run(words, env=environment(), capture_output=True, text=True, check=True).stderr
+
+    def left(folder: Path) -> Any:
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        log = [{key: value for key, value in row.items() if not key.startswith("train_")} for row in rows]
+        return (
+            log,
+            read(folder / "metrics.json"),
+            {file.name: file.read_bytes() for file in folder.glob("*.safetensors")},
+        )
+
+    run()
+    place = unit(tmp_path / "run", UNIT)
+    whole = left(place)
+    place.rename(tmp_path / "aside")
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not list(place.glob("checkpoint-2?")):  # of 48 steps, 4 in an epoch
+        time.sleep(0.005)
+    process.kill()  # its processes end with it
+    process.wait(60)
+    time.sleep(2)
+    assert f"{UNIT}  resuming from checkpoint-" in run()
+    assert left(place) == whole

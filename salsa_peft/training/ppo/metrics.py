@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,9 +54,8 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
             losses.explained_variance(rollout.values, rollout.returns, responses.response_mask),
         ]
     ).tolist()
-    per_step = torch.tensor(state.totals, dtype=torch.float64)
-    mean = losses.PPOLoss(*per_step.mean(0).tolist())
-    ratios = per_step[:, losses.PPOLoss._fields.index("ratio")]
+    steps = losses.PPOLoss(*zip(*state.totals, strict=True))  # each field's numbers of all optimizer steps
+    mean = losses.PPOLoss(*map(statistics.fmean, steps))
     return {
         "update": state.update,
         "episode": state.update * batch_size,
@@ -75,7 +75,7 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
         "loss/value_avg": mean.value,  # type: ignore[dict-item]
         "val/clipfrac_avg": mean.value_clipfrac,  # type: ignore[dict-item]
         "val/ratio": mean.ratio,  # type: ignore[dict-item]
-        "val/ratio_var": ratios.var(unbiased=False).item(),
+        "val/ratio_var": statistics.pvariance(steps.ratio),
         "val/num_eos_tokens": int(finished),
         "val/explained_variance": explained,
     }

@@ -220,8 +220,9 @@ class RolloutMaker:
         """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""
         mine = sorted(self._own_rows(sequences.lengths))
         index = torch.tensor(mine, device=self.accelerator.device)
+        own = Responses(*(field[index] for field in responses))
         with self.accelerator.autocast():
-            found = self.reward(responses.rows(index), [rows[row] for row in mine]).float() if mine else index.float()
+            found = self.reward(own, [rows[row] for row in mine]).float() if mine else index.float()
         scores = torch.empty(len(rows), device=self.accelerator.device)
         for taken, part in self._gathered([(mine, found)]):
             scores[torch.tensor(taken, device=scores.device)] = part

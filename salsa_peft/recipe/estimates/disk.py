@@ -1,9 +1,10 @@
 """An estimate of the disk space that a run needs, from the base's config.json.
 
-    peak = finished results + max(checkpoints of the policy in training, its last checkpoints + the finished policy)
+    peak = finished results + max(checkpoints of the unit in training, its last checkpoints + the finished unit)
 
-The estimate leaves out small files (logs, answers, reports, tokenizers) and the Hub's cache. It ignores disk quotas,
-which cannot be queried. The estimates are compared with real runs in tests/recipe/test_disk.py. torch is not imported.
+The estimate leaves out tokenized training data (8 bytes a token), small files (logs, answers, reports, tokenizers) and the
+Hub's cache. It ignores disk quotas, which cannot be queried. The estimates are compared with real runs in
+tests/recipe/test_disk.py. torch is not imported.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import existing_parent, size_text
 
 AT_ONCE = 3
-"""Largest number of checkpoints of a policy at a time: two, and a third until the oldest is removed."""
+"""Largest number of PPO's checkpoints at a time: two, and a third until the oldest is removed."""
+AT_ONCE_TRL = 2
+"""Largest number of checkpoints of the other stages at a time: one, and the next one until the first is removed."""
 MANY = 100_000
 """Assumed number of a policy's steps if the number of prompts is not known (61,000 in the paper)."""
 ZERO3 = 6
@@ -85,43 +88,75 @@ def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None
     else:
         count = size.adapter(recipe.adapter.r, recipe.adapter.target_modules)
     kept = {"toy": 4.0 * size.parameters, "sft": one * count, "soup": one * count}.get(stage, 0.0)
-    if stage in ALGORITHMS:  # TRL's algorithms write no checkpoints
+    if stage in ALGORITHMS:
         kept = one * count + (width * size.parameters if recipe.adapter and "merged" in recipe.export else 0.0)
     if stage == "soup" and recipe.adapter is not None:
         rank = recipe.soup.rank or recipe.adapter.r * len(recipe.soup.members)
         kept = one * size.adapter(rank, recipe.adapter.target_modules)
+    before = 0.0  # members of a reward soup, before the last one is trained
     if stage == "reward":  # a score head instead of output embeddings; several seeds are also averaged
         seeds = len(recipe.reward.seeds)
-        body = count - size.head if recipe.adapter is None else count
-        kept = one * (body + size.hidden) * (seeds + (seeds > 1))
-    return kept, kept
+        count += size.hidden - (size.head if recipe.adapter is None else 0)
+        before, kept = one * count * (seeds - 1), one * count * (seeds + (seeds > 1))
+    zero3 = recipe.sharded and recipe.accelerate == "zero3"  # under which sft and reward save no checkpoints
+    if stage not in ("sft", "reward", *ALGORITHMS) or (zero3 and stage not in ALGORITHMS):
+        return kept, kept
+    checkpoint = _bytes_per_weight(recipe, stage, size, gpu) * count
+    saved = (_steps(recipe, stage) - 1) // getattr(recipe, stage).save_steps  # the last step is not saved
+    beside = before + one * count if before else kept  # what is written before the last checkpoint is removed
+    return kept, max(before + min(saved, AT_ONCE_TRL) * checkpoint, beside + min(saved, 1) * checkpoint, kept)
+
+
+def _bytes_per_weight(recipe: Recipe, stage: str, size: Architecture, gpu: float | None) -> float:
+    """Bytes of a trained weight and of its optimizer states in a checkpoint."""
+    precision = memory.choose_precision(recipe, stage, gpu, size) if recipe.adapter is None else "master"
+    weight, _, states = memory.TRAINED[precision]
+    if precision == "master":
+        states = memory.STATES.get(getattr(recipe, stage).optim, states)
+    return weight + states
 
 
 def _policy(recipe: Recipe, size: Architecture, gpu: float | None, width: float) -> tuple[float, float]:
     """Bytes of a policy when it is finished, and at most while it trains and saves checkpoints."""
     ppo, lora = recipe.ppo, recipe.adapter
-    precision = memory.choose_precision(recipe, "ppo", gpu, size) if lora is None else "master"
-    weight, _, states = memory.TRAINED[precision]
-    if precision == "master":
-        states = memory.STATES.get(ppo.optim, states)
+    bytes_each = _bytes_per_weight(recipe, "ppo", size, gpu)
     if recipe.sharded and recipe.accelerate == "zero3":
-        states += ZERO3
+        bytes_each += ZERO3
     count, kept = size.parameters, width * size.parameters
     if lora is not None:
         count = size.adapter(lora.r, lora.target_modules) * (2 if ppo.value == "adapter" else 1)
         kept = 4.0 * count + (width * size.parameters if "merged" in recipe.export else 0.0)
-    checkpoint = (weight + states) * count
-    saved = math.ceil(_steps(recipe) / ppo.save_steps)  # the last step is always saved
+    checkpoint = bytes_each * count
+    saved = math.ceil(_steps(recipe, "ppo") / ppo.save_steps)  # the last step is always saved
     return kept, max(min(saved, AT_ONCE) * checkpoint, min(saved, AT_ONCE - 1) * checkpoint + kept)
 
 
-def _steps(recipe: Recipe) -> int:
-    """Number of optimizer steps of a policy; MANY if the number of prompts is not known."""
-    ppo = recipe.ppo
-    if ppo.max_steps > 0:
-        return ppo.max_steps
-    rows = number_of_rows(recipe, "prompts")
-    return MANY if rows is None else math.ceil(rows // ppo.batch_size * ppo.num_train_epochs) * ppo.steps_per_update
+def _steps(recipe: Recipe, stage: str) -> int:
+    """Number of optimizer steps of a unit of a stage; MANY if the number of rows is not known."""
+    steps = steps_of(recipe, stage)
+    return MANY if steps is None else steps
+
+
+def steps_of(recipe: Recipe, stage: str) -> int | None:
+    """Number of optimizer steps of a unit of a training stage; None if the number of rows is not known."""
+    section = getattr(recipe, stage)
+    if section.max_steps > 0:
+        return int(section.max_steps)
+    demonstrations, pairs, prompts = (
+        number_of_rows(recipe, kind) for kind in ("demonstrations", "preferences", "prompts")
+    )
+    epochs: float = section.num_train_epochs
+    if stage == "ppo":  # an epoch leaves out prompts that do not fill its last batch
+        ppo = recipe.ppo
+        return None if prompts is None else math.ceil(prompts // ppo.batch_size * epochs) * ppo.steps_per_update
+    rows: float | None
+    if stage == "sft":
+        rows = None if demonstrations is None else demonstrations * recipe.sft.subset
+    elif stage == "reward":
+        rows = None if pairs is None else pairs - recipe.reward.held_out_rows(pairs)
+    else:
+        rows = section.rows_per_epoch(pairs, prompts)
+    return None if rows is None else math.ceil(math.ceil(rows / section.batch_size) * epochs)
 
 
 def _width(recipe: Recipe, size: Architecture, gpu: float | None) -> int:
@@ -156,9 +191,23 @@ def check(recipe: Recipe, plan: Plan, asked: Collection[str]) -> None:
 def remedy(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) -> str:
     """Advice as text: use a larger disk, or an option with which the results fit on this one."""
     adapters = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), offload="none", precision="auto")
-    rare = max(_steps(recipe), recipe.ppo.save_steps)
-    seldom = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, save_steps=rare))
-    offered = {f"--set ppo.save_steps={rare} (one checkpoint per policy, at its end)": seldom, "--lora": adapters}
+    stages = [stage for stage in ("sft", "reward", "ppo", *ALGORITHMS) if _saves(recipe, stage)]
+    ends = "one checkpoint per policy, at its end"
+    offered = {}
+    for chosen, effect in ((["ppo"], ends), (stages, ends if "ppo" in stages else "no checkpoints")):
+        if set(chosen) <= set(stages):
+            rare = {stage: max(_steps(recipe, stage), getattr(recipe, stage).save_steps) for stage in chosen}
+            sections = {stage: dataclasses.replace(getattr(recipe, stage), save_steps=rare[stage]) for stage in chosen}
+            words = " ".join(f"--set {stage}.save_steps={number}" for stage, number in rare.items())
+            offered[f"{words} ({effect})"] = dataclasses.replace(recipe, **sections)
+    offered["--lora"] = adapters
     needs = {words: need(other, plan, asked, gpu) for words, other in offered.items()}
     fits = [words for words, found in needs.items() if found is not None and found.peak <= found.free]
     return ", or ".join(["use --output-dir on a larger disk", *fits])
+
+
+def _saves(recipe: Recipe, stage: str) -> bool:
+    """Whether the recipe has units of a stage that save checkpoints."""
+    if stage == "reward":
+        return recipe.reward.trained
+    return stage == "sft" or stage in {policy.algorithm for policy in recipe.policies.values()}

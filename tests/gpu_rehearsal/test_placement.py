@@ -1,0 +1,59 @@
+"""Everything that a GPU computes is on the GPU: generation and scoring on fake CUDA tensors.
+
+FakeTensorMode raises an error where an operation gets a CPU tensor beside a CUDA tensor, as CUDA does, and needs no GPU
+for it. It has no CUDA autograd on a machine without CUDA, so training is not rehearsed here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rehearsal
+import torch
+from fake_tensors import fake_tensors
+from transformers.trainer_utils import TrainOutput
+
+from salsa_peft.models.architectures.sizes import architecture_of_recipe
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
+
+LENGTH = 48
+SEEN: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are made up on a fake GPU, and the ppo stage makes one rollout in place of training."""
+    rehearsal.replace_files(monkeypatch)
+    rehearsal.compute_as_cuda(monkeypatch)
+    rehearsal.place_on_cuda(monkeypatch)
+    monkeypatch.setattr(SalsaPPOTrainer, "train", one_rollout)
+    SEEN.clear()
+
+
+def one_rollout(trainer: SalsaPPOTrainer, **_: Any) -> TrainOutput:
+    """Sample responses to two prompts and score them; the rollout is put into SEEN."""
+    prompts: Any = trainer.train_dataset
+    SEEN.append(trainer.rollout_maker(prompts[:2], 1, 0.1, lambda: None))
+    return TrainOutput(0, 0.0, {})
+
+
+def run(folder: Path, stage: str, mode: str, more: dict[str, Any], **ppo: Any) -> Any:
+    """Run a stage's first unit on fake CUDA tensors."""
+    recipe = rehearsal.recipe_of(folder, 2, mode, LENGTH, rehearsal.SMALL, more, micro_batch_size=2, **ppo)
+    size = architecture_of_recipe(recipe)
+    assert size is not None
+    inputs = rehearsal.write_inputs(folder, recipe, size)
+    module = {"ppo": "training.ppo_stage", "landscape": "evaluation.landscape"}.get(stage, f"evaluation.{stage}")
+    stage_function = importlib.import_module(f"salsa_peft.{module}").run
+    with fake_tensors(), torch.no_grad():
+        return stage_function(rehearsal.job_of(recipe, stage, folder, inputs))
+
+
+@pytest.mark.parametrize("mode", ["lora", "stochastic"])
+def test_a_rollout(mode: str, tmp_path: Path) -> None:
+    """Responses, policy, references by adapter or own model, reward adapter or classifier: all results are on CUDA."""
+    run(tmp_path, "ppo", mode, {})
+    assert {tensor.device.type for tensor in SEEN[0].tensors().values()} == {"cuda"}
