@@ -65,7 +65,11 @@ class Model:
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are always float32."""
+    """Type of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are always float32.
+
+    It also sets the arithmetic of every stage: float32 computes in float32, bfloat16 under bf16 autocast where float32
+    weights (adapters, master weights) take part. float16 is for runs that train nothing.
+    """
     quantization: Literal["nf4", "nf4-double"] | None = None
     """4-bit quantization of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantizes the scales. Adapters only."""
     attn_implementation: str | None = None
@@ -286,8 +290,8 @@ class Recipe:
     threads: Count | None = None
     """Number of CPU threads of each stage. None: PyTorch's default."""
     precision: Literal["auto", "master", "stochastic"] = "auto"
-    """Precision of full-weight training (adapters are always float32). master: float32 weights and AdamW under bf16
-    autocast. stochastic: bf16 weights with stochastic rounding and 8-bit AdamW (torchao, the extra `full`). auto:
+    """Precision of full-weight training (adapters are always float32). master: float32 weights and AdamW, under bf16
+    autocast unless model.dtype is float32. stochastic: bf16 weights with stochastic rounding and 8-bit AdamW (torchao, the extra `full`). auto:
     master if models/architectures/memory.py estimates that it fits on the GPU, else stochastic."""
     offload: Literal["none", "frozen"] = "none"
     """frozen: full-weight references and reward models are kept in CPU memory while the policy generates and trains."""
@@ -335,6 +339,9 @@ class Recipe:
     """Evaluation and judge."""
     hub: Hub = dataclasses.field(default_factory=Hub)
     """Publishing on the Hub."""
+    revisions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Hub id → branch, tag or commit of models that have no key `revision` of their own: in sft.from, references, reward
+    and a local judge. A run adds the commits of those that are missing here, and saves them in its recipe.yaml."""
 
     def as_data(self) -> dict[str, Any]:
         """All settings, under the keys of a recipe file."""
@@ -348,6 +355,12 @@ class Recipe:
         if self.adapter is None:
             return "full"
         return "lora" if self.model.quantization is None else "qlora"
+
+    @property
+    def model_revisions(self) -> dict[str, str]:
+        """Hub id → revision of all models of this recipe whose revision is known, the base included."""
+        base, revision = self.model.base, self.model.revision
+        return {**self.revisions, **({base: revision} if base is not None and revision is not None else {})}
 
     @property
     def sharded(self) -> bool:

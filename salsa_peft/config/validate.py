@@ -11,6 +11,7 @@ from pathlib import Path
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import unit_of
+from salsa_peft.config.options.rollout import MAX_RANKS
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
@@ -54,6 +55,7 @@ def check(recipe: Recipe) -> None:
     _check_hub(recipe)
     _check_required(recipe)
     check_files(recipe)
+    _check_dtype(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
 
@@ -144,9 +146,33 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
     )
 
 
+def _check_dtype(recipe: Recipe) -> None:
+    """Raise SalsaError if a stage would train over a base in float16."""
+    seeds, reward = range(len(recipe.sft.seeds)), recipe.reward
+    stages = ["sft"] if any(recipe.sft.existing_seed(position) is None for position in seeds) else []
+    stages += ["reward"] if reward.trained else []
+    stages += [policy.algorithm for policy in recipe.policies.values()]
+    require(
+        recipe.model.dtype != "float16" or not stages,
+        f"model.dtype: float16 is only for runs that train nothing, but this run trains {', '.join(stages[:1])}."
+        " Gradients in float16 need a loss scaler, which PPO does not support. Set model.dtype=bfloat16 or float32",
+    )
+
+
 def _check_mode(recipe: Recipe) -> None:
     """Raise SalsaError for settings of full weights in a run with adapters, and the reverse."""
+    sync = recipe.ppo.rollout_options.get("sync", "merged")
     if recipe.adapter is not None:
+        require(
+            sync == "merged" or recipe.adapter.r <= MAX_RANKS[-1],
+            f"adapter.r: {recipe.adapter.r} is more than {MAX_RANKS[-1]}, the highest rank that vLLM loads with"
+            " ppo.rollout_options.sync=adapter. Lower it, or set ppo.rollout_options.sync=merged",
+        )
+        require(
+            recipe.ppo.rollout_backend != "vllm" or sync == "adapter" or recipe.model.quantization is None,
+            f"ppo.rollout_options.sync: merged does not work with model.quantization {recipe.model.quantization}, because"
+            " an adapter cannot be merged into quantised weights. Set ppo.rollout_options.sync=adapter",
+        )
         for key, value, default, why in (
             ("offload", recipe.offload, "none", "references share the base, so there is nothing to offload"),
             ("precision", recipe.precision, "auto", "adapters are always trained in float32"),
@@ -161,6 +187,7 @@ def _check_mode(recipe: Recipe) -> None:
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
         ("ppo.value", recipe.ppo.value, "head"),
+        ("ppo.rollout_options.sync", sync, "merged"),
     ):
         require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
 

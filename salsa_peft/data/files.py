@@ -11,14 +11,16 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Source
 from salsa_peft.data.row_formats import EXPECTED_COLUMNS, has_columns_of
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import explain_hub_error, readable_hub_errors
+from salsa_peft.utils.hub import Repository, explain_hub_error, readable_hub_errors
 from salsa_peft.utils.messages import describe, one_line, short
 
 SHUFFLE_SEED = 20_241
@@ -237,6 +239,24 @@ def _hub_path(source: Source) -> tuple[str, str | None, str]:
     """Repository, revision, and path inside the repository, of an hf:// source."""
     match = check_hub_path(source.path, source.path)
     return match[1], match[2] or source.revision, match[3] or ""
+
+
+def hub_repository(source: Source) -> Repository | None:
+    """The repository on the Hub that a source names; None for a local file or folder."""
+    if is_local(source.path):
+        return None
+    if not source.path.startswith(HF_PREFIX):
+        return Repository("dataset", source.path, source.revision)
+    repository, revision, _ = _hub_path(source)
+    return Repository("dataset", repository, revision)
+
+
+def at_commit(source: Source, commit: str) -> Source:
+    """A source on the Hub at a commit."""
+    if source.path.startswith(HF_PREFIX):
+        repository, _, inside = _hub_path(source)
+        return replace(source, path=f"{HF_PREFIX}{repository}" + (f"/{inside}" if inside else ""), revision=commit)
+    return replace(source, revision=commit)
 
 
 def _local_file(source: Source) -> str:

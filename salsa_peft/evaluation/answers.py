@@ -8,6 +8,7 @@ as an uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,14 +92,14 @@ def _responses(
     """Yield each batch's prompts and responses; a batch whose answers are all known is skipped."""
     generation, tokenizer = context.recipe.generation, context.tokenizer
 
-    def all_known(part: Sequence[TurnPrompt]) -> bool:
-        return all((one.question, turn) in found for one in part)
+    def all_known(group: Sequence[TurnPrompt], rows: Sequence[int]) -> bool:
+        return all((group[row].question, turn) in found for row in rows)
 
     # 1. conversations that leave no room
     full = [one for one in prompts if one.limit == 0]
     for start in range(0, len(full), generation.batch_size):
         part = full[start : start + generation.batch_size]
-        if not all_known(part):
+        if not all_known(part, range(len(part))):
             yield part, _empty([one.tokens for one in part], tokenizer, model)
     # 2. the others by temperature, each response with its own limit
     for heat in sorted({one.temperature for one in prompts if one.limit}):
@@ -109,7 +110,7 @@ def _responses(
         batches = generate_batches(
             model, [one.tokens for one in group], sampling, tokenizer, seed, generation.batch_size, limits=limits,
             places=[one.question for one in group], turn=turn,
-            skip=lambda rows, group=group: all_known([group[row] for row in rows]),
+            skip=partial(all_known, group),
         )  # fmt: skip
         for rows, responses in batches:
             yield [group[row] for row in rows], responses

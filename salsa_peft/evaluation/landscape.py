@@ -23,7 +23,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation.answers import Rewards, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
-from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.rewards.reward import recipe_reward
@@ -49,6 +49,7 @@ def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Rew
         from salsa_peft.data.toy_language import gold
 
         rewards["gold"] = FunctionReward(gold, context.tokenizer, special_tokens=True)
+    forward.install(model)  # as in PPO, so that both compute the same numbers
     return rewards
 
 

@@ -152,11 +152,11 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     """Sample a response to each prompt with the active adapter, without top-k or top-p.
 
     seeds: one seed for each prompt. limits: the maximum length of each response, by default sampling.max_new_tokens;
-    a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, and with a value head entropies and values. check: called before each
-    token, and may raise an error to stop generation. cache: an empty KV cache of Transformers, by default a
-    DynamicCache. options: further fields of GenerationConfig. Global random states are not used. The host waits for the
-    device once a token, where Transformers reads whether all responses have ended. Raises SalsaError if logits are NaN
-    or +∞.
+    a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, and
+    with a value head entropies and values. check: called before each token, and may raise an error to stop generation.
+    cache: an empty KV cache of Transformers, by default a DynamicCache. options: further fields of GenerationConfig.
+    Global random states are not used. The host waits for the device once a token, where Transformers reads whether all
+    responses have ended. Raises SalsaError if logits are NaN or +∞.
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
@@ -172,7 +172,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     uniforms = uniforms if lm.device.type in WITHOUT_FLOAT64 else uniforms.to(lm.device)
     sampler = Sampler(uniforms, sampling, end_ids, recording, check)
     values = recording.recording_values(lm) if recording else contextlib.nullcontext()
-    with _generation_mode(lm, settings), values, _masks_without_sync(padded=len(set(map(len, prompts))) > 1):
+    with _generation_mode(lm, settings), values, masks_without_sync(padded=len(set(map(len, prompts))) > 1):
         tokens = lm.generate(
             input_ids=ids,
             attention_mask=mask.long(),
@@ -210,17 +210,18 @@ def _generation_mode(lm: Any, settings: GenerationConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _masks_without_sync(padded: bool) -> Iterator[None]:
+def masks_without_sync(padded: bool) -> Iterator[None]:
     """Context in which the mask of SDPA is built without waiting for the device. padded: whether the batch has padding.
 
     In each forward pass, Transformers reads from the device whether there is padding, to leave the mask out where
-    there is none. It does not read anything where generate has left out the mask of a batch without padding. Flash
-    attention reads the lengths of padded rows from the device in each layer, which is not avoided here.
+    there is none. It does not read anything if it is given no mask, or if generate has left out the mask of a batch
+    without padding. Flash attention reads the lengths of padded rows from the device in each layer, which is not
+    avoided here.
     """
     build = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
     def always_build(**arguments: Any) -> Tensor:
-        return build(**{**arguments, "allow_is_causal_skip": False})
+        return build(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
     if padded:
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = always_build

@@ -157,8 +157,8 @@ def normalized(scaled: Tensor, forbidden: Tensor | None, eos: tuple[int, ...]) -
 
     forbidden: (n,) bool, True where the tokens `eos` get probability 0; None if nowhere.
     """
-    if forbidden is not None:
-        scaled[:, list(eos)] = scaled[:, list(eos)].masked_fill(forbidden[:, None], -torch.inf)
+    for token in () if forbidden is None else eos:  # a list as index would be copied to the device
+        scaled[:, token].masked_fill_(forbidden, -torch.inf)
     return scaled.log_softmax(-1)
 
 

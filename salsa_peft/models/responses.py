@@ -61,14 +61,6 @@ class Responses(NamedTuple):
         """Whether each response consists of only the token that ends it, (B,) bool."""
         return self.finished & (self.lengths == 1)
 
-    def rows(self, index: Tensor) -> Responses:
-        """The responses at these indices, without columns that are padding in every selected row."""
-        picked = Responses(*(field[index] for field in self))
-        left = int((~picked.prompt_mask).long().cumprod(-1).sum(-1).min())
-        right = int(picked.lengths.max())
-        return Responses(picked.prompt_ids[:, left:], picked.prompt_mask[:, left:], picked.response_ids[:, :right],
-                         picked.response_mask[:, :right], picked.finished)  # fmt: skip
-
 
 def pad_tokens(
     sequences: Sequence[Sequence[int]], pad: int, device: torch.device, side: str = "right"
@@ -77,7 +69,7 @@ def pad_tokens(
     rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True, padding_side=side)
-    return ids.to(device), mask.to(device)
+    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
 
 def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
@@ -199,15 +191,6 @@ def response_logprobs(states: Tensor, batch: ForwardBatch, head: Head, *, with_e
 def last_states(model: nn.Module, batch: ForwardBatch) -> Tensor:
     """Hidden states of each row's last token, (b, H), for a reward model's head."""
     return hidden_states(model, batch.input_ids, **batch.options).flatten(0, 1)[batch.last]
-
-
-@torch.no_grad()
-def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states (B, H) of the last non-padding token of each row, for a reward model's head."""
-    hidden = hidden_states(model, input_ids, attention_mask)
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.long() * places).argmax(-1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, ends: Sequence[int],

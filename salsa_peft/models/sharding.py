@@ -105,6 +105,11 @@ def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> No
         (model if engine is None else engine.optimizer).zero_grad(set_to_none=True)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that FSDP2 shards; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Shard a full tensor in the same way as `like`. Returns `tensor` itself if `like` is not sharded."""
     if not isinstance(like, DTensor):

@@ -11,17 +11,20 @@ import math
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from salsa_peft.config.load import bundled_names, load_recipe
 from salsa_peft.data.check import check_local
 from salsa_peft.models.architectures.checks import check
-from salsa_peft.recipe.hardware import Gpu
+from salsa_peft.recipe.cache import with_commits
+from salsa_peft.recipe.hardware import GPUS, Gpu
 from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import disk_full_message
+from salsa_peft.utils.hub import pinned
 from salsa_peft.utils.messages import one_line
 
 
@@ -37,10 +40,12 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         with raise_on_sigterm():
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set, more=(check_local, check))
             folder = run_folder(loaded, args.output_dir)
-            run(
-                loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune,
-                dry_run=args.dry_run, gpu=args.gpu, debug=args.debug,
-            )  # fmt: skip
+            loaded = replace(loaded, recipe=with_commits(loaded.recipe, record=not args.dry_run))
+            with pinned(loaded.recipe.model_revisions):
+                run(
+                    loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune,
+                    dry_run=args.dry_run, gpu=args.gpu, debug=args.debug,
+                )  # fmt: skip
             return 0
     except (SalsaError, StageError) as error:
         code, line = 2 if isinstance(error, SalsaError) else 1, one_line(error)
@@ -77,7 +82,8 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     add("--lora", nargs="?", const="lora", metavar="PRESET", help=f"train adapters; presets: {names} (default: lora)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key, such as ppo.learning_rate=1e-6")
     add("--dry-run", action="store_true", help="print the plan and write nothing")
-    add("--gpu", type=_gpu, metavar="GIB", help="with --dry-run: GPU memory to plan for (default: this machine's GPU)")
+    gpus = ", ".join(GPUS)
+    add("--gpu", type=_gpu, metavar="GPU", help=f"with --dry-run: {gpus}, or GiB of memory (default: this machine's)")
     add("--stages", type=_words, metavar="A,B", help="run only these stages or units, such as sft,ppo/salsa")
     add("--force", action="append", default=[], metavar="STAGE", help="run a stage or unit and its dependents again")
     add("--output-dir", metavar="DIR", help="folder of the results (default: runs/<name>-<preset>)")
@@ -90,18 +96,24 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
         words = " ".join(args.recipe) or "none"
         parser.error(f"RECIPE: give exactly one YAML file or name of a bundled recipe (given: {words})")
     if args.gpu is not None and not args.dry_run:
-        parser.error("--gpu needs --dry-run: --gpu is the memory to plan for, and does not choose the GPU of a run")
+        parser.error("--gpu needs --dry-run: --gpu is the GPU to plan for, and does not choose the GPU of a run")
     args.recipe = args.recipe[0]
     return args
 
 
 def _gpu(text: str) -> Gpu:
+    """A GPU by its name in GPUS, or of that many GiB, whose speed is not known."""
+    named = next((gpu for name, (_, gpu) in GPUS.items() if name.lower() == text.lower()), None)
+    if named is not None:
+        return named
     try:
         size = float(text)
     except ValueError:
         size = math.nan
     if not 0 < size < 10_000:
-        raise argparse.ArgumentTypeError(f"{text} is no memory size in GiB; give a number such as 24")
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a known GPU ({', '.join(GPUS)}) nor a memory size in GiB such as 24"
+        )
     return Gpu("--gpu", int(size * 2**30))
 
 

@@ -8,16 +8,22 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import Unit
+from salsa_peft.config.paths import is_local
+from salsa_peft.config.schema import Recipe, Source
+from salsa_peft.data.files import at_commit, hub_repository
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import read_json, write_atomic
 from salsa_peft.utils.fingerprints import canonical_json, fingerprint, sha256
+from salsa_peft.utils.hub import Repository, resolve_commits
 from salsa_peft.utils.manifests import MANIFEST, changed_file, content_digest, read_manifest, versions
+from salsa_peft.utils.messages import short
 
 BEGUN = "begun.json"
 TEMPORARY = re.compile(
@@ -36,6 +42,8 @@ class PlannedUnit:
     folder: Path
     why: str | None
     """Why the unit has to run; None if its result is cached."""
+    parts: dict[str, Any] = field(default_factory=dict)
+    """What the key is the hash of: see key_parts."""
 
 
 Plan = dict[str, PlannedUnit]
@@ -43,21 +51,68 @@ Plan = dict[str, PlannedUnit]
 
 
 def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprints: dict[str, str]) -> str:
-    """SHA-256 of a unit's key fields, its inputs' keys, its files' fingerprints and the library versions.
+    """SHA-256 of a unit's key_parts."""
+    return _hash(key_parts(unit, keys, made_with, fingerprints))
+
+
+def _hash(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def key_parts(
+    unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprints: dict[str, str]
+) -> dict[str, Any]:
+    """A unit's key fields, its inputs' keys, its files' fingerprints and the library versions.
 
     fingerprints: file → fingerprint, a cache to which the fingerprints of further files are added.
     """
     for file in unit.files:
         if file not in fingerprints:
             fingerprints[file] = fingerprint(file)
-    parts = {
+    return {
         "stage": unit.stage,
         "slice": unit.key_fields,
         "inputs": {name: keys[name] for name in unit.inputs},
         "files": [fingerprints[file] for file in unit.files],
         "versions": made_with,
     }
-    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def with_commits(recipe: Recipe, *, record: bool) -> Recipe:
+    """The recipe with the commits of its repositories on the Hub in place of branches, tags and missing revisions.
+
+    They are in the cache keys, so that what changes on the Hub is read again. record: as in resolve_commits. Prints a line
+    about repositories whose commits are not known, and leaves their revisions as they are.
+    """
+    from salsa_peft.training.external_models import hub_models
+
+    model, data, prompts = recipe.model, recipe.data, recipe.evaluate.prompts
+    models = {name: Repository("model", name, recipe.revisions.get(name)) for name in hub_models(recipe)}
+    base = (
+        Repository("model", model.base, model.revision) if model.base is not None and not is_local(model.base) else None
+    )
+    given = {name: source for name, source in vars(data).items() if isinstance(source, Source)}
+    wanted = [
+        one for one in (base, *models.values(), *map(hub_repository, (*given.values(), *prompts.values()))) if one
+    ]
+    commits = resolve_commits(wanted, record=record) if wanted else {}
+    unknown = ", ".join(dict.fromkeys(one.name for one in wanted if one not in commits))
+    if unknown:
+        say(
+            f"not known on the Hub or in its local cache: the commit of {unknown}; a change of it there will not be noticed"
+        )
+
+    def at(source: Source) -> Source:
+        repository = hub_repository(source)
+        return at_commit(source, commits[repository]) if repository in commits else source
+
+    return replace(
+        recipe,
+        model=replace(model, revision=commits.get(base, model.revision) if base else model.revision),
+        data=replace(data, **{name: at(source) for name, source in given.items()}),
+        evaluate=replace(recipe.evaluate, prompts={name: at(source) for name, source in prompts.items()}),
+        revisions=recipe.revisions | {name: commits[one] for name, one in models.items() if one in commits},
+    )
 
 
 def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:
@@ -67,7 +122,8 @@ def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:
         name = file.relative_to(planned.folder).as_posix()
         if file.is_file() and name != MANIFEST and not TEMPORARY.match(name):
             files[name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    manifest = {"unit": planned.unit.id, "key": planned.key, "inputs": _digests(planned, plan), "files": files, **facts}
+    made_from = {"key": planned.key, "key_parts": planned.parts, "inputs": _digests(planned, plan)}
+    manifest = {"unit": planned.unit.id, **made_from, "files": files, **facts}
     write_atomic(planned.folder / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
 
@@ -95,6 +151,44 @@ def remove_temporary_files(folder: Path) -> None:
     for path in folder.iterdir():
         if TEMPORARY.match(path.name) and path.name not in listed:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def why_new(parts: dict[str, Any], results: Path) -> str:
+    """Why a unit has no result of this key: the first difference from its newest finished result, or "new" without one.
+
+    results: the folder with the unit's results of all keys.
+    """
+    manifests = sorted(results.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    before = next((found for path in reversed(manifests) if (found := read_manifest(path.parent)) is not None), None)
+    if before is None:
+        return "new"
+    old, new = _flat(before.get("key_parts") or {}), _flat(parts)
+    changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    if not old or not changed:
+        return "outdated: the finished result is of an earlier version of salsa-peft"
+    changed.sort(key=lambda name: ORDER.index(name[0]))
+    kind, name = changed[0]
+    values = " → ".join(short(found.get((kind, name), "none")).strip("'") for found in (old, new))
+    words = {"inputs": f"its input {name} has changed", "files": "a file or folder that it reads has changed"}
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"outdated: {words.get(kind, f'{name} {values}')}{more}"
+
+
+ORDER = ("stage", "versions", "slice", "files", "inputs")
+"""Parts of a key, in the order in which differences are named."""
+
+
+def _flat(parts: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    """Key parts as (part, dotted name) → value."""
+
+    def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inside in value.items():
+                yield from leaves(f"{name}.{key}" if name else key, inside)
+        else:
+            yield name, value
+
+    return {(part, name): value for part, given in parts.items() for name, value in leaves("", given)}
 
 
 def why_outdated(key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
@@ -125,13 +219,15 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> Plan:
     made_with, forced = versions({name for unit in units for name in unit.libraries}), set(forced)
     for unit in units:
         touched = {name: made_with[name] for name in ("salsa-peft", *unit.libraries)}
-        keys[unit.id] = key(unit, keys, touched, fingerprints)
+        parts = key_parts(unit, keys, touched, fingerprints)
+        keys[unit.id] = _hash(parts)
         folder = run / unit.id / keys[unit.id][:12]
         cached = {name: plan[name].folder for name in unit.inputs if plan[name].why is None}
         waits = next((f"waits for {name}" for name in unit.inputs if name not in cached), None)
         is_forced = unit.id in forced or unit.stage in forced
         why = "forced" if is_forced else why_outdated(keys[unit.id], folder, cached) or waits
-        plan[unit.id] = PlannedUnit(unit=unit, key=keys[unit.id], folder=folder, why=why)
+        why = why_new(parts, folder.parent) if why == "new" else why
+        plan[unit.id] = PlannedUnit(unit=unit, key=keys[unit.id], folder=folder, parts=parts, why=why)
     return plan
 
 

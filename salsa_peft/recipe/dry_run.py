@@ -1,4 +1,4 @@
-"""The plan that --dry-run prints: units, batch sizes, memory, disk space, and what --lora changes."""
+"""The plan that --dry-run prints: units, batch sizes, memory, hours, disk space, and what --lora changes."""
 
 import dataclasses
 import math
@@ -19,8 +19,8 @@ from salsa_peft.data.check import number_of_rows
 from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
-from salsa_peft.recipe import disk
 from salsa_peft.recipe.cache import Plan
+from salsa_peft.recipe.estimates import disk, hours
 from salsa_peft.recipe.hardware import Gpu
 
 TRAINING = ("sft", "reward", "ppo")
@@ -59,6 +59,11 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
     points = " one point of landscape and" if recipe.landscape is not None else ""
     console.print(Text(f"of the other stages a kill costs at most{points} one batch of answers of evaluate\n"))
     _print_memory(console, loaded, gpu)
+    header, rows, notes = hours.table(recipe, plan, gpu)
+    if rows:
+        _print(console, header, rows, narrow=9)
+    for note in notes:
+        console.print(Text(f"{note}\n"))
     console.print(Text(disk.plan_line(recipe, plan, asked, None if gpu is None else float(gpu.bytes)) + "\n"))
     answers = plan["evaluate"]
     judge = costs.plan_line(recipe, answers.folder / "answers.jsonl" if answers.why is None else None)

@@ -6,6 +6,7 @@ The GPUs are those that nvidia-smi lists; torch is not imported.
 import importlib.util
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Collection
@@ -25,11 +26,43 @@ SIZES = (16, 24, 40, 48, 80, 141, 192)
 """Memory sizes of common GPUs, in GiB."""
 
 
+class Speed(NamedTuple):
+    """A GPU's peak speed."""
+
+    flops: float
+    """Floating-point operations a second of bf16 tensor cores with float32 accumulation, without sparsity."""
+    bandwidth: float
+    """Bytes a second that can be read from the GPU's memory."""
+
+
 class Gpu(NamedTuple):
-    """A GPU: its name and its memory in bytes."""
+    """A GPU: its name, its memory in bytes, and its peak speed if it is known."""
 
     name: str
     bytes: int
+    speed: Speed | None = None
+
+
+GPUS = {
+    "H200": (r"H200", Gpu("H200", 143_771 * 2**20, Speed(989e12, 4.80e12))),
+    "H100": (r"H100 80GB HBM3", Gpu("H100", 81_559 * 2**20, Speed(989e12, 3.35e12))),
+    "A100-80": (r"A100-SXM4-80GB", Gpu("A100-80", 81_920 * 2**20, Speed(312e12, 2.039e12))),
+    "A100-40": (r"A100-(SXM4|PCIE)-40GB", Gpu("A100-40", 40_960 * 2**20, Speed(312e12, 1.555e12))),
+    "4090": (r"GeForce RTX 4090", Gpu("4090", 24_564 * 2**20, Speed(165.2e12, 1.008e12))),
+    "3090": (r"GeForce RTX 3090", Gpu("3090", 24_576 * 2**20, Speed(71e12, 0.936e12))),
+}
+"""Name for --gpu → pattern of the name in nvidia-smi, and the GPU.
+
+Speeds are those of NVIDIA's data sheets of H200 SXM, H100 SXM and A100 (half of the FLOP/s that the first two give with
+sparsity), and of the white papers of the Ada (RTX 4090) and GA102 (RTX 3090) architectures. Memory is what nvidia-smi
+reports.
+"""
+
+
+def speed_of(name: str) -> Speed | None:
+    """Speed of a GPU by its name in nvidia-smi, such as "NVIDIA H200"; None if GPUS does not have it."""
+    plain = name.removeprefix("NVIDIA ")
+    return next((gpu.speed for pattern, gpu in GPUS.values() if re.fullmatch(pattern, plain)), None)
 
 
 def gpus() -> list[Gpu]:
@@ -46,7 +79,7 @@ def gpus() -> list[Gpu]:
         uuid, _, rest = line.partition(",")
         name, _, size = rest.rpartition(",")
         if size.strip().isdigit():
-            found[uuid.strip()] = Gpu(name.strip(), int(size) * 2**20)
+            found[uuid.strip()] = Gpu(name.strip(), int(size) * 2**20, speed_of(name.strip()))
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 

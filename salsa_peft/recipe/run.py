@@ -17,7 +17,8 @@ from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data.check import check_every_row
-from salsa_peft.recipe import cache, disk, hardware, processes, units
+from salsa_peft.recipe import cache, hardware, processes, units
+from salsa_peft.recipe.estimates import disk, hours
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked, timestamp, write_atomic
@@ -140,21 +141,25 @@ def _run_unit(
         say(f"{unit.id} … cached")
         return
     resumed = STAGES[unit.stage].resumes and planned.why == "unfinished" and cache.has_same_inputs(planned, plan)
-    if planned.why.startswith(("changed", "missing", "unfinished")):
+    if planned.why.startswith(("changed", "missing", "unfinished", "outdated")):
         say(f"{unit.id} … {planned.why}: {'resuming' if resumed else 'running again'}")
     started = timestamp()
     inputs = {name: plan[name].folder for name in unit.inputs}
     job = Job(recipe=recipe, unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     log = folder / "logs" / f"{unit.id.replace('/', '-')}.log"
     result, job, halved = _run_job(job, planned, plan, resumed, log, debug)
-    planned_mb = None if result.gpu_peak_mb is None else hardware.planned_mb(job.recipe, unit.stage)
-    facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned_mb} | ({"halved": halved} if halved else {})
+    on_gpu = result.gpu_peak_mb is not None
+    planned_mb = hardware.planned_mb(job.recipe, unit.stage) if on_gpu else None
+    seconds = hours.seconds(job.recipe, unit, next(iter(hardware.gpus()), None)) if on_gpu else None
+    planned_facts = {"gpu_planned_mb": planned_mb, "planned_seconds": seconds}
+    facts = dataclasses.asdict(result) | planned_facts | ({"halved": halved} if halved else {})
     cache.write_manifest(planned, plan, started=started, versions=versions(unit.libraries), **facts)
     cache.remove_temporary_files(planned.folder)
     gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
     gpu += "" if planned_mb is None else f" (planned {planned_mb:.0f})"
+    took = duration(result.seconds) + ("" if seconds is None else f" (planned {duration(seconds)})")
     together = f" in {count} processes together" if (count := _processes(job)) > 1 else ""
-    say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB{together}{gpu}")
+    say(f"{unit.id} … done in {took}, peak {result.peak_mb:.0f} MB{together}{gpu}")
 
 
 def _run_job(

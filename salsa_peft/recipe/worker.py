@@ -22,7 +22,7 @@ from typing import Any
 from salsa_peft.config.job import Job
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import disk_full_message
-from salsa_peft.utils.hub import explain_hub_error
+from salsa_peft.utils.hub import explain_hub_error, pinned
 from salsa_peft.utils.oom import is_out_of_memory
 
 
@@ -38,7 +38,8 @@ def main(address: str, *, launched: bool = False) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")  # DeepSpeed uses deprecated names
     if job.recipe.threads is not None and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(job.recipe.threads)
-    report = run_stage(job)
+    with pinned(job.recipe.model_revisions):
+        report = run_stage(job)
     with contextlib.suppress(BrokenPipeError):
         connection.send(report)
     if launched and "line" in report:

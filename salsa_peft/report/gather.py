@@ -17,7 +17,7 @@ from salsa_peft.utils import manifests
 from salsa_peft.utils.files import read_json, read_json_lines
 from salsa_peft.utils.fingerprints import FINGERPRINT
 
-COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
+COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb", "planned_seconds")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
 NOT_THE_RECIPE = ("name", "description", "threads", "report_to", "landscape", "num_processes", "accelerate")
 """Keys of the recipe in which replicates may differ; these keys affect neither policies nor answers."""
@@ -50,8 +50,8 @@ class ReportInput:
     base: str
     versions: dict[str, str]
     units: list[dict[str, Any]]
-    """{"unit", "key", "inputs", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb"}; inputs: ids of units; numbers
-    may be None."""
+    """{"unit", "key", "inputs", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb", "planned_seconds"}; inputs: ids of
+    units; numbers may be None."""
     seeds: dict[str, dict[str, Any]]
     reward: dict[str, Any]
     soup: dict[str, Any]

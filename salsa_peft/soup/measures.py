@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
 from salsa_peft.config.references import MEASURES
@@ -22,10 +21,12 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import messages_for_template, trained_tokens
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.data.files import READERS
-from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import causal_lm, hidden_states, load_base, remove_dropout
+from salsa_peft.models.batches import split_by_length
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.logprobs import head_of, token_logprobs
+from salsa_peft.models.responses import pad_tokens, send
 from salsa_peft.models.rewards.function import load_function
 from salsa_peft.models.rewards.reward import as_reward, recipe_reward
 from salsa_peft.models.stage_context import StageContext, prompts_that_fit
@@ -60,54 +61,54 @@ class SFTLoss:
         self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
         batch_size: int,
     ) -> None:  # fmt: skip
-        self.live, self.batch_size, self.pad = live, batch_size, int(tokenizer.pad_token_id or 0)
+        self.live, self.pad = live, int(tokenizer.pad_token_id or 0)
         chats = ({**row, "messages": messages_for_template(row["messages"], tokenizer)} for row in rows)
         encoded = [[part[:max_length] for part in trained_tokens(chat, tokenizer)] for chat in chats]
-        self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
+        self.chats = [chat for chat in encoded if any(chat[1][1:])]
         """Token ids of each chat, and for each token whether SFT trains it."""
+        self.batches = split_by_length([len(ids) for ids, _ in self.chats], batch_size)
         self.left_out = len(encoded) - len(self.chats)
         require(
             bool(self.chats),
             f"held-out demonstrations: none of the {len(rows)} rows has an assistant token among its first {max_length}"
             " tokens; raise model.max_length (--max-length)",
         )
-        self.tokens = sum(sum(mask) for _, mask in self.chats)
+        self.tokens = sum(sum(mask[1:]) for _, mask in self.chats)
         self.head = head_of(causal_lm(live.model), 1.0, model_stop_token_ids(tokenizer, causal_lm(live.model)))
 
     def __call__(self, weights: Sequence[float]) -> float:
         """The measure at these weights."""
         self.live.set(weights)
         with torch.no_grad(), self.live.at_point():
-            return sum(self._part(start).item() for start in self._starts())
+            return self._sum([self._part(batch) for batch in self.batches])
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
         """The measure and its derivative by each weight."""
         self.live.set(weights)
-        total = 0.0
+        parts = []
         with self.live.at_point(), self.live.differentiable():
-            for start in self._starts():
-                part = self._part(start)
+            for batch in self.batches:
+                part = self._part(batch)
                 part.backward()
-                total += part.item()
-            return total, self.live.slopes()
+                parts.append(part.detach())
+            return self._sum(parts), self.live.slopes()
 
-    def _starts(self) -> range:
-        return range(0, len(self.chats), self.batch_size)
+    def _sum(self, parts: Sequence[torch.Tensor]) -> float:
+        return torch.stack(list(parts)).double().sum().item()
 
-    def _part(self, start: int) -> torch.Tensor:
+    def _part(self, batch: Sequence[int]) -> torch.Tensor:
         """One batch's part of the mean log-likelihood; the parts of all batches add up to the mean."""
-        chats = self.chats[start : start + self.batch_size]
-        device = next(self.live.model.parameters()).device
-        rows = [(ids, [1] * len(ids), counted) for ids, counted in chats]
-        ids, mask, counts = (
-            pad_sequence([torch.tensor(values) for values in part], batch_first=True, padding_value=fill).to(device)
-            for part, fill in zip(zip(*rows, strict=True), (self.pad, 0, 0), strict=True)
-        )
-        states = hidden_states(self.live.model, ids, mask)[:, :-1]
-        chosen = counts[:, 1:].bool()
-        labels = ids[:, 1:][chosen]
-        found = token_logprobs(states[chosen], labels, None, self.head, with_entropy=False)
-        return found.logprobs.sum() / self.tokens
+        chats = [self.chats[row] for row in batch]
+        ids, _ = pad_tokens([ids for ids, _ in chats], self.pad, next(self.live.model.parameters()).device)
+        trained = [
+            (row * ids.shape[1] + place, tokens[place])
+            for row, (tokens, counted) in enumerate(chats)
+            for place in range(1, len(tokens))
+            if counted[place]
+        ]
+        places, labels = send([torch.tensor(column) for column in zip(*trained, strict=True)], ids.device)
+        states = hidden_states(self.live.model, ids).flatten(0, 1)[places - 1]
+        return token_logprobs(states, labels, None, self.head, with_entropy=False).logprobs.sum() / self.tokens
 
 
 class _WithoutGradient:
@@ -194,6 +195,7 @@ def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = F
     model = lora.attach(base, folders[0], "start")
     live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
     remove_dropout(model)
+    forward.install(model)
     model.eval()
     return live
 

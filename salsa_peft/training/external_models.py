@@ -58,6 +58,14 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
             yield ExternalModel("reward.model", part.value, REWARD)
 
 
+def hub_models(recipe: Recipe) -> list[str]:
+    """The Hub ids of all models that the recipe names, but for its base."""
+    judge = recipe.evaluate.judge
+    named = [one.path for one in external_models(recipe)]
+    named += [str(judge.model)] if judge is not None and judge.kind == "local" else []
+    return [name for name in dict.fromkeys(named) if not is_local(name)]
+
+
 def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
     """Raise SalsaError for the first external model that the run cannot use.
 

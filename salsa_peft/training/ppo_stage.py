@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.data import datasets
-from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import resolve_dtype
 from salsa_peft.models.rewards.reward import recipe_reward
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, seed_folders
@@ -60,10 +60,12 @@ def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple
     context.check(job.inputs, wanted)
     if context.recipe.adapter is not None:
         model: Any = lora.attach(context.load_base(), seeds[0], name, trainable=True)
-        return model, [
+        references = [
             attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}")
             for index, reference in enumerate(wanted)
         ]
+        forward.install(model)  # also for TRL's trainers
+        return model, references
     model, frozen = context.load_trainable(seeds[0]), []
     for reference in wanted:
         own = context.load_base() if reference.sync_every is None else context.load_base().float()

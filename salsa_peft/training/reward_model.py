@@ -20,7 +20,7 @@ from salsa_peft.data import tokenized
 from salsa_peft.data.splits import SPLIT_SEED, Split, split_by_prompt
 from salsa_peft.data.tokenized import PAIR_TOKENS
 from salsa_peft.models import precision
-from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import is_quantised, resolve_dtype
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, report_left_out
 from salsa_peft.models.weights import cast_weights, load_weights
@@ -92,6 +92,7 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
     if isinstance(trainer.model, PeftModel):
         base, device = StageContext.of_job(job).load_classifier(), trainer.model.device
         trainer.model = PeftModel.from_pretrained(base, job.folder).to(device)
+        forward.install(trainer.model)
     else:
         if finished:  # the last member was saved, and cast for that, before the stage was killed
             cast_weights(trainer.model, resolve_dtype(job.recipe.model.dtype))
@@ -181,6 +182,7 @@ def start_from_seed(context: StageContext, seed: Path) -> Any:
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
     model = get_peft_model(context.load_classifier(), config)
     copy_adapter(model, seed)
+    forward.install(model)
     return model
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.safetensors_io import NO_SAFETENSORS
@@ -13,6 +15,11 @@ HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-
 """A repository's id on the Hub: NAME or NAMESPACE/NAME."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """The files of a model: weights in safetensors, configuration, tokenizer and chat template."""
+COMMIT = re.compile(r"[0-9a-f]{40}\Z")
+TIMEOUT = 5.0
+"""Seconds that a question about a repository's commit may take."""
+PINNED: dict[str, str] = {}
+"""Hub id of a model → the revision that is read where none is asked for. `pinned` sets it."""
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
 GATED = "{} is gated: accept its licence on that page, then run `hf auth login`"
@@ -37,6 +44,7 @@ def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, rev
     require(HUB_ID.match(str(name)) is not None, f"{name}: no such folder, and not a Hub id; use namespace/name")
     from huggingface_hub import snapshot_download
 
+    revision = revision or PINNED.get(str(name))
     with readable_hub_errors(str(name)):
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns)))
 
@@ -47,8 +55,63 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
 
     if HUB_ID.match(name) is None:
         return None
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    cached = try_to_load_from_cache(name, "config.json", revision=revision or PINNED.get(name))
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+@contextlib.contextmanager
+def pinned(revisions: Mapping[str, str]) -> Iterator[None]:
+    """Within the context, models are read at these revisions (Hub id → revision) where none is asked for."""
+    before = dict(PINNED)
+    PINNED.update(revisions)
+    try:
+        yield
+    finally:
+        PINNED.clear()
+        PINNED.update(before)
+
+
+class Repository(NamedTuple):
+    """A repository on the Hub at a branch, tag or commit (None: its main branch)."""
+
+    kind: str
+    """model or dataset."""
+    name: str
+    revision: str | None
+
+
+def resolve_commits(repositories: Iterable[Repository], *, record: bool) -> dict[Repository, str]:
+    """The commit of each repository: on the Hub or, if the Hub does not tell it, in the local cache.
+
+    A repository whose commit is in neither is left out. record: note the commits in the cache's refs, so that they are known
+    without the Hub; what is then read must be downloaded at these commits.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
+
+    class Api(HfApi):
+        """HfApi whose resolve_revision waits for TIMEOUT and not without limit."""
+
+        def repo_info(self, *args: Any, **options: Any) -> Any:
+            return super().repo_info(*args, **{**options, "timeout": TIMEOUT})
+
+    api, online, found = Api(), not constants.HF_HUB_OFFLINE, {}
+    for one in dict.fromkeys(repositories):
+        given: dict[str, Any] = {"repo_id": one.name, "repo_type": one.kind, "revision": one.revision}
+        if online:
+            try:
+                with tempfile.TemporaryDirectory() as empty:  # no cache, which would answer for a Hub out of reach
+                    found[one] = api.resolve_revision(**given, cache_dir=empty).resolved
+            except RevisionResolutionError:
+                online = False
+            except HfHubHTTPError:
+                pass  # missing or gated: the stage that reads the repository says what to do
+        if one not in found:
+            with contextlib.suppress(RevisionResolutionError):
+                found[one] = api.resolve_revision(**given, local_files_only=True).resolved
+        elif record:
+            api.resolve_revision(**given)
+    return found
 
 
 @contextlib.contextmanager

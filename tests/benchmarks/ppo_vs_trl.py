@@ -1,22 +1,27 @@
 """PPO on equal work: TRL 1.12, the last release with a PPOTrainer, and ours, in turn. Prints one JSON line with the ratios.
 
-    python tests/benchmarks/ppo_vs_trl.py MODEL_FOLDER --peer-python PEER/bin/python [--rounds 1] [--select peer/full,ours/full]
+    python tests/benchmarks/ppo_vs_trl.py MODEL_FOLDER --peer-python PEER/bin/python [--lengths mixed] [--rounds 2]
+                                          [--select peer/lora,ours/lora-reward-lora/rollout] [--raw FILE]
     python tests/benchmarks/ppo_vs_trl.py MODEL_FOLDER --ours lora [--old-logprobs rollout] [--micro 4] [--profile]
 
 The second form is one measurement of ours, as the first form starts it. The work is the peer script's (../shared/peers beside the
-repository, whose prompts and meter ours use too): batches of 16 prompts of 64 tokens, responses of exactly 48, 2 minibatches,
-2 PPO epochs, float32, one thread, LoRA of rank 16 on all linears where there is LoRA, temperature 0.7, 3 updates, each figure the
-median of updates 2 and 3. Each measurement is a process of its own; the peak is its largest resident set from start to end.
-`--raw FILE` keeps every measurement as it comes: a round of all takes about 40 minutes.
+repository, whose prompts and meter ours use too): batches of 16 prompts, responses of exactly 48 tokens, 2 minibatches, 2 PPO epochs,
+float32, one thread, LoRA of rank 16 on all linears where there is LoRA, temperature 0.7, 3 updates, each figure the median of updates 2
+and 3. Prompts have 64 tokens each (`--lengths fixed`) or 12 to 256, 76 on average (`mixed`). Each measurement is a process of its
+own; the peak is its largest resident set from start to end. `--select` names the measurements, by default those that have targets;
+`--select all`: every row of ORDER. `--raw FILE` keeps every measurement as it comes. The second round has the reverse order. A round
+of the default takes about 20 minutes (fixed), or 30 minutes and 16 GB (mixed).
 
 What differs: TRL has a value model of its own, trained in full (`lora`, `full`) or with LoRA (`lora-value-lora`), ours a linear head on
 the policy's trunk; both have a reward model of their own in memory, and as the reference the base with the adapter off (LoRA) or a
 frozen copy (full). In `lora-reward-lora` ours has its reward as a recipe in LoRA mode has it: an adapter of the same rank and a score head
 on the policy's own base, so that the base is held once. TRL always takes old log-probs from generation and old values from a forward; `recompute` and `rollout` are our
-two ways. `8`, `4`, `2` are responses in one forward and backward of ours, with the same minibatch of 8; TRL's is 8.
+two ways. `8`, `4`, `2` are responses in one forward and backward of ours, with the same minibatch of 8; TRL's is 8. `8x512` are at most
+8 responses of at most 512 tokens together (`micro_batch_tokens`).
 
 Both processes get the same environment, the caller's and HF_HUB_OFFLINE=1, OMP_NUM_THREADS, and set the same number of threads; ours sets
-nothing else (what changes the allocator, as MALLOC_*, is the caller's and stands in the JSON).
+nothing else (what changes the allocator, as MALLOC_*, is the caller's and stands in the JSON). `cpu_per_s` says how busy the machine was
+during each measurement, `before` its load and free memory when it started.
 """
 
 from __future__ import annotations
@@ -30,27 +35,41 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = ROOT.parent / "shared" / "peers" / "trl_ppo_bench.py"
-BATCH, PROMPT, RESPONSE, MINIBATCHES, EPOCHS, RANK = 16, 64, 48, 2, 2, 16
+BATCH, RESPONSE, MINIBATCHES, EPOCHS, RANK = 16, 48, 2, 2, 16
+LENGTHS = {"fixed": 64, "mixed": "mixed"}
+"""--lengths → --prompt-length of the peer's script."""
 ORDER = (
     "peer/lora", "ours/lora/recompute/8", "ours/lora/rollout/8", "peer/lora-value-lora", "ours/lora/recompute/4",
     "ours/lora/rollout/4", "peer/full", "ours/full/recompute/8", "ours/full/rollout/8", "ours/full/recompute/4",
     "ours/lora/recompute/2", "ours/lora/rollout/2", "ours/full/recompute/2",
-    *(f"ours/lora-reward-lora/{way}/{micro}" for way in ("recompute", "rollout") for micro in (8, 4, 2)),
+    *(f"ours/lora-reward-lora/{way}/{micro}" for way in ("recompute", "rollout") for micro in ("8", "8x512", "4", "2")),
 )  # fmt: skip
+CHOSEN = {
+    "fixed": "peer/lora,ours/lora-reward-lora/recompute/4,ours/lora-reward-lora/rollout/4,peer/full,ours/full/recompute/4",
+    "mixed": "peer/lora,ours/lora-reward-lora/recompute/8x512,ours/lora-reward-lora/rollout/8x512",
+}
+"""--lengths → the default of --select."""
 FIGURES = {"wall": "wall_s", "cpu": "cpu_s", "peak": "peak_rss_mb"}
-TARGETS = {"peer/lora": (0.55, 0.55, 0.30), "peer/full": (0.68, 0.68, 0.55)}  # issue 3, in FIGURES' order
+TARGETS = {
+    ("fixed", "lora-reward-lora", "peer/lora"): (0.50, 0.50, 0.27),
+    ("mixed", "lora-reward-lora", "peer/lora"): (0.30, 0.30, 0.18),
+    ("fixed", "full", "peer/full"): (0.50, 0.50, 0.50),
+}
+"""Lengths, mode of ours and peer → the largest ratios that are aimed at, in FIGURES' order."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "PYTORCH_", "TORCH_")
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     """PPO as the peer's script does it, with our trainer → its figures under the peer's names."""
-    sys.path.insert(0, str(args.peer_script.parent))
+    sys.path[:0] = [str(ROOT), str(args.peer_script.parent)]
     import torch
     from meter import Meter, peak_rss_mb, rss_mb
     from transformers import PrinterCallback
@@ -72,7 +91,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     phase = lambda name: lambda update: update["phases"].get(name, (0.0, 0.0))[0]  # noqa: E731
     trained = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)  # noqa: E731
     return {
-        "peer": "salsa_peft", "mode": args.ours, "old_logprobs": args.old_logprobs, "micro_batch_size": args.micro,
+        "peer": "salsa_peft", "mode": args.ours, "old_logprobs": args.old_logprobs, "micro": args.micro, "lengths": args.lengths,
         "wall_s": median(lambda update: update["wall"]), "cpu_s": median(lambda update: update["cpu"]),
         "generation_s": median(phase("generation")),
         "scoring_s": median(lambda update: phase("rollout")(update) - phase("generation")(update)),
@@ -114,23 +133,51 @@ def make_trainer(args: argparse.Namespace, output: str) -> Any:
         policy = get_peft_model(policy, LoraConfig(**lora, task_type="CAUSAL_LM"))
     else:
         references = [AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False)]
+    rows, _, tokens = args.micro.partition("x")
     config = SalsaPPOConfig(
-        output_dir=output, batch_size=BATCH, num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, micro_batch_size=args.micro,
-        max_new_tokens=RESPONSE, min_new_tokens=RESPONSE, temperature=0.7, kl_coef=0.05, kl_control="fixed", learning_rate=3e-6,
+        output_dir=output, batch_size=BATCH, num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, micro_batch_size=int(rows),
+        micro_batch_tokens=int(tokens) if tokens else None,
+                max_new_tokens=RESPONSE, min_new_tokens=RESPONSE, temperature=0.7, kl_coef=0.05, kl_control="fixed", learning_rate=3e-6,
         old_logprobs=args.old_logprobs, use_cpu=True, bf16=False, save_strategy="no", report_to="none", disable_tqdm=True,
         max_steps=args.updates * MINIBATCHES * EPOCHS, seed=0,
     )  # fmt: skip
-    data = [{"input_ids": ids} for ids in prompt_ids(tokenizer, PROMPT, BATCH)]
+    data = [{"input_ids": ids} for ids in prompt_ids(tokenizer, LENGTHS[args.lengths], BATCH)]
     return SalsaPPOTrainer(policy, config, data, references=references, reward=reward, processing_class=tokenizer)
 
 
+def operator_times(meter: Any) -> Any:
+    """A context that adds up CPU seconds by phase and operator. Views and Python's own time are in no operator."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OperatorTimes(TorchDispatchMode):
+        """The context; torch.profiler would keep an event of each of a million calls."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seconds: dict[str, Counter[str]] = defaultdict(Counter)
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            start = time.process_time()
+            out = func(*args, **(kwargs or {}))
+            self.seconds[meter.phase_name][func.overloadpacket.__name__] += time.process_time() - start
+            return out
+
+        def tables(self) -> dict[str, dict[str, float]]:
+            """The ten largest of each phase, and the phase's sum. other: backward passes and the optimizer."""
+            return {
+                phase: {"sum": round(table.total(), 2), **{key: round(cpu, 2) for key, cpu in table.most_common(10)}}
+                for phase, table in self.seconds.items()
+            }
+
+    return OperatorTimes()
+
+
 def watch(trainer: Any, meter: Any, profiled: bool) -> dict[str, Any]:
-    """Clock the updates and their phases, count the optimizer's steps, and profile update 2 if asked to."""
-    import torch
+    """Clock the updates and their phases, count the optimizer's steps, and time update 2's operators if asked to."""
     from transformers import TrainerCallback
 
     counts: dict[str, Any] = {"steps": 0, "profile": {}}
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    profiler = operator_times(meter)
     maker, backend = type(trainer.rollout_maker), type(trainer.rollout_maker.backend)
     maker.__call__ = meter.wrap(maker.__call__, "rollout")
     backend.__call__ = meter.wrap(backend.__call__, "generation")
@@ -151,12 +198,11 @@ def watch(trainer: Any, meter: Any, profiled: bool) -> dict[str, Any]:
             if rest:
                 return
             if profiled and update == 2:
-                profiler.stop()
-                table = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)[:20]
-                counts["profile"] = {"profile_s": {row.key: round(row.self_cpu_time_total / 1e6, 2) for row in table}}
+                profiler.__exit__(None, None, None)
+                counts["profile"] = {"profile_cpu_s": profiler.tables()}
             meter.end_update()
             if profiled and update == 1:
-                profiler.start()
+                profiler.__enter__()
 
     trainer.add_callback(Clock())
     return counts
@@ -167,16 +213,24 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     side, mode, *options = name.split("/")
     common = ["--threads", str(args.threads), "--updates", str(args.updates)]
     if side == "peer":
-        command = [args.peer_python, str(args.peer_script), "--model", args.model, "--mode", mode, *common]
+        command = [args.peer_python, str(args.peer_script), "--model", args.model, "--mode", mode,
+                   "--prompt-length", str(LENGTHS[args.lengths]), *common]  # fmt: skip
     else:
         command = [sys.executable, __file__, args.model, "--peer-script", str(args.peer_script), "--ours", mode,
-                   "--old-logprobs", options[0], "--micro", options[1], *common]  # fmt: skip
+                   "--old-logprobs", options[0], "--micro", options[1], "--lengths", args.lengths, *common]  # fmt: skip
+    before = {"load": round(os.getloadavg()[0], 2), "available_gb": available_gb()}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
-    return {"run": name, **json.loads(done.stdout.splitlines()[-1])}
+    return {"run": name, "before": before, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def available_gb() -> float:
+    """Memory of the machine that a new process can get."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20, 1)
 
 
 def check_work(raw: list[dict[str, Any]], updates: int) -> dict[str, Any]:
@@ -210,7 +264,7 @@ def check_work(raw: list[dict[str, Any]], updates: int) -> dict[str, Any]:
                        "trainable_of_peer": {r["mode"]: r["trainable"] for r in raw if r not in mine}, "odd": odd}  # fmt: skip
 
 
-def ratios(raw: list[dict[str, Any]]) -> dict[str, Any]:
+def ratios(raw: list[dict[str, Any]], lengths: str) -> dict[str, Any]:
     """Ours over the peer's, of the medians over the rounds; with a target, whether it is reached."""
     middle: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(row["run"] for row in raw):
@@ -222,16 +276,22 @@ def ratios(raw: list[dict[str, Any]]) -> dict[str, Any]:
             if mine.split("/")[1].split("-")[0] != peer.split("/")[1].split("-")[0]:
                 continue
             ratio = {figure: round(middle[mine][figure] / middle[peer][figure], 3) for figure in FIGURES}
-            targets = dict(zip(FIGURES, TARGETS.get(peer, ()), strict=False))
+            targets = dict(zip(FIGURES, TARGETS.get((lengths, mine.split("/")[1], peer), ()), strict=False))
             reached = {"reached": {figure: ratio[figure] <= targets[figure] for figure in targets}} if targets else {}
             found.setdefault(peer, {})[mine] = ratio | reached
     return found
 
 
 def quiet(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """CPU seconds a second, the process's own (1 where nobody took its core) and everybody else's (0 on a quiet machine)."""
+    """CPU seconds a second, the process's own (1 where nobody took its core) and everybody else's (0 on a quiet machine).
+
+    And the load and the available memory when the process was started.
+    """
     share = lambda row, key: round(sum(row[key]) / sum(row["all_wall_s"]), 2)  # noqa: E731
-    return [{"run": r["run"], "own": share(r, "all_cpu_s"), "others": share(r, "all_others_cpu_s")} for r in raw]
+    return [
+        {"run": r["run"], "own": share(r, "all_cpu_s"), "others": share(r, "all_others_cpu_s"), **r["before"]}
+        for r in raw
+    ]
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
@@ -262,15 +322,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--select", default="", help=f"names or their first parts, by commas, of {', '.join(ORDER)}")
+    parser.add_argument("--select", help=f"all, or names or their first parts, by commas, of {', '.join(ORDER)}")
     parser.add_argument("--raw", type=Path, help="a file to which every measurement is added as it comes")
     parser.add_argument("--cpu", type=int, help="the one core that all processes may use")
     parser.add_argument(
         "--ours", choices=["lora", "lora-reward-lora", "full"], help="one measurement of ours, in this process"
     )
     parser.add_argument("--old-logprobs", choices=["recompute", "rollout"], default="recompute")
-    parser.add_argument("--micro", type=int, default=8)
-    parser.add_argument("--profile", action="store_true", help="seconds of update 2 by operator; slows it down")
+    parser.add_argument("--micro", default="8", help="rows of one forward of ours, or rows x tokens as in 8x512")
+    parser.add_argument("--lengths", choices=LENGTHS, default="fixed", help="of the prompts")
+    parser.add_argument("--profile", action="store_true", help="CPU seconds of update 2 by operator; slows it down")
     return parser.parse_args()
 
 
@@ -283,10 +344,13 @@ def main() -> None:
     if args.cpu is not None:
         os.sched_setaffinity(0, {args.cpu})
     if not args.peer_python:
-        raise SystemExit("--peer-python: found none, expected the Python of an environment with trl 1.12.0")
+        raise SystemExit("--peer-python is required: the Python of an environment with trl 1.12.0")
     machine = facts(args)
-    asked = args.select.split(",")
-    chosen = [name for name in ORDER if not args.select or any(f"{name}/".startswith(f"{one}/") for one in asked)]
+    asked = (args.select or CHOSEN[args.lengths]).split(",")
+    chosen = [name for name in ORDER if asked == ["all"] or any(f"{name}/".startswith(f"{one}/") for one in asked)]
+    unknown = [one for one in asked if one != "all" and not any(f"{name}/".startswith(f"{one}/") for name in ORDER)]
+    if unknown:
+        raise SystemExit(f"--select: no measurement is called {', '.join(unknown)}. Choose from {', '.join(ORDER)}")
     raw = []
     for turn in range(args.rounds):
         for name in chosen if turn % 2 == 0 else chosen[::-1]:
@@ -296,7 +360,7 @@ def main() -> None:
                 with args.raw.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(raw[-1]) + "\n")
     work = check_work(raw, args.updates)
-    print(json.dumps({"benchmark": "ppo_vs_trl", "ratios": ratios(raw), "work": work, "cpu_per_s": quiet(raw),
+    print(json.dumps({"benchmark": "ppo_vs_trl", "lengths": args.lengths, "rounds": args.rounds, "ratios": ratios(raw, args.lengths), "work": work, "cpu_per_s": quiet(raw),
                       "machine": machine, "raw": raw}))  # fmt: skip
     if work["odd"]:
         raise SystemExit(f"unequal work: {work['odd']}")

@@ -48,7 +48,7 @@ def said(load, *overrides: str, **options: Any) -> str:
         load(*overrides, **options)
     line = str(caught.value)
     assert "\n" not in line
-    assert len(line) < 800
+    assert len(line) < 900
     return line
 
 
@@ -340,6 +340,16 @@ def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_preset
         assert f"{key}: {value} needs adapters; add --lora, or set {key}=" in line
         preset = "qlora" if key == "model.quantization" else "lora"
         assert load(f"{key}={value}", lora=preset).recipe.mode == preset
+    vllm, adapter = "ppo.rollout_backend=vllm", "ppo.rollout_options={sync: adapter}"
+    line = said(load, vllm, adapter, lora=None)
+    assert (
+        "ppo.rollout_options.sync: adapter needs adapters; add --lora, or set ppo.rollout_options.sync=merged" in line
+    )
+    line = said(load, vllm, adapter, "adapter.r=513", lora="lora")
+    assert "adapter.r: 513 is more than 512, the highest rank that vLLM loads" in line
+    assert "rollout_options.sync: merged does not work with model.quantization nf4" in said(load, vllm, lora="qlora")
+    for lora in ("lora", "qlora"):
+        assert load(vllm, adapter, lora=lora).recipe.ppo.corrects_sampling
     line = said(load, "model.quantization=nf4")
     assert (
         "--lora lora: model.quantization is nf4, as in a qlora run; use --lora qlora, or remove model.quantization"

@@ -265,7 +265,7 @@ class TestSyncs:
             "batch_size": 2, "q_length": 3, "kv_length": 3, "attention_mask": torch.ones(2, 3, dtype=torch.bool),
             "allow_is_causal_skip": True, "device": torch.device("cpu"),
         }  # fmt: skip
-        with generation._masks_without_sync(padded=True):
+        with generation.masks_without_sync(padded=True):
             built = MASKS["sdpa"](**given)
         assert built.shape == (2, 1, 3, 3) and torch.equal(built[1, 0], torch.ones(3, 3).tril().bool())
         assert MASKS["sdpa"] is before and before(**given) is None

@@ -15,9 +15,10 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.architectures.memory import GIB
 from salsa_peft.recipe import cache as runs
-from salsa_peft.recipe import disk, hardware
+from salsa_peft.recipe import hardware
 from salsa_peft.recipe import run as recipe
 from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.recipe.estimates import disk
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
 STAGES = ("toy", "data", "sft", "reward", "soup", "ppo", "dpo")
@@ -132,8 +133,8 @@ def test_a_run_that_cannot_fit_is_refused(
     words = ["llama2_full", "--set", "evaluate.judge=null", "--output-dir", str(tmp_path / "run")]
     free.free = 120 * GIB
     assert salsa_run(words) == 2
-    line = capsys.readouterr().err.strip()
-    assert "\n" not in line and line.startswith(
+    note, line = capsys.readouterr().err.splitlines()
+    assert note.startswith("not known on the Hub or in its local cache") and line.startswith(
         f"results: need 163.5 GiB during the run (100.2 GiB when it is finished), but only 120.0 GiB are free on the disk of {tmp_path}"
     )
     assert line.endswith("use --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())

@@ -190,6 +190,38 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        "lora",
+        pytest.param(
+            "qlora", marks=[pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")]
+        ),
+    ],
+)  # fmt: skip
+def test_adapters_and_heads_on_a_bf16_base_are_float32(whole: Callable[..., Path], lora: str) -> None:
+    """In what every stage saves: factors, score heads, their average and value heads, with digits that bf16 does not hold."""
+    policies = {"ppo": {"reference": "seed-0"}, "dpo": {"reference": "soup", "algorithm": "dpo"}}
+    given = {"model.dtype": "bfloat16", "reward.seeds": [0, 1], "policies": policies, "landscape": None, "export": []}
+    words = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    folder = whole("llama", *words, "--lora", lora, "--stages", "toy,data,sft,reward,soup,ppo,dpo")
+    assert abs(first_kl(folder, "ppo")) == 0
+    files = {
+        str(file.relative_to(folder)): load_file(file)
+        for stage in ("sft", "reward", "soup", "ppo", "dpo")
+        for name in ("adapter_model", "value_head")
+        for file in (folder / stage).rglob(f"{name}.safetensors")
+        if "checkpoint-" not in str(file)
+    }
+    assert len(files) == 3 + 3 + 1 + 2 + 1, "seeds; two reward models and their average; the soup; PPO's policy; DPO's"
+    for where, tensors in files.items():
+        for name, tensor in tensors.items():
+            assert tensor.dtype == torch.float32, (where, name)
+            if "lora_B" in name or "score" in name:  # A is drawn in bf16, and may have no step with a gradient
+                assert (tensor != tensor.bfloat16().float()).any(), (where, name)
+    assert sum(name.endswith("score.weight") for tensors in files.values() for name in tensors) == 3
+
+
 def test_local_fetches_a_checkpoint_with_full_weights_and_an_adapter_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hub id as a reference: which of its files come."""
     import huggingface_hub
@@ -214,12 +246,14 @@ def test_full_weights_are_saved_in_the_bases_dtype(whole: Callable[..., Path], t
         "ppo.learning_rate=1e-3",
         "landscape=null",
     ]
-    stages = ["--stages", "toy,sft,reward,soup,ppo/salsa"]
+    stages = ["--stages", "toy,data,sft,reward,soup,ppo/salsa"]
     folder = whole("llama", *(part for word in words for part in ("--set", word)), *stages)
     found = {
         name: load_file(unit(folder, name) / "model.safetensors")
         for name in ("sft/seed-0", "reward", "soup", "ppo/salsa")
     }
+    heads = [tensors.pop("score.weight") for name, tensors in found.items() if name == "reward"]
+    assert [head.dtype for head in heads] == [torch.float32] and (heads[0] != heads[0].bfloat16().float()).any()
     assert {tensor.dtype for tensors in found.values() for tensor in tensors.values()} == {torch.bfloat16}
     assert read(unit(folder, "ppo/salsa") / "config.json")["dtype"] == "bfloat16"
     assert load_file(unit(folder, "ppo/salsa") / "value_head.safetensors")["weight"].dtype == torch.float32

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 from tiny import make_adapter, make_base
 
 from salsa_peft.config.schema import Generation
@@ -189,6 +190,33 @@ def test_the_sft_loss_is_the_plain_one_and_its_slopes_are_its_differences(
         )
         assert slope == pytest.approx((measure(step[0]) - measure(step[1])) / 2e-2, rel=2e-2, abs=2e-4)
     assert all(parameter.grad is None for parameter in live.model.parameters())
+
+
+def test_the_sft_loss_computes_hardly_any_padding_and_reads_one_number(members: Any, tokenizer: Any) -> None:
+    """Of 30 chats in two orders; with its gradient too; as many reads of the device for 2 forward passes as for 30."""
+    chats = [
+        {"messages": [{"role": "user", "content": "copy : " + "b " * (1 + 7 * n % 40)}, {"role": "assistant", "content": "b"}]}
+        for n in range(30)
+    ]  # fmt: skip
+    live = live_of("adapters", members, tokenizer)
+    shapes, counts = [], []
+
+    def note(_: Any, args: Any, options: Any) -> None:
+        shapes.append(options["input_ids"].shape)
+
+    decoder = live.model.get_base_model().model
+    for size, rows in ((1, chats), (15, chats), (15, chats[::-1])):
+        measure = SFTLoss(live, rows, tokenizer, 64, size)
+        needed = sum(len(ids) for ids, _ in measure.chats)
+        for ask_value in (measure, measure.gradient):
+            shapes.clear()
+            with decoder.register_forward_pre_hook(note, with_kwargs=True), HostSyncs() as syncs:
+                found = ask_value(WEIGHTS)
+            counts.append((syncs.total, found if isinstance(found, float) else found[0]))
+            assert needed <= sum(shape.numel() for shape in shapes) <= 1.1 * needed
+        assert (len(shapes) < 15) == (size > 1)
+    assert counts[0][0] == counts[2][0] == counts[4][0] and counts[1][0] == counts[3][0] == counts[5][0]
+    assert [value for _, value in counts] == pytest.approx([counts[0][1]] * 6, abs=1e-6)
 
 
 def test_adapters_and_their_checkpoints_are_the_same_points(members: Any, tokenizer: Any) -> None:

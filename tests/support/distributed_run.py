@@ -38,7 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
              "eval_strategy": "steps", "eval_steps": 4, "kl_estimator": "full"},
     "full": {"full": True, "old_logprobs": "rollout", "target_kl": 2e-3, "rollout_batch_size": 2, "num_ppo_epochs": 4},
     "tied": {"full": True, "base": {"tie_word_embeddings": True}, "micro_batch_size": None},
-    "split": {"micro_batch_size": None, "micro_batch_tokens": 24, "rollout_batch_size": 4},
+    "split": {"importance_sampling_correction": True, "micro_batch_size": None, "micro_batch_tokens": 24, "rollout_batch_size": 4},
     "value": {"value": "adapter", "reward": "reward", "gradient_checkpointing": True, "references": ["seed-0", "base"]},
     "long": {"num_train_epochs": 1000, "save_strategy": "no", "num_mini_batches": 1, "num_ppo_epochs": 1, "micro_batch_size": None,
              "max_new_tokens": 40, "min_new_tokens": 40},

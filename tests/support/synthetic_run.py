@@ -83,6 +83,7 @@ def synthetic(
                 "peak_mb": 431.0 + 7 * i,
                 "gpu_peak_mb": None,
                 "gpu_planned_mb": None,
+                "planned_seconds": None,
                 "inputs": ["sft/seed-0", "soup"] if i > 5 else [],
             }
             for i, unit in enumerate(

@@ -51,7 +51,7 @@ def test_few_pairs_are_said(pairs: int, said: str | None, tmp_path: Path, monkey
     """At the end of the stage, on the terminal; the metrics are written all the same."""
     trainer = SimpleNamespace(is_world_process_zero=lambda: True)
     metrics = {"accuracy": {"held_out": reward_model.accuracy([1.0] * pairs)}}
-    monkeypatch.setattr(reward_model, "make_trainer", lambda *_: (trainer, {"left_out": 0}))
+    monkeypatch.setattr(reward_model, "make_trainer", lambda *_: (trainer, {}))
     monkeypatch.setattr(reward_model, "train", lambda *_: metrics)
     recipe = load_recipe("quickstart", lora="lora", overrides=[]).recipe
     job: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, unit=SimpleNamespace(id="reward"))

@@ -26,6 +26,8 @@ adapter alone, as a LoRA request; mode colocate only. enable_sleep_mode: free vL
 trained; true by default in mode colocate."""
 VLLM_CHOICES = {"sync": ("merged", "adapter"), "mode": ("colocate", "server")}
 """Options of vllm → their values, the default first."""
+MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM can reserve memory for (its max_lora_rank)."""
 COLOCATED = ("gpu_memory_utilization", "max_num_seqs", "enable_sleep_mode", "model_impl")
 """Options of vllm that a server would ignore."""
 

@@ -72,7 +72,7 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
     exact = sizes is not None
     if sizes is None:
         prompts, answer = recipe.evaluate.prompts, recipe.generation.max_new_tokens
-        known = {name: turns for name, source in prompts.items() if (turns := _turns(source)) is not None}
+        known = {name: turns for name, source in prompts.items() if (turns := question_turns(source)) is not None}
         if not known or len(known) < len(prompts):
             return None
         # the prompt of a turn contains the earlier turns
@@ -88,7 +88,7 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
     return Cost(calls, tokens, calls * VERDICT, exact)
 
 
-def _turns(source: Source) -> list[tuple[int, int]] | None:
+def question_turns(source: Source) -> list[tuple[int, int]] | None:
     """(turn, tokens up to it) of every question; None if the source is neither JSONL nor in the paper."""
     if (source.path, source.split) in ON_THE_HUB:
         count, lengths = ON_THE_HUB[source.path, source.split]

@@ -62,7 +62,7 @@ def _tuner_layers(base: Any) -> dict[str, Any]:
 
 def merge_fault(model: PeftModel, adapter: str) -> str | None:
     """Why the merged weights would not compute what the base with the adapter computes; None if they would."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     wrapped = [path for path, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     bases = {path: layer.get_base_layer() for path, layer in _tuner_layers(base).items()}
     nested = [path for path, own in bases.items() if any(isinstance(m, BaseTunerLayer) for m in own.modules())]

@@ -115,7 +115,8 @@ def uncounted(recipe: Recipe) -> list[str]:
     colocated = recipe.ppo.rollout_backend == "vllm" and options.get("mode", "colocate") == "colocate"
     if "ppo" in stages_of(recipe) and colocated:
         share = options.get("gpu_memory_utilization", 0.3)
-        found.append(f"vLLM during ppo, which takes {share:.0%} of the GPU (rollout_options: gpu_memory_utilization)")
+        when = "while it samples" if options.get("enable_sleep_mode", True) else "during ppo"
+        found.append(f"vLLM {when}, which takes {share:.0%} of the GPU (rollout_options: gpu_memory_utilization)")
     judge = recipe.evaluate.judge
     if judge is not None and judge.kind == "local":
         size = architecture_of_base(str(judge.model))
@@ -199,7 +200,7 @@ class _Stage:
         states = STATES.get(self.optim, states)
         count, pieces = self.trained(), _sharded(self.recipe)
         weights = shared + sum(roles) + weight * count / pieces
-        casts = self.precision == "master" and phase != "step"
+        casts = self.precision == "master" and phase != "step" and self.width == 2
         if self.full and count and (casts or (pieces > 1 and phase in ("generate", "score"))):
             weights += 2 * count  # autocast's bf16 copies, or the policy gathered for a rollout
         gradients = gradient * count / pieces if phase in ("train", "step") else 0.0

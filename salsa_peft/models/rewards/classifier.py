@@ -14,6 +14,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from salsa_peft.config.rewards import WRITE_A_FUNCTION
 from salsa_peft.data.chat.template_fields import messages_for_template, template_options
@@ -21,11 +22,20 @@ from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models import precision
-from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype, use_float32_head
+from salsa_peft.models.base import (
+    classifier_class,
+    device,
+    max_positions,
+    resolve_dtype,
+    trunk,
+    use_float32_head,
+)
 from salsa_peft.models.batches import split_by_length
-from salsa_peft.models.responses import append_turn_end, pad_tokens, token_lists
+from salsa_peft.models.generation import masks_without_sync
+from salsa_peft.models.responses import append_turn_end, pad_responses, pad_tokens, token_lists
 from salsa_peft.models.rewards.base import Reward, Rows
 from salsa_peft.models.rewards.function import decode
+from salsa_peft.models.rewards.last_tokens import in_rows_order, last_token_scores
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import local_folder, readable_hub_errors
@@ -70,6 +80,7 @@ class ClassifierReward(Reward):
         self.micro_batch = MicroBatchLimit(micro_batch_size, f"reward {name}, rows scored at once")
         self.name, self.truncation_reported = name, False
         self.longest = min(int(tokenizer.model_max_length), max_positions(classifier.config) or sys.maxsize)
+        self.causal = scores_last_token(classifier)
         self.shares_tokenizer = (
             tokenizer.chat_template == policy_tokenizer.chat_template
             and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
@@ -91,11 +102,14 @@ class ClassifierReward(Reward):
         return self.classifier
 
     def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Score token ids in forward passes over sequences of similar length."""
-        batches = split_by_length([len(ids) for ids in sequences], self.micro_batch.rows)
-        scores = torch.cat([self._forward([sequences[row] for row in batch]) for batch in batches])
-        order = torch.tensor([row for batch in batches for row in batch], device=scores.device)
-        return torch.empty_like(scores).index_copy(0, order, scores)
+        """Score token ids in forward passes over sequences of similar length; float32."""
+        rows = self.micro_batch.rows
+        if self.causal:  # the sequences stand for responses to empty prompts
+            device, score = self.classifier.device, self.classifier.score
+            responses = pad_responses([[]] * len(sequences), sequences, 0, (), device)
+            return last_token_scores(self.classifier, score, responses, rows).float()
+        batches = split_by_length([len(ids) for ids in sequences], rows)
+        return in_rows_order([self._forward([sequences[row] for row in batch]) for batch in batches], batches)
 
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:
         """Token ids of each prompt with its response for the classifier, before truncation."""
@@ -154,7 +168,21 @@ class ClassifierReward(Reward):
         pad = next(token for token in (self.tokenizer.pad_token_id, *range(len(ends))) if token not in ends)
         self.classifier.config.get_text_config().pad_token_id = pad
         ids, mask = pad_tokens(sequences, pad, self.classifier.device)
-        return self.classifier(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1).float()
+        padded = len(set(map(len, sequences))) > 1
+        with masks_without_sync(padded):
+            output = self.classifier(input_ids=ids, attention_mask=mask.long() if padded else None)
+        return output.logits.squeeze(-1).float()
+
+
+def scores_last_token(classifier: PreTrainedModel) -> bool:
+    """Whether a classifier is a causal decoder with Transformers' generic score head on each sequence's last token.
+
+    No token then depends on padding after it, and the decoder can be called without the head.
+    """
+    config = classifier.config.get_text_config().to_dict()
+    causal = config.get("is_causal", True) and not config.get("use_bidirectional_attention")
+    generic = type(classifier).forward is GenericForSequenceClassification.forward
+    return bool(generic and causal and trunk(classifier) is classifier.base_model)
 
 
 def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, *, name: str | None = None,

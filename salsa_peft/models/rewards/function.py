@@ -109,7 +109,9 @@ class FunctionReward(Reward):
             f"{self._where}: it returned {len(scores)} scores for {len(rows)} responses; return one score for each"
             " response",
         )
-        scores = list(scores.cpu() if isinstance(scores, Tensor) else scores)
+        if isinstance(scores, Tensor):  # (B,) or (B, 1), copied to the CPU at once
+            scores = scores.reshape(len(rows), -1).squeeze(-1).tolist()
+        scores = list(scores)
         try:
             return [None if score is None else _number(score) for score in scores]
         except (TypeError, ValueError) as error:

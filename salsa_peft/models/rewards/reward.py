@@ -20,11 +20,12 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.models import precision
 from salsa_peft.models.adapters import bases, lora
-from salsa_peft.models.base import apply_scalar_head, causal_lm
-from salsa_peft.models.responses import Responses, append_turn_end, last_token_states
+from salsa_peft.models.base import causal_lm
+from salsa_peft.models.responses import Responses, append_turn_end
 from salsa_peft.models.rewards.base import CallableReward, Reward, Rows
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, load_function
+from salsa_peft.models.rewards.last_tokens import last_token_scores
 from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import readable_hub_errors
@@ -69,16 +70,10 @@ class AdapterReward(Reward):
         """The weights of the adapter and of its score head."""
         return [*lora.parameters(self.model, self.adapter), self.head.weight]
 
-    @torch.no_grad()
     def _scores(self, responses: Responses) -> Tensor:
-        scores = []
         head = self.head.to(responses.response_ids.device)
         with self.toggle(self.adapter), precision.autocast(self.model):
-            for index in torch.arange(len(responses.finished)).split(self.micro_batch.rows):
-                part = responses.rows(index)
-                states = last_token_states(self.model, part.input_ids, part.attention_mask)
-                scores.append(apply_scalar_head(head, states))
-        return torch.cat(scores)
+            return last_token_scores(self.model, head, responses, self.micro_batch.rows)
 
 
 class Part(NamedTuple):

@@ -8,14 +8,10 @@ and a row of GUARDS here, a row of DEFAULTS in config/options/guards.py, and a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import compress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from salsa_peft.config.options.guards import Action, GuardSetting
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Row = Mapping[str, float]
 LENGTH, ENTROPY, REPETITION = START = ("objective/response_length", "objective/entropy", "objective/repetition")
@@ -235,11 +231,10 @@ class GuardMonitor:
         self.start, self.quiet = dict(state["start"]), dict(state["quiet"])
 
 
-def repetition(response_ids: Tensor, response_mask: Tensor, n: int = 4) -> float:
-    """Mean share of repeated n-grams, 1 − unique / all, of responses (B, T). Shorter responses count as 0."""
+def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Mean share of repeated n-grams, 1 − unique / all, of the token ids of responses. Shorter responses count as 0."""
     shares = []
-    for tokens, counted in zip(response_ids.tolist(), response_mask.tolist(), strict=True):
-        response = list(compress(tokens, counted))
+    for response in responses:
         grams = list(zip(*(response[first:] for first in range(n)), strict=False))
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
     return sum(shares) / len(shares)

@@ -17,11 +17,12 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     As TRL 1.12's masked_whiten, with the unbiased variance. shift_mean: False keeps the mean. With fewer than two
     tokens in the mask, the values are not scaled.
     """
-    counted = values[mask]
-    mean = counted.mean()
-    scale = (counted.var(unbiased=True) + 1e-8).rsqrt() if counted.numel() > 1 else torch.ones_like(mean)
+    counted, count = torch.where(mask, values, 0.0), mask.sum()
+    mean = counted.sum() / count
+    variance = torch.where(mask, values - mean, 0.0).square().sum() / (count - 1)
+    scale = torch.where(count > 1, (variance + 1e-8).rsqrt(), 1.0)
     whitened = (values - mean) * scale + (0.0 if shift_mean else mean)
-    return torch.where(mask, whitened, torch.zeros_like(values))
+    return torch.where(mask, whitened, 0.0)
 
 
 KL_ESTIMATORS = {
@@ -167,10 +168,13 @@ def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, r
     return min(max(kl_coef * (1 + error * responses / horizon), least), math.inf if most is None else most)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """Explained variance of the values, 1 − Var(R − V) / Var(R), over the mask; 0 if R does not vary."""
-    target = returns[mask]
-    variance = target.var(unbiased=False)
-    if variance == 0:
-        return 0.0
-    return float(1 - (target - values[mask]).var(unbiased=False) / variance)
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Explained variance of the values, 1 − Var(R − V) / Var(R), over the mask, as a tensor (); 0 if R does not vary."""
+    unexplained, variance = _variance(returns - values, mask), _variance(returns, mask)
+    return torch.where(variance == 0, 0.0, 1 - unexplained / variance)
+
+
+def _variance(values: Tensor, mask: Tensor) -> Tensor:
+    largest = torch.where(mask, values, -torch.inf).max()  # subtracted first, so that equal values have a variance of 0
+    shifted = torch.where(mask, values - largest, 0.0)
+    return torch.where(mask, shifted - shifted.sum() / mask.sum(), 0.0).square().sum() / mask.sum()

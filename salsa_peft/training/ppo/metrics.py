@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor
 
-from salsa_peft.models.responses import Responses
+from salsa_peft.models.responses import Responses, token_lists
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo import losses
@@ -41,23 +42,32 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
 
     batch_size: number of responses in an update.
     """
-    responses, mask = rollout.responses, rollout.responses.response_mask
-    kl, score = rollout.kl.sum(-1).mean().item(), rollout.scores.mean().item()
-    per_step = torch.tensor(state.totals, dtype=torch.float64)
-    mean = losses.PPOLoss(*per_step.mean(0).tolist())
-    ratios = per_step[:, losses.PPOLoss._fields.index("ratio")]
+    responses = rollout.responses
+    kl, score, entropy, length, empty, finished, explained = torch.stack(
+        [
+            rollout.kl.sum(-1).mean(),
+            rollout.scores.mean(),
+            rollout.entropy.sum(-1).mean(),
+            responses.lengths.float().mean(),
+            responses.empty.float().mean(),
+            responses.finished.float().sum(),
+            losses.explained_variance(rollout.values, rollout.returns, responses.response_mask),
+        ]
+    ).tolist()
+    steps = losses.PPOLoss(*zip(*state.totals, strict=True))  # each field's numbers of all optimizer steps
+    mean = losses.PPOLoss(*map(statistics.fmean, steps))
     return {
         "update": state.update,
         "episode": state.update * batch_size,
         "objective/scores": score,
         "objective/kl": kl,
         "objective/kl_coef": state.kl_coef,
-        "objective/entropy": rollout.entropy.sum(-1).mean().item(),
+        "objective/entropy": entropy,
         "objective/non_score_reward": -state.kl_coef * kl,
         "objective/rlhf_reward": score - state.kl_coef * kl,
-        "objective/response_length": responses.lengths.float().mean().item(),
-        "objective/empty_share": responses.empty.float().mean().item(),
-        "objective/repetition": repetition(responses.response_ids, mask),
+        "objective/response_length": length,
+        "objective/empty_share": empty,
+        "objective/repetition": repetition(token_lists(responses.response_ids, responses.response_mask)),
         "policy/approxkl_avg": mean.approxkl,  # type: ignore[dict-item]
         "policy/clipfrac_avg": mean.clipfrac,  # type: ignore[dict-item]
         "policy/skipped_minibatches": state.skipped,
@@ -65,21 +75,49 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
         "loss/value_avg": mean.value,  # type: ignore[dict-item]
         "val/clipfrac_avg": mean.value_clipfrac,  # type: ignore[dict-item]
         "val/ratio": mean.ratio,  # type: ignore[dict-item]
-        "val/ratio_var": ratios.var(unbiased=False).item(),
-        "val/num_eos_tokens": int(responses.finished.sum()),
-        "val/explained_variance": losses.explained_variance(rollout.values, rollout.returns, mask),
+        "val/ratio_var": statistics.pvariance(steps.ratio),
+        "val/num_eos_tokens": int(finished),
+        "val/explained_variance": explained,
     }
+
+
+def sampling_metrics(rollout: Rollout, args: SalsaPPOConfig) -> dict[str, float]:
+    """Metrics of the importance weights, with TRL's names; {} without importance_sampling_correction.
+
+    min, mean and max are of the weights; `clipped` is the share whose ratio was outside the bounds. In sequence modes
+    each response counts once. Tokens whose log-prob the sampler did not report have no sampling_logp_difference.
+    """
+    weights, sampled = rollout.importance_weights, rollout.sampling_logprobs
+    if weights is None or sampled is None:
+        return {}
+    mask, mode = rollout.responses.response_mask, args.importance_sampling_mode
+    difference = (rollout.logprobs - sampled).abs()
+    known = mask & ~difference.isnan()
+    difference = difference.masked_fill(~known, 0.0)
+    clipped = weights != losses.importance_ratios(rollout.logprobs, sampled, mask, mode)
+    if mode.startswith("sequence"):
+        weights, clipped, mask = weights[:, :1], clipped[:, :1], mask[:, :1]
+    count = mask.sum()
+    found = torch.stack([
+        weights.masked_fill(~mask, torch.inf).min(), weights.masked_fill(~mask, 0.0).sum() / count,
+        weights.masked_fill(~mask, 0.0).max(), (clipped & mask).sum() / count,
+        difference.sum() / known.sum().clamp(min=1), difference.max(),
+    ])  # fmt: skip
+    names = ("ratio/min", "ratio/mean", "ratio/max", "ratio/clipped")
+    keys = [f"sampling/importance_sampling_{name}" for name in names]
+    keys += [f"sampling/sampling_logp_difference/{name}" for name in ("mean", "max")]
+    return dict(zip(keys, found.tolist(), strict=True))
 
 
 def completion_rows(
     responses: Responses, columns: Mapping[str, Tensor], count: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each of the first `count` responses: prompt, response, and values of `columns`."""
-    part = responses.rows(torch.arange(min(count, len(responses.finished))))
-    prompts = decode(tokenizer, part.prompt_ids, part.prompt_mask)
-    answers = decode(tokenizer, part.response_ids, part.response_mask)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        yield {"prompt": prompt, "response": answer, **{name: column[row].item() for name, column in columns.items()}}
+    prompts = decode(tokenizer, responses.prompt_ids[:count], responses.prompt_mask[:count])
+    answers = decode(tokenizer, responses.response_ids[:count], responses.response_mask[:count])
+    numbers = torch.stack(list(columns.values()), dim=1)[:count].tolist()
+    for prompt, answer, row in zip(prompts, answers, numbers, strict=True):
+        yield {"prompt": prompt, "response": answer, **dict(zip(columns, row, strict=True))}
 
 
 class LogFiles:

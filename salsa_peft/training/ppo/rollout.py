@@ -7,6 +7,7 @@ prompts' order, T response tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,18 +63,22 @@ class Rollout(NamedTuple):
     """(B,), as returned by the reward, before normalize_scores, score_clip and missing_eos_penalty."""
     advantages: Tensor
     returns: Tensor
+    sampling_logprobs: Tensor | None = None
+    """Log-probs that the sampler reported; None without importance_sampling_correction."""
+    importance_weights: Tensor | None = None
+    """Weights of the policy loss; None without importance_sampling_correction."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the batch by name, including those of the responses."""
         named = {**self._asdict(), **self.responses._asdict()}
-        return {name: tensor for name, tensor in named.items() if name != "responses"}
+        return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Rollout:
         """Create a Rollout on `device` from what `tensors` returned."""
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         responses = Responses(*(moved[name] for name in Responses._fields))
-        return cls(responses, *(moved[name] for name in cls._fields if name != "responses"))
+        return cls(responses, **{name: moved[name] for name in cls._fields if name in moved})
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,13 +126,15 @@ class RolloutMaker:
             responses, recorded = self.micro_batch_limit.run(lambda: self._sample(prompts, update, check), len(prompts))
             # 2. log-probs, values and KL, sequences of similar length together; then scores
             sequences = Sequences(responses, args.min_new_tokens)
+            given = recorded if args.old_logprobs == "rollout" else None
             logprobs, entropy, values, kl = self.micro_batch_limit.run(
-                lambda: self._score(sequences, recorded), len(prompts)
+                lambda: self._score(sequences, given), len(prompts)
             )
             scores = self._reward_scores(responses, sequences, [prompt.row for prompt in prompts])
         made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
-        for what, tensor in (("score", scores), ("log-prob", logprobs), ("value", values), ("KL", kl)):
-            self.require_finite(what, tensor, made)
+        named = {"score": scores, "log-prob": logprobs, "value": values, "KL": kl}
+        numbers = torch.stack([first_not_finite(tensor) for tensor in named.values()]).tolist()
+        self.require_finite(dict(zip(named, numbers, strict=True)), made)
         # 3. per-token rewards, whitened if whiten_rewards is set; then advantages, always whitened
         mask = responses.response_mask
         shaped = apply_score_options(scores, responses, args, self.scale)
@@ -137,7 +144,8 @@ class RolloutMaker:
         advantages, returns = losses.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
         advantages = losses.whiten(advantages, mask)
         self.model.train()
-        return Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
+        rollout = Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
+        return with_importance_weights(rollout, recorded[0], args) if args.corrects_sampling and recorded else rollout
 
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
         """Sample responses to prompts, with the same seeds in every call. Returns responses and scores (B,)."""
@@ -151,10 +159,10 @@ class RolloutMaker:
     def _sample(
         self, prompts: Sequence[Prompt], update: int, check: Callable[[], None]
     ) -> tuple[Responses, tuple[Tensor, ...] | None]:
-        """Sample responses in all processes. Returns them, and the tensors recorded while sampling.
+        """Sample responses in all processes. Returns them, and the tensors recorded while sampling, (B, T) each.
 
-        With `old_logprobs: rollout` these are log-probs, entropies and values, (B, T) each; otherwise None. If one
-        process raises Interrupted, all raise it.
+        With `old_logprobs: rollout` these are log-probs, entropies and values; with importance_sampling_correction
+        log-probs; otherwise None. If one process raises Interrupted, all raise it.
         """
         self.backend.sync_weights()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
@@ -180,14 +188,16 @@ class RolloutMaker:
         self, prompts: Sequence[Prompt], rows: list[int], seeds: list[int], check: Callable[[], None]
     ) -> tuple[list[int], Responses, tuple[Tensor, ...]]:
         """Sample a micro-batch. Returns `rows`, the responses, and the recorded tensors if any."""
-        recording = Recording(self.model.value_head) if self.args.old_logprobs == "rollout" else None
+        recording = None
+        if self.args.old_logprobs == "rollout" or self.args.corrects_sampling:
+            recording = Recording(self.model.value_head if self.args.old_logprobs == "rollout" else None)
         # the outermost autocast caches the cast weights, so that they are cast once for all tokens
         with self.accelerator.autocast():
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
 
     def _score(self, sequences: Sequences, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Log-probs, entropies, values and KL of responses, (B, T) each. recorded: the tensors of `_sample`."""
+        """Log-probs, entropies, values and KL of responses, (B, T) each. recorded: what _score_part is given."""
         packed = packs_rows(self.model.policy)
         parts = sequences.batches(self._own_rows(sequences.lengths), self.micro_batch_limit.rows,
                                   self.args.micro_batch_tokens, packed=packed)  # fmt: skip
@@ -210,8 +220,9 @@ class RolloutMaker:
         """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""
         mine = sorted(self._own_rows(sequences.lengths))
         index = torch.tensor(mine, device=self.accelerator.device)
+        own = Responses(*(field[index] for field in responses))
         with self.accelerator.autocast():
-            found = self.reward(responses.rows(index), [rows[row] for row in mine]).float() if mine else index.float()
+            found = self.reward(own, [rows[row] for row in mine]).float() if mine else index.float()
         scores = torch.empty(len(rows), device=self.accelerator.device)
         for taken, part in self._gathered([(mine, found)]):
             scores[torch.tensor(taken, device=scores.device)] = part
@@ -281,16 +292,21 @@ class RolloutMaker:
             return parts
         return send_to_device(gather_object(send_to_device(parts, "cpu")), self.accelerator.device)
 
-    def require_finite(self, what: str, values: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Raise NotFinite if one of `values` is NaN or infinite. what: name of the values for the message.
+    def require_finite(self, numbers: Mapping[str, float], batch: Mapping[str, Tensor]) -> None:
+        """Raise NotFinite for the first number that is NaN or infinite. numbers: by name, for the message.
 
-        batch: responses and other tensors. They are saved in <output_dir>/not-finite: texts in batch.jsonl, all tensors
-        in batch.safetensors.
+        batch: responses and other tensors, the same in all processes. They are saved in <output_dir>/not-finite: texts
+        in batch.jsonl, all tensors in batch.safetensors.
         """
-        bad = ~torch.isfinite(values)
-        if not bool(bad.any()):
+        what = next((name for name, number in numbers.items() if not math.isfinite(number)), None)
+        if what is None:
             return
         folder = Path(str(self.args.output_dir)) / "not-finite"
+        if self.accelerator.is_main_process:
+            self._save_batch(folder, batch)
+        raise NotFinite(f"{what}: PPO computed {numbers[what]}. No checkpoint was saved; the batch is in {folder}")
+
+    def _save_batch(self, folder: Path, batch: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         prompts, answers = (
             decode(self.tokenizer, batch[f"{part}_ids"], batch[f"{part}_mask"], special_tokens=True)
@@ -300,9 +316,21 @@ class RolloutMaker:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "batch.jsonl").write_text(lines, encoding="utf-8")
         save_file(on_cpu(batch), folder / "batch.safetensors")
-        raise NotFinite(
-            f"{what}: PPO computed {values[bad].flatten()[0].item()}. No checkpoint was saved; the batch is in {folder}"
-        )
+
+
+def first_not_finite(tensor: Tensor) -> Tensor:
+    """The first number of a tensor that is NaN or infinite, as a tensor (); its first number if all are finite."""
+    return tensor.take((~tensor.isfinite()).flatten().int().argmax())
+
+
+def with_importance_weights(rollout: Rollout, sampling_logprobs: Tensor, args: SalsaPPOConfig) -> Rollout:
+    """The rollout with importance weights for a sampler with these log-probs (B, T)."""
+    mode, mask = args.importance_sampling_mode, rollout.responses.response_mask
+    ratios = losses.importance_ratios(rollout.logprobs, sampling_logprobs, mask, mode)
+    weights = losses.importance_weights(
+        ratios, mode, args.importance_sampling_clip_min, args.importance_sampling_clip_max
+    )
+    return rollout._replace(sampling_logprobs=sampling_logprobs, importance_weights=weights)
 
 
 def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:

@@ -37,7 +37,7 @@ from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
-from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples
+from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
 from salsa_peft.training.ppo.rollout import RolloutMaker
@@ -273,7 +273,6 @@ class SalsaPPOTrainer(Trainer):
         if self.ppo.stopped_early:  # a loss with gradient 0 for backward; the step is skipped
             return 0.0 * self.micro_batch_loss(model, inputs._replace(rows=inputs.rows[:1])).loss
         result = self.micro_batch_loss(model, inputs)
-        self.rollout_maker.require_finite("loss", result.loss.detach(), inputs.rollout.tensors())
         self.ppo.sums += torch.stack([field.detach() for field in result])
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
@@ -285,22 +284,28 @@ class SalsaPPOTrainer(Trainer):
             table.flatten()[batch.cells]
             for table in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         )
+        weights = rollout.importance_weights
         with self.accelerator.autocast():  # as in the rollout, so that the first ratio is 1
             states, values = model(batch.input_ids, batch.before, batch.options)
             logprobs = response_logprobs(states, batch, self.rollout_maker.head()).logprobs
         return losses.ppo_loss(
             logprobs, values, old_logprobs, old_values, advantages, returns, torch.ones_like(values, dtype=torch.bool),
             tokens=micro_batch.tokens, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
-            vf_coef=args.vf_coef,
+            vf_coef=args.vf_coef, weights=None if weights is None else weights.flatten()[batch.cells],
         )  # fmt: skip
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Trainer's gradient norm. Raises NotFinite, before the optimizer's step, if it is NaN or infinite."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        assert self.ppo.rollout is not None
-        number = torch.as_tensor(norm, dtype=torch.float32)
-        self.rollout_maker.require_finite("gradient norm", number, self.ppo.rollout.tensors())
-        return norm
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """Trainer's gradient norm, copied from the device together with the losses of the optimizer step.
+
+        Raises NotFinite, before the optimizer's step, if a loss or the norm is NaN or infinite.
+        """
+        ppo, norm = self.ppo, sharding.whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm)))
+        sums = self.accelerator.reduce(ppo.take_sums(), "sum")
+        *totals, number = torch.cat([sums, norm.to(sums).view(1)]).tolist()
+        assert ppo.rollout is not None
+        self.rollout_maker.require_finite({"loss": totals[0], "gradient norm": number}, ppo.rollout.tensors())
+        ppo.totals += [] if ppo.stopped_early else [totals]
+        return number
 
     # the end of an optimizer step and of an update
 
@@ -312,7 +317,6 @@ class SalsaPPOTrainer(Trainer):
         args, ppo = self.args, self.ppo
         if ppo.stopped_early:
             return True
-        ppo.totals.append(self.accelerator.reduce(ppo.take_sums(), "sum").tolist())
         mean = dict(zip(losses.PPOLoss._fields, ppo.totals[-1], strict=True))
         exceeds = mean["ratio"] > args.max_ratio
         ppo.skipped += int(exceeds)
@@ -323,7 +327,7 @@ class SalsaPPOTrainer(Trainer):
         """End an update: sync references, write logs, check the guards, and adapt β to the KL."""
         args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
         assert rollout is not None
-        row = metrics(rollout, ppo, args.batch_size) | ppo.reward_metrics
+        row = metrics(rollout, ppo, args.batch_size) | sampling_metrics(rollout, args) | ppo.reward_metrics
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
         if self.is_world_process_zero():

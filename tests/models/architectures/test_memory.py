@@ -212,7 +212,11 @@ def test_what_is_not_the_recipes_own_base_counts_too(tmp_path: Path) -> None:
         assert more == 2 * (other.parameters - 32000 * 4096), (mode, stage)
     assert memory.uncounted(plain) == memory.uncounted(both) == []
     unknown, _ = paper("llama2_full", "lora", "reward.model=someone/unknown", "ppo.rollout_backend=vllm")
-    assert [line.split(",")[0] for line in memory.uncounted(unknown)] == ["someone/unknown", "vLLM during ppo"]
+    assert [line.split(",")[0] for line in memory.uncounted(unknown)] == ["someone/unknown", "vLLM while it samples"]
+    awake, _ = paper(
+        "llama2_full", "lora", "ppo.rollout_backend=vllm", "ppo.rollout_options={enable_sleep_mode: false}"
+    )
+    assert memory.uncounted(awake)[-1].startswith("vLLM during ppo, which takes 30% of the GPU")
     judged, _ = paper("llama2_full", "lora", f"evaluate.judge={{kind: local, model: {MISTRAL}}}")
     assert memory.uncounted(judged) == [
         f"the judge {MISTRAL}, in a stage of its own, 13.5 GiB of weights in bf16 and its KV cache (evaluate.judge.concurrency requests per batch)"

@@ -159,7 +159,8 @@ class TestFunction:
         scores = FunctionReward(lambda **_: [1.0, float("nan"), float("inf")], tokenizer)(*answered)
         assert scores.isnan().tolist() == [False, True, False]
         tensor = torch.tensor([3.0, 4.0, 5.0], dtype=torch.float64)
-        assert FunctionReward(lambda **_: tensor, tokenizer)(*answered).tolist() == [3.0, 4.0, 5.0]
+        for given in (tensor, tensor[:, None], tensor.bfloat16().requires_grad_()):
+            assert FunctionReward(lambda given=given, **_: given, tokenizer)(*answered).tolist() == [3.0, 4.0, 5.0]
 
     def test_an_async_function_is_awaited_also_inside_a_loop(self, answered: Any, tokenizer: Any) -> None:
         async def slow(completions: list[Any], **_: Any) -> list[float]:

@@ -11,6 +11,7 @@ import pytest
 
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.guards import DEFAULTS, GuardSetting, parse_guards
+from salsa_peft.models.responses import token_lists
 from salsa_peft.training.ppo.guards import GUARDS, START, GuardMonitor, KLCoefBounds, alarms, repetition
 
 SOUND = {
@@ -281,10 +282,10 @@ def test_repetition_by_hand():
         [[1, 2, 1, 2, 1, 2, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 0, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0, 0, 0]]
     )
     mask = torch.arange(8) < torch.tensor([8, 8, 3, 1])[:, None]
-    assert repetition(ids[:1], mask[:1]) == pytest.approx(0.6)
-    assert repetition(ids, mask) == pytest.approx(0.6 / 4)
-    assert repetition(ids[:1], mask[:1], n=2) == pytest.approx(1 - 2 / 7)
-    assert repetition(ids[2:], torch.ones(2, 8, dtype=torch.bool)) == pytest.approx((1 / 5 + 3 / 5) / 2)
+    assert repetition(token_lists(ids[:1], mask[:1])) == pytest.approx(0.6)
+    assert repetition(token_lists(ids, mask)) == pytest.approx(0.6 / 4)
+    assert repetition(token_lists(ids[:1], mask[:1]), n=2) == pytest.approx(1 - 2 / 7)
+    assert repetition(ids[2:].tolist()) == pytest.approx((1 / 5 + 3 / 5) / 2)
 
 
 def test_repetition_of_a_gram_in_two_responses_is_none():
@@ -292,7 +293,7 @@ def test_repetition_of_a_gram_in_two_responses_is_none():
     import torch
 
     ids = torch.arange(6).repeat(4, 1)
-    assert repetition(ids, torch.ones_like(ids, dtype=torch.bool)) == 0.0
+    assert repetition(ids.tolist()) == 0.0
 
 
 def test_guards_import_no_torch():

@@ -167,7 +167,7 @@ class Counting:
     """A backend that notes how many rows each call had."""
 
     def __init__(self, backend: Any, calls: list[int]) -> None:
-        self.backend, self.calls, self.updates = backend, calls, 0
+        self.backend, self.calls, self.updates, self.rests = backend, calls, 0, 0
 
     def __call__(self, prompts: Any, seeds: Any, **options: Any) -> Any:
         self.calls.append(len(prompts))
@@ -177,15 +177,23 @@ class Counting:
         self.updates += 1
         self.backend.sync_weights()
 
+    def rest(self) -> None:
+        self.rests += 1
+        self.backend.rest()
+
 
 def test_the_backend_is_told_of_every_update(make_trainer: Any) -> None:
-    """Before it samples, for each rollout batch and each evaluation."""
+    """Before it samples and after, for each rollout batch and each evaluation; after an error too."""
     trainer = make_trainer(eval_dataset=PROMPTS[:2])
     backend = trainer.rollout_maker.backend = Counting(trainer.rollout_maker.backend, [])
     trainer.train()
     assert backend.updates == trainer.ppo.update == 2
     trainer.evaluate()
-    assert backend.updates == 3
+    assert backend.updates == backend.rests == 3
+    backend.calls = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError):
+        trainer.evaluate()
+    assert backend.rests == 4
 
 
 def pretend(trainer: SalsaPPOTrainer, name: str, shares: list[float]) -> None:

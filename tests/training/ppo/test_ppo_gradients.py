@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from salsa_peft import SalsaPPOConfig
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
+from salsa_peft.models.responses import Responses
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
 
@@ -119,7 +120,7 @@ def test_a_value_adapter_starts_from_the_reward_and_needs_one(make_trainer: Any,
         counted = r.lengths[row]
         cut = r._replace(response_mask=torch.arange(r.response_mask.shape[1]).expand_as(r.response_mask) < counted - 1)
         if counted > 1:
-            score = trainer.reward(cut.rows(torch.tensor([row])), [{}])
+            score = trainer.reward(Responses(*(field[row : row + 1] for field in cut)), [{}])
             torch.testing.assert_close(rollout.values[row, counted - 1], score[0], rtol=1e-4, atol=1e-4)
     trainer.train()
     assert {n.split(".")[-2] for n, p in trainer.model.named_parameters() if p.requires_grad and "lora" in n} == {

@@ -18,7 +18,6 @@ from salsa_peft.models.responses import (
     Responses,
     Sequences,
     last_states,
-    last_token_states,
     pad_tokens,
     response_logprobs,
     response_states,
@@ -186,26 +185,6 @@ class TestResponses:
         assert responses.lengths.tolist() == [1, 3]
         assert responses.empty.tolist() == [True, False]
 
-    def test_rows_trims_padding_and_nothing_else(self) -> None:
-        """One row loses what is padding in it alone; both rows in another order lose nothing."""
-        first, second = by_hand().rows(torch.tensor([0])), by_hand().rows(torch.tensor([1]))
-        assert (first.input_ids.tolist(), first.attention_mask.all().item()) == ([[1, 7, 8, EOS]], True)
-        assert (second.input_ids.tolist(), second.attention_mask.all().item()) == ([[1, 9, 11, 12, 13]], True)
-        assert (first.finished.tolist(), second.finished.tolist()) == ([True], [False])
-        both = by_hand().rows(torch.tensor([1, 0]))
-        assert all(torch.equal(a.flip(0), b) for a, b in zip(both, by_hand(), strict=True))
-
-    def test_rows_of_real_samples(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
-        found = sample(make_base(), prompts, SAMPLING, tokenizer, 0)
-        for index in torch.tensor([[3, 1], [5, 5], [2, 11]]):
-            part = found.rows(index)
-            assert part.prompt_mask[:, 0].any()
-            assert part.response_mask[:, -1].any()
-            for row, source in enumerate(index):
-                for ids, mask in (("prompt_ids", "prompt_mask"), ("response_ids", "response_mask")):
-                    kept = getattr(part, ids)[row][getattr(part, mask)[row]]
-                    assert torch.equal(kept, getattr(found, ids)[source][getattr(found, mask)[source]])
-
     def test_prompts_are_padded_on_the_left(self) -> None:
         """A pad token inside a prompt counts: the mask comes from lengths."""
         ids, mask = pad_tokens([[1, PAD, 3], [4]], PAD, torch.device("cpu"), "left")
@@ -312,25 +291,6 @@ class TestLogprobs:
             torch.testing.assert_close(kl("a", estimator), estimate(logp["policy"], logp["a"]))
         assert kl("policy", "full").abs().max() < 1e-5
         assert kl("a", "full").min() > 1e-3
-
-    def test_last_token_states_with_padding_on_both_sides(self, make_base: Any) -> None:
-        model, tokens = make_base(), [5, 9, 12, 7]
-        with torch.no_grad():
-            expected = model.model(torch.tensor([tokens]))[0][0, -1]
-            for left, right in ((0, 0), (2, 0), (0, 2), (1, 3)):
-                ids = torch.tensor([[*[PAD] * left, *tokens, *[PAD] * right]])
-                mask = torch.tensor([[*[False] * left, *[True] * 4, *[False] * right]])
-                for given in (mask, mask.long()):
-                    torch.testing.assert_close(last_token_states(model, ids, given)[0], expected, rtol=1e-4, atol=1e-4)
-
-    def test_last_token_states_of_a_batch(self, make_base: Any) -> None:
-        """Rows end at different places; one holds its pad token as an ordinary one in the middle."""
-        model, rows = make_base(), [[5, 9, 12], [7], [4, PAD, 6, 8]]
-        with torch.no_grad():
-            ids = torch.tensor([row + [PAD] * (4 - len(row)) for row in rows])
-            mask = torch.arange(4) < torch.tensor([len(row) for row in rows])[:, None]
-            expected = torch.stack([model.model(torch.tensor([row]))[0][0, -1] for row in rows])
-        torch.testing.assert_close(last_token_states(model, ids, mask), expected, rtol=1e-4, atol=1e-4)
 
 
 class TestRespond:

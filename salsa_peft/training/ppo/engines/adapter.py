@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from salsa_peft.config.options.rollout import MAX_RANKS
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, is_quantised
 from salsa_peft.training.ppo.engines.engine import Answers, Engine, sampled_logprobs
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM allows for max_lora_rank."""
 READ_BY_VLLM = {
     "r", "lora_alpha", "use_rslora", "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "lora_dropout", "fan_in_fan_out", "eva_config", "runtime_config", "inference_mode", "peft_type",

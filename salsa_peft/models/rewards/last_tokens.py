@@ -1,0 +1,30 @@
+"""Scores of a linear head on the last token of each prompt with its response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from salsa_peft.models.base import apply_scalar_head, packs_rows
+from salsa_peft.models.responses import Responses, Sequences, last_states, send
+
+
+@torch.no_grad()
+def last_token_scores(model: nn.Module, head: nn.Linear, responses: Responses, rows: int) -> Tensor:
+    """Scores (B,) of the model with its active adapter, in forward passes over at most `rows` sequences.
+
+    A forward pass has sequences of similar length, or with flash attention no padding at all.
+    """
+    sequences, packed = Sequences(responses), packs_rows(model)
+    batches = sequences.batches(range(len(sequences.lengths)), rows, None, packed=packed)
+    inputs = (sequences.forward_batch(batch, packed=packed) for batch in batches)
+    return in_rows_order([apply_scalar_head(head, last_states(model, one)) for one in inputs], batches)
+
+
+def in_rows_order(scores: Sequence[Tensor], batches: Sequence[Sequence[int]]) -> Tensor:
+    """Scores of all batches, (B,), in the order of the rows. batches: the indices of each batch's rows."""
+    found = torch.cat(list(scores))
+    (order,) = send([torch.tensor([row for batch in batches for row in batch])], found.device)
+    return torch.empty_like(found).index_copy(0, order, found)

@@ -1,0 +1,219 @@
+"""The recipe's stages on fake weights of a large model's shapes: only reading and writing weights is replaced.
+
+What runs is the stage's own code, with Transformers', TRL's, PEFT's and torchao's, on fake tensors on the CPU, under
+the autocast that the stage asks for on CUDA. Where a CPU would need temporary tensors that CUDA does not (TRL's Triton
+kernels, torchao's compiled step), these are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
+from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers.utils.quantization_config import QuantizationMethod
+from trl.kernels import chunked_logprob
+
+from salsa_peft.config.job import Job, Unit
+from salsa_peft.config.load import load_recipe
+from salsa_peft.config.schema import Recipe
+from salsa_peft.data import tokenized
+from salsa_peft.data.toy import make_tokenizer
+from salsa_peft.models import base, precision, stage_context
+from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters.names import SCORE_HEAD
+from salsa_peft.models.architectures.sizes import KNOWN, Architecture
+from salsa_peft.models.responses import pad_responses
+from salsa_peft.models.stage_context import StageContext
+from salsa_peft.models.tokenizers import load_tokenizer
+from salsa_peft.training import sft
+from salsa_peft.training.ppo import backends, checks, resume, trainer
+
+LLAMA2 = "meta-llama/Llama-2-7b-hf"
+FULL = ("master", "stochastic")
+
+
+def write_base(folder: Path, layers: int) -> Path:
+    """config.json of Llama-2-7B with some of its layers, and the embedded world's tokenizer."""
+    tokenizer = make_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    sizes = KNOWN[LLAMA2] | special | {"num_hidden_layers": layers, "max_position_embeddings": 4096}
+    config = AutoConfig.for_model(**sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    """A local data set; returns its path."""
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def words(count: int, first: str = "owl") -> str:
+    """A text of so many words, each of them a token."""
+    return " ".join([first, *["owl"] * (count - 1)])
+
+
+def recipe_of(folder: Path, layers: int, mode: str, length: int, **ppo: Any) -> Recipe:
+    """A recipe of Llama-2-7B whose sequences all have `length` tokens, in micro-batches of one, two for a step.
+
+    mode: lora, qlora, master or stochastic. ppo: further options of that section.
+    """
+    ask, answer = {"role": "user", "content": words(length // 2 - 16)}, {"role": "assistant", "content": words(length)}
+    pairs = [
+        {"prompt": words(length // 2, first), "chosen": words(length // 2 - 20), "rejected": words(length // 2 - 21)}
+        for first in list(make_tokenizer().get_vocab())[10:18]
+    ]
+    common = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 2, "gradient_checkpointing": True}
+    data = {
+        "demonstrations": write_rows(folder, "chats", [{"messages": [ask, answer]}] * 4),
+        "preferences": write_rows(folder, "pairs", pairs),
+        "prompts": write_rows(folder, "prompts", [{"prompt": [ask]}] * 8),
+    }
+    given = {
+        "name": "rehearsal", "toy": {}, "data": data, "precision": mode if mode in FULL else "auto",
+        "model": {"base": str(write_base(folder / "base", layers)), "max_length": length, "dtype": "bfloat16",
+                  "chat_template": "zephyr"},
+        "sft": {"seeds": [0, 1], **common}, "reward": common, "generation": {"max_new_tokens": length // 2},
+        "ppo": {**common, "num_ppo_epochs": 2, "logged_completions": 0, "shown_every": None, **ppo},
+        "policies": {"salsa": {"reference": "soup", "kl_coef": 0.01}},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(given))
+    return load_recipe(str(path), lora=None if mode in FULL else mode, overrides=[]).recipe
+
+
+def write_inputs(folder: Path, recipe: Recipe, size: Architecture) -> dict[str, Path]:
+    """The results of earlier stages: tokenized data, and adapters' configurations with their tensors' shapes."""
+    tokenizer = load_tokenizer(str(folder / "base"), chat_template=recipe.model.chat_template)
+    found = {}
+    for kind, write in tokenized.WRITERS.items():
+        found[f"data/{kind}"] = folder / kind
+        source = getattr(recipe.data, kind)
+        write(source, tokenizer, folder / kind, lambda *_: None)
+    for name, rank in (("sft/seed-0", 1), ("sft/seed-1", 1), ("soup", 2), ("reward", 1)):
+        there = folder / name.replace("/", "-")
+        there.mkdir()
+        found[name] = there
+        if recipe.adapter is None:
+            config = AutoConfig.from_pretrained(folder / "base")
+            config.save_pretrained(there)
+            continue
+        r = recipe.adapter.r * rank
+        config = LoraConfig(**{**dataclasses.asdict(recipe.adapter), "r": r}, task_type="CAUSAL_LM")
+        config.save_pretrained(there)
+        shapes = {SCORE_HEAD: [1, size.hidden]} if name == "reward" else {}
+        for layer in range(size.layers):
+            for one in size.linears:
+                part = "mlp" if one.name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+                module = f"base_model.model.model.layers.{layer}.{part}.{one.name}"
+                shapes |= {f"{module}.lora_A.weight": [r, one.inputs], f"{module}.lora_B.weight": [one.outputs, r]}
+        (there / "shapes.json").write_text(json.dumps(shapes))
+    return found
+
+
+def make_fake(
+    auto_class: Callable[[Any], Any], folder: str, model: Any, trained: torch.dtype | None, **options: Any
+) -> Any:
+    """In place of models.base._load: the same model with made-up weights."""
+    options.pop("quantization_config", None)
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in options.items():
+        setattr(config, name, value)
+    dtype = trained or base.resolve_dtype(model.dtype)
+    kind = auto_class(config)
+    build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
+    made = build(config, dtype=dtype, attn_implementation="sdpa").eval()
+    if model.quantization is not None:
+        quantise(made, base._quantization_config(model, dtype))
+    return made.requires_grad_(trained is not None)
+
+
+def quantise(model: Any, config: Any) -> None:
+    """Turn the layers' linear modules into bitsandbytes', with a plain tensor in place of the class Params4bit."""
+    kind = {"quant_type": config.bnb_4bit_quant_type, "compress_statistics": config.bnb_4bit_use_double_quant}
+    for name, module in model.named_modules():
+        if type(module) is not torch.nn.Linear or name in config.llm_int8_skip_modules:
+            continue
+        packed, state = quantize_4bit(module.weight.detach(), **kind)
+        weight: Any = torch.nn.Parameter(packed, requires_grad=False)
+        vars(weight).update(kind, quant_state=state, quant_storage=torch.uint8)
+        module.__class__ = Linear4bit
+        module.weight, module.quant_state, module.compute_dtype = weight, state, config.bnb_4bit_compute_dtype
+        module.compute_type_is_set, module.support_avx512bf16_for_cpu = True, False
+    model.is_loaded_in_4bit, model.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
+    model.config.quantization_config = config
+
+
+def read_fake(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """In place of lora.read."""
+    shapes = json.loads((folder / "shapes.json").read_text())
+    return LoraConfig.from_pretrained(str(folder)), {name: torch.empty(shape) for name, shape in shapes.items()}
+
+
+def replace_files(patch: pytest.MonkeyPatch) -> None:
+    """Weights are made up in place of being read, and nothing is saved or compared by content."""
+    patch.setattr(base, "_load", make_fake)
+    patch.setattr(lora, "read", read_fake)
+    patch.setattr(StageContext, "save", lambda *_: None)
+    patch.setattr(StageContext, "check", lambda *_: None)
+    patch.setattr(StageContext, "write_fingerprint", lambda *_: None)
+    for saving in ("save_model", "_save_checkpoint"):
+        patch.setattr(trainer.SalsaPPOTrainer, saving, lambda *_: None)
+    patch.setattr(resume, "digest", lambda weights: "")
+    for module in (sft, checks):
+        patch.setattr(module, "check_head", lambda model: None)
+
+
+def compute_as_cuda(patch: pytest.MonkeyPatch) -> None:
+    """Autocast as on CUDA, and no temporary tensors that only a CPU needs."""
+    arguments, full = stage_context.training_arguments, precision.arguments
+    patch.setattr(stage_context, "training_arguments", lambda *given: arguments(*given) | {"bf16": True})
+    patch.setattr(precision, "arguments", lambda name: full(name) | {"bf16": precision.PRECISIONS[name].autocast})
+    patch.setattr(torch, "compile", lambda function, **_: lambda *_: None)  # the step of torchao's optimizer
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):  # Triton's kernels work in place
+        patch.setattr(chunked_logprob, name, lambda *_, **__: None)
+
+
+def watch_phases(patch: pytest.MonkeyPatch, peaks: Any) -> None:
+    """Split a stage into phases: generate, score, train (forward and backward) and step (of the optimizer)."""
+    step = Trainer.training_step
+
+    def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        peaks.track(model)
+        peaks.enter("train")
+        try:
+            return step(self, model, *args, **kwargs)
+        finally:
+            peaks.enter("step")
+
+    def sample(self: Any, prompts: Any, seeds: Any, **_: Any) -> Any:
+        """In place of generation, where each token takes a forward: responses of the longest length."""
+        peaks.track(self.model)
+        peaks.enter("score")
+        answers = [[9] * self.args.max_new_tokens] * len(prompts)
+        device = next(self.model.parameters()).device
+        return pad_responses(prompts, answers, self.tokenizer.pad_token_id, self.ends, device)
+
+    patch.setattr(Trainer, "training_step", training_step)
+    patch.setattr(backends.HF, "__call__", sample)
+
+
+def job_of(recipe: Recipe, stage: str, folder: Path, inputs: dict[str, Path]) -> Job:
+    """The stage's first unit."""
+    name = {"sft": "seed-0", "ppo": "salsa"}.get(stage, stage)
+    unit = Unit(stage=stage, name=name, run="", multi_unit=stage != "reward")
+    out = folder / "out"
+    out.mkdir()
+    return Job(recipe=recipe, unit=unit, folder=out, inputs=inputs, recipe_yaml="")
