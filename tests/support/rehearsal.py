@@ -183,7 +183,9 @@ class FakeClassifiers:
         self.config = config
 
     def from_pretrained(self, folder: str, dtype: torch.dtype, **_: Any) -> tuple[Any, dict[str, list[str]]]:
-        made = make_fake(base.classifier_class, folder, Model(dtype=str(dtype).removeprefix("torch.")), None, num_labels=1)
+        made = make_fake(
+            base.classifier_class, folder, Model(dtype=str(dtype).removeprefix("torch.")), None, num_labels=1
+        )
         return made, {"missing_keys": []}
 
 
