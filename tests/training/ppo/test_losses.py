@@ -437,6 +437,9 @@ def test_explained_variance_by_hand() -> None:
     assert losses.explained_variance(returns + 7, returns, mask) == pytest.approx(1)
     assert losses.explained_variance(torch.full((1, 4), 9.0), returns, mask) == pytest.approx(0)
     assert losses.explained_variance(returns, torch.ones(1, 4), mask) == 0.0
+    for count in range(2, 12):  # the mean of some of them is rounded
+        constant, whole = torch.full((1, count), 0.1), torch.ones(1, count, dtype=torch.bool)
+        assert losses.explained_variance(torch.arange(float(count))[None], constant, whole) == 0.0
 
 
 @PROPERTY
