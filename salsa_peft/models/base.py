@@ -8,6 +8,7 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,7 +175,8 @@ def hidden_states(
     since position ids count only tokens that are not padding. Without attention_mask, padding is on the right only,
     where no other token attends to it. options: further arguments of the model.
     """
-    decoder, known = trunk(causal_lm(model)), contextlib.nullcontext()
+    decoder = trunk(causal_lm(model))
+    known: AbstractContextManager[None] = contextlib.nullcontext()
     if attention_mask is not None:
         options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         options["attention_mask"] = attention_mask.long()
