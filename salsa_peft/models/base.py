@@ -8,6 +8,7 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,7 +175,8 @@ def hidden_states(
     since position ids count only tokens that are not padding. Without attention_mask, padding is on the right only,
     where no other token attends to it. options: further arguments of the model.
     """
-    decoder, known = trunk(causal_lm(model)), contextlib.nullcontext()
+    decoder = trunk(causal_lm(model))
+    known: AbstractContextManager[None] = contextlib.nullcontext()
     if attention_mask is not None:
         options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         options["attention_mask"] = attention_mask.long()
@@ -301,7 +303,7 @@ def classifier_class(config: PreTrainedConfig) -> Any:
     """
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
-        own = auto._model_mapping[type(config)]
+        own: Any = auto._model_mapping[type(config)]
         return type(own.__name__, (own,), {"__module__": own.__module__, "_keep_in_fp32_modules_strict": {"score"}})
     causal = causal_lm_class(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)

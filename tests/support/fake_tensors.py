@@ -113,6 +113,9 @@ class KnownValues(TorchDispatchMode):
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
         joined = func in (aten.stack.default, aten.cat.default)  # numbers of a log, which are read together
         known = [self.value(tensor) is not None for tensor in given]
+        if (decided := self._decided(func, given)) is not None:
+            vars(made[0])["known"] = Known(decided)
+            return
         if not all(known) and not (joined and any(known)):
             changed = [args[i] for i, a in enumerate(func._schema.arguments) if a.is_write and i < len(args)]
             self._stale |= {
@@ -127,6 +130,17 @@ class KnownValues(TorchDispatchMode):
         for tensor, known in zip(made, [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)], strict=True):
             if isinstance(tensor, FakeTensor):
                 vars(tensor)["known"] = Known(known)
+
+    def _decided(self, func: Any, given: list[torch.Tensor]) -> torch.Tensor | None:
+        """The value of `or` with a tensor that is True everywhere, and of `and` with one that is False everywhere."""
+        decides = {aten.bitwise_or: True, aten.logical_or: True, aten.bitwise_and: False, aten.logical_and: False}
+        side = decides.get(func.overloadpacket)
+        for tensor in given if side is not None and len(given) == 2 else ():
+            known = self.value(tensor)
+            with _disable_current_modes():
+                if known is not None and bool((known.bool() == side).all()) and tensor.shape == given[0].shape:
+                    return torch.full(given[0].shape, int(side), dtype=given[0].dtype)
+        return None
 
     def _real(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
