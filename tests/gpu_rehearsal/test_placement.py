@@ -14,9 +14,11 @@ import pytest
 import rehearsal
 import torch
 from fake_tensors import fake_tensors
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 from transformers.trainer_utils import TrainOutput
 
 from salsa_peft.models.architectures.sizes import architecture_of_recipe
+from salsa_peft.training.ppo import rollout
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
 LENGTH = 48
