@@ -171,6 +171,12 @@ class PPOOptions:
                 self.old_logprobs == "recompute" or not conflict,
                 f"{prefix}old_logprobs: rollout does not work with {why}; use recompute",
             )
+        for name in ("importance_sampling_mode", "importance_sampling_clip_max", "importance_sampling_clip_min"):
+            require(
+                self.corrects_sampling or getattr(self, name) == getattr(PPOOptions, name),
+                f"{prefix}{name}: {getattr(self, name)} has no effect without importance_sampling_correction; remove it, or"
+                " set importance_sampling_correction=true",
+            )
         for conflict, why in (
             (self.rollout_compile, "rollout_compile: a compiled step records no log-probs"),
             (
