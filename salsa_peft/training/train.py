@@ -247,6 +247,7 @@ class Resumable(Trainer):
         After the last step nothing is left to do: Trainer would take one more.
         """
         if self.state.global_step >= self.state.max_steps:
+            self.model.train()  # in which TRL's trainers log the metrics of training
             return
         if self.resumed is not None and given["epoch"] == given["epochs_trained"]:
             start_epoch(given["train_dataloader"], given["epoch"])
