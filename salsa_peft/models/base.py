@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,7 +175,8 @@ def hidden_states(
     since position ids count only tokens that are not padding. Without attention_mask, padding is on the right only,
     where no other token attends to it. options: further arguments of the model.
     """
-    decoder, known = trunk(causal_lm(model)), contextlib.nullcontext()
+    decoder = trunk(causal_lm(model))
+    known: AbstractContextManager[None] = contextlib.nullcontext()
     if attention_mask is not None:
         options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         options["attention_mask"] = attention_mask.long()
@@ -199,14 +202,52 @@ def uses_flash_attention(model: Any) -> bool:
     return is_flash_attention_requested(model.config.get_text_config(decoder=True))
 
 
+def packed_options(position_ids: torch.Tensor, starts: torch.Tensor, longest: int) -> dict[str, Any]:
+    """Arguments of `hidden_states` for rows one after another, as in Transformers' DataCollatorWithFlattening.
+
+    position_ids: (N,), from 0 in each row. starts: where each row starts, and N. longest: length of the longest row.
+    """
+    bounds = starts.int()
+    return {"position_ids": position_ids[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
+            "max_length_q": longest, "max_length_k": longest}  # fmt: skip
+
+
+_KEEPS_ROWS_APART: MutableMapping[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
 def packs_rows(model: nn.Module) -> bool:
     """Whether `hidden_states` of several rows is computed with the rows one after another, without padding.
 
     This needs flash attention on CUDA, and layers without other states than attention's, which would run on into the
-    next row.
+    next row. The first call for a model runs it, to see whether its layers keep the rows apart.
     """
     lm = causal_lm(model)
-    return lm.device.type == "cuda" and uses_flash_attention(lm) and has_only_attention(lm)
+    if not (is_on_gpu(lm) and uses_flash_attention(lm) and has_only_attention(lm)):
+        return False
+    if lm not in _KEEPS_ROWS_APART:
+        _KEEPS_ROWS_APART[lm] = keeps_rows_apart(lm)
+    return _KEEPS_ROWS_APART[lm]
+
+
+def is_on_gpu(lm: Any) -> bool:
+    """Whether a model is on a CUDA device."""
+    return bool(lm.device.type == "cuda")
+
+
+@torch.no_grad()
+def keeps_rows_apart(lm: Any) -> bool:
+    """Whether two rows have the same hidden states one after another as each by itself.
+
+    They differ by far more than rounding if a model does not pass the rows' bounds on to flash attention.
+    """
+    rows, training = [torch.arange(1, 6, device=lm.device), torch.arange(8, 1, -1, device=lm.device)], lm.training
+    positions = torch.cat([torch.arange(len(row), device=lm.device) for row in rows])
+    starts = torch.tensor([0, len(rows[0]), len(positions)], device=lm.device)
+    lm.eval()
+    alone = torch.cat([hidden_states(lm, row[None])[0] for row in rows])
+    packed = hidden_states(lm, torch.cat(rows)[None], **packed_options(positions, starts, len(rows[1])))[0]
+    lm.train(training)
+    return bool((packed - alone).abs().max() <= 0.1 * alone.abs().max())
 
 
 def has_only_attention(lm: Any) -> bool:
@@ -262,7 +303,7 @@ def classifier_class(config: PreTrainedConfig) -> Any:
     """
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
-        own = auto._model_mapping[type(config)]
+        own: Any = auto._model_mapping[type(config)]
         return type(own.__name__, (own,), {"__module__": own.__module__, "_keep_in_fp32_modules_strict": {"score"}})
     causal = causal_lm_class(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)

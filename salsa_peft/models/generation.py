@@ -243,7 +243,7 @@ def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], samplin
     """
     limits = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
     parts = (seed,) if turn == 1 else (seed, turn)
-    for rows in _batches(
+    for rows in batches_by_length(
         [len(prompt) for prompt in prompts], limits, batch_size, max_positions(causal_lm(model).config)
     ):
         if not skip(rows):
@@ -252,17 +252,22 @@ def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], samplin
             yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, seeds, limits=given)
 
 
-def _batches(lengths: Sequence[int], limits: Sequence[int], size: int, positions: int | None) -> list[list[int]]:
-    """Split prompts into batches of at most `size`, from the shortest prompt to the longest: lists of indices.
+def batches_by_length(
+    lengths: Sequence[int], limits: Sequence[int], size: int, positions: int | None, *, longest_first: bool = False
+) -> list[list[int]]:
+    """Split prompts into batches of at most `size` prompts of similar length: lists of indices, sorted by length.
 
-    All rows of a batch are extended until the last one ends. A prompt of which more than `positions` tokens would then
-    be computed, though its own limit is lower, starts a new batch.
+    lengths, limits: number of tokens of each prompt, and most tokens of its response. positions: the model's maximum
+    sequence length. All rows of a batch are extended until the last one ends; a batch in which this takes more than
+    `positions` tokens, though no single row does, is split.
     """
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        longest = max((limits[other] for other in batches[-1]), default=0) if batches else 0
-        beyond = positions is not None and longest > limits[row] and lengths[row] + longest > positions
-        if not batches or len(batches[-1]) == size or beyond:
-            batches.append([])
-        batches[-1].append(row)
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=longest_first):
+        rows = [*batches[-1], row] if batches else [row]
+        width = max(lengths[one] for one in rows) + max(limits[one] for one in rows)
+        fits = positions is None or width <= max(positions, *(lengths[one] + limits[one] for one in rows))
+        if batches and len(rows) <= size and fits:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
     return batches

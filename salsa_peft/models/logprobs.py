@@ -157,8 +157,9 @@ def normalized(scaled: Tensor, forbidden: Tensor | None, eos: tuple[int, ...]) -
 
     forbidden: (n,) bool, True where the tokens `eos` get probability 0; None if nowhere.
     """
-    for token in () if forbidden is None else eos:  # a list as index would be copied to the device
-        scaled[:, token].masked_fill_(forbidden, -torch.inf)
+    if forbidden is not None:
+        for token in eos:  # a list of all as index would be copied to the device
+            scaled[:, token].masked_fill_(forbidden, -torch.inf)
     return scaled.log_softmax(-1)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from salsa_peft.data.chat.turn_ends import AssistantTurn
-from salsa_peft.models.base import hidden_states
+from salsa_peft.models.base import hidden_states, packed_options
 from salsa_peft.models.batches import split_by_length, split_by_tokens
 from salsa_peft.models.logprobs import Head, TokenLogprobs, token_logprobs
 
@@ -126,42 +126,35 @@ class Sequences:
 
     def forward_batch(self, rows: Sequence[int], *, packed: bool = False) -> ForwardBatch:
         """The input of a forward pass over these rows. packed: one after another, without padding."""
-        lengths, prompts = [self.lengths[row] for row in rows], [self.prompts[row] for row in rows]
-        # a sequence's tokens are consecutive, because prompts are padded on the left and responses on the right
-        firsts = [row * (self.prompt_width + self.width) + self.prompt_width - self.prompts[row] for row in rows]
-        tokens = [torch.arange(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
-        starts = (
-            list(accumulate(lengths, initial=0))[:-1] if packed else range(0, len(rows) * max(lengths), max(lengths))
-        )
-        spans = list(zip(starts, prompts, lengths, strict=True))
-        source, before, last, cells, *positions = send(
-            [
-                torch.cat(tokens) if packed else pad_sequence(tokens, batch_first=True),
-                torch.cat([torch.arange(start + prompt - 1, start + length - 1) for start, prompt, length in spans]),
-                torch.tensor([start + length - 1 for start, _, length in spans]),
-                torch.cat([torch.arange(self.responses[row]) + row * self.width for row in rows]),
-                *(
-                    [torch.cat([torch.arange(length) for length in lengths]), torch.tensor([*starts, sum(lengths)])]
-                    * packed
-                ),
-            ],
-            self.tokens.device,
-        )
-        forbidden = cells % self.width < self.min_new_tokens if self.min_new_tokens else None
-        return ForwardBatch(
-            self.tokens[source].view(1 if packed else len(rows), -1),
-            _packed_options(*positions, max(lengths)) if packed else {},
-            before,
-            last,
-            cells,
-            forbidden,
-        )
+        lengths = [self.lengths[row] for row in rows]
+        longest = max(lengths)
+        starts = list(accumulate(lengths, initial=0)) if packed else [longest * place for place in range(len(rows) + 1)]
+        tokens, before, cells = [], [], []
+        for row, start, length in zip(rows, starts, lengths, strict=False):
+            prompt = self.prompts[row]
+            # a sequence's tokens are consecutive, because prompts are padded on the left and responses on the right
+            first = row * (self.prompt_width + self.width) + self.prompt_width - prompt
+            tokens.append(torch.arange(first, first + length))
+            before.append(torch.arange(start + prompt - 1, start + length - 1))
+            cells.append(torch.arange(length - prompt) + row * self.width)
+        parts = [
+            torch.cat(tokens) if packed else pad_sequence(tokens, batch_first=True),
+            torch.cat(before),
+            torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=False)]),
+            torch.cat(cells),
+        ]
+        if packed:
+            parts += [torch.cat([torch.arange(length) for length in lengths]), torch.tensor(starts)]
+        source, positions, last, cell, *packing = send(parts, self.tokens.device)
+        options = packed_options(packing[0], packing[1], longest) if packed else {}
+        forbidden = cell % self.width < self.min_new_tokens if self.min_new_tokens else None
+        input_ids = self.tokens[source].view(1 if packed else len(rows), -1)
+        return ForwardBatch(input_ids, options, positions, last, cell, forbidden)
 
     def table(self, cells: Tensor, values: Tensor) -> Tensor:
         """A table (B, T) with these values (n,) at the places `cells`, and 0 elsewhere."""
-        return (
-            values.new_zeros(len(self.lengths), self.width).flatten().index_copy(0, cells, values).view(-1, self.width)
-        )
+        table = values.new_zeros(len(self.lengths) * self.width)
+        return table.index_copy(0, cells, values).view(-1, self.width)
 
 
 def send(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
@@ -169,13 +162,6 @@ def send(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     whole = torch.cat([part.flatten() for part in parts])
     whole = whole.pin_memory() if device.type == "cuda" else whole
     return whole.to(device, non_blocking=True).split([part.numel() for part in parts])
-
-
-def _packed_options(positions: Tensor, starts: Tensor, longest: int) -> dict[str, Any]:
-    """Arguments of a model for rows one after another, as from Transformers' DataCollatorWithFlattening."""
-    bounds = starts.int()
-    return {"position_ids": positions[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
-            "max_length_k": longest}  # fmt: skip
 
 
 def response_states(model: nn.Module, batch: ForwardBatch) -> Tensor:

@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 
 from salsa_peft.models import sharding
+from salsa_peft.models.adapters import forward
 from salsa_peft.models.precision import make_trained_float32, require_float32, rounds_stochastically
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo.state import checkpoint_size, no_pickles
@@ -46,7 +47,7 @@ def run_trainer(trainer: Resumable, unit: str, references: Sequence[FrozenRefere
     All trained weights are made float32 first: LoRA factors, DoRA magnitudes, score heads, modules_to_save, trained
     tokens and full weights. Two kinds are left as they are: full weights whose optimizer rounds stochastically, and the
     weights of DeepSpeed, whose optimizer holds float32 copies. Training starts at the newest checkpoint in output_dir,
-    if there is one. unit: name of the stage's unit, for messages. references: those of a policy, for their syncing.
+    if there is one. Adapters compute with models/adapters/forward.py. unit: name of the stage's unit, for messages. references: those of a policy, for their syncing.
 
     Raises SalsaError if a trained weight is not float32, or if the checkpoint is of other settings. SIGTERM saves a
     checkpoint and raises SystemExit(143). Under DeepSpeed no checkpoints are saved.
@@ -56,6 +57,7 @@ def run_trainer(trainer: Resumable, unit: str, references: Sequence[FrozenRefere
         if not rounds_stochastically(trainer.args):
             make_trained_float32(model)
         require_float32(model, trainer.args)
+        forward.install(model)
     if not trainer.is_deepspeed_enabled:
         return mean_loss(trainer, trainer.train_from_newest(unit, references))
     if trainer.is_world_process_zero():

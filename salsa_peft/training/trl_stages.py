@@ -17,9 +17,9 @@ from salsa_peft.data import datasets, tokenized
 from salsa_peft.data.chat.template_fields import messages_for_template
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.data.splits import Split, split_by_prompt
+from salsa_peft.models import precision
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, device, is_quantised
-from salsa_peft.models.precision import make_trained_float32
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards.reward import recipe_reward
 from salsa_peft.models.stage_context import (
@@ -55,7 +55,7 @@ def run(job: Job) -> dict[str, Any]:
     # 2. TRL's trainer, with the recipe's references
     trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
     if is_quantised(model):  # TRL has rounded the factors to bfloat16
-        make_trained_float32(model)
+        precision.make_trained_float32(model)
         lora.load(model, "default", seed_folders(job.inputs)[0])
     use_reference(trainer, references)
     remove_printer(trainer)
@@ -170,6 +170,8 @@ def rloo_or_grpo(context: StageContext, job: Job, model: Any, references: list[F
     kept = prompts_that_fit(job, context, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)
     reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, section.micro_batch_size or section.batch_size)
+    if recipe.adapter is not None:
+        sample_under_autocast(model)
     made = resumable(trainer)(
         model,
         args=config(
@@ -184,6 +186,20 @@ def rloo_or_grpo(context: StageContext, job: Job, model: Any, references: list[F
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     return made, None, {"prompts": len(kept), "left_out": len(rows) - len(kept)}
+
+
+def sample_under_autocast(model: Any) -> None:
+    """Make model.generate run under autocast where training does, so that tokens are sampled as they are scored.
+
+    A Trainer's autocast is around the forward of a PeftModel, which its generate does not call.
+    """
+    generate = model.generate
+
+    def sample(*args: Any, **options: Any) -> Any:
+        with precision.autocast(model):
+            return generate(*args, **options)
+
+    model.generate = sample
 
 
 def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) -> Callable[..., list[float]]:

@@ -883,5 +883,5 @@ class TestBeforeAStageBegins:
 
     def test_a_stage_that_does_not_read_it_is_not_stopped(self, go: Any) -> None:
         """And good rows are no matter."""
-        assert go("evaluation", '{"messages": [3]}', "--dry-run", "--stages", "sft")[0] == 0
+        assert go("evaluation", '{"messages": [3]}', "--dry-run", "--stages", "data,sft")[0] == 0
         assert go(None, "", "--dry-run")[0] == 0

@@ -71,6 +71,8 @@ DAMAGES: dict[str, Damage] = {
 
 UNITS = [
     "toy",
+    "data/demonstrations",
+    "data/preferences",
     "sft/seed-0",
     "sft/seed-1",
     "reward",
@@ -83,13 +85,15 @@ UNITS = [
     "report",
 ]
 AFTER = {
-    "toy": UNITS[1:], "sft/seed-0": UNITS[3:], "reward": UNITS[5:], "soup": ["ppo/salsa", *UNITS[8:]], "ppo/salsa": UNITS[8:],
-    "evaluate": UNITS[9:], "judge": ["report"], "report": [],
+    "toy": UNITS[1:], "data/demonstrations": UNITS[3:], "data/preferences": ["reward", *UNITS[7:]], "sft/seed-0": UNITS[5:], "reward": UNITS[7:],
+    "soup": ["ppo/salsa", *UNITS[10:]], "ppo/salsa": UNITS[10:], "evaluate": UNITS[11:], "judge": ["report"], "report": [],
 }  # fmt: skip
 """Unit → those that hang on it (landscape on the seeds and the reward alone)."""
+BEFORE_LANDSCAPE = ("toy", "data/demonstrations", "data/preferences", "sft/seed-0", "reward")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "fingerprint.json")
 KEPT = {
-    "toy": ("base/model.safetensors", "base/config.json", "demonstrations.jsonl", "preferences.jsonl"), "sft": ADAPTER, "reward": ADAPTER,
+    "toy": ("base/model.safetensors", "base/config.json", "demonstrations.jsonl", "preferences.jsonl"),
+    "data": ("rows/data-00000-of-00001.arrow", "rows/state.json"), "sft": ADAPTER, "reward": ADAPTER,
     "soup": (*ADAPTER, "soup.json"), "ppo": (*ADAPTER, "metrics.jsonl"), "landscape": ("landscape.json",), "judge": ("judgments.jsonl", "verdicts.json"),
     "evaluate": ("answers.jsonl", "questions.jsonl", "evaluation.json"), "report": ("report.html", "summary.json", "recipe.yaml"),
 }  # fmt: skip
@@ -156,7 +160,7 @@ def test_every_file_of_a_finished_run_by_every_damage(go: Any, damage: str, tall
             name == KEPT[unit.split("/")[0]][0]
         )  # of each unit one by the whole command, the others alone: they are quick
         code, made, cached, err = go() if first else go("--stages", unit)
-        after = [one for one in AFTER[unit] if one != "landscape" or unit in ("toy", "sft/seed-0", "reward")]
+        after = [one for one in AFTER[unit] if one != "landscape" or unit in BEFORE_LANDSCAPE]
         assert (code, made) == (0, [unit, *after] if first else [unit]), (name, err)
         assert cached == ([one for one in UNITS if one not in made] if first else [])
         assert [line for line in err.splitlines() if name in line and " … " in line] == [

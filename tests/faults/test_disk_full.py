@@ -306,7 +306,7 @@ class TestACommand:
             "--output-dir",
             "disk/run",
             "--stages",
-            "toy,sft",
+            "toy,data,sft",
         ]
         sets = {"toy.pretrain_steps": 20, "toy.pretrain_examples": 200, "toy.demonstrations": 32, "toy.preferences": 64, "toy.prompts": 128, "reward.batch_size": 16,
                 "toy.hidden_size": 32, "sft.num_train_epochs": 1, "sft.batch_size": 16}  # fmt: skip

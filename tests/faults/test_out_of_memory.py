@@ -286,7 +286,7 @@ class TestStages:
             path.write_text(
                 f"name: x\ndescription: '{actions}'\ntoy: {{}}\nsft: {{batch_size: {batch}}}\npolicies: {{}}\nlandscape: null\n"
             )
-            words = [str(path), "--lora", "--output-dir", str(tmp_path / "run"), "--stages", "toy,sft"]
+            words = [str(path), "--lora", "--output-dir", str(tmp_path / "run"), "--stages", "toy,data,sft"]
             return salsa_run(words, stages=fake_stages.FAKE), capfd.readouterr().err.splitlines()
 
         return run

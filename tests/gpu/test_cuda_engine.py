@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +213,10 @@ def test_vllm(make_base: Any, make_adapter: Any, tokenizer: Any, on_gpu: dict[st
 
 
 def test_flash_attention_is_sdpas(make_base: Any, tokenizer: Any, tmp_path: Path, device: torch.device) -> None:
-    """Left-padded prompts through both; on a CPU eager attention is the other."""
+    """Left-padded prompts through both, and rows one after another; on a CPU eager attention is the other."""
     from salsa_peft.config.schema import Model
-    from salsa_peft.models.base import hidden_states, load_base
+    from salsa_peft.models.base import hidden_states, load_base, packs_rows
+    from salsa_peft.models.responses import Sequences, last_states, pad_responses
 
     cuda = device.type == "cuda"
     if cuda:
@@ -222,13 +224,43 @@ def test_flash_attention_is_sdpas(make_base: Any, tokenizer: Any, tmp_path: Path
     make_base(hidden_size=64).save_pretrained(tmp_path / "base")
     ids = torch.randint(5, len(tokenizer), (3, 12), device=device)
     mask = torch.arange(12, device=device) >= torch.tensor([[0], [3], [6]], device=device)
-    states = []
+    states, last = [], []
+    sequences = Sequences(pad_responses([[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14, 15, 16]], 0, (2,), device))
     for name in ("sdpa", "auto" if cuda else "eager"):
         model = load_base(str(tmp_path / "base"), Model(attn_implementation=name, dtype="bfloat16"), tokenizer)
         assert model.config._attn_implementation == ("flash_attention_2" if name == "auto" else name)
         with torch.no_grad():
             states.append(hidden_states(model, ids, mask)[mask].float())
-    assert ((states[0] - states[1]).norm() / states[0].norm()).item() < 2e-2
+            assert packs_rows(model) == (name == "auto")
+            last.append(last_states(model, sequences.forward_batch([1, 0], packed=packs_rows(model))).float())
+    for one, other in (states, last):
+        assert ((one - other).norm() / one.norm()).item() < 2e-2
+
+
+def test_an_update_waits_for_the_gpu_once_a_token(
+    make_trainer: Any, on_gpu: dict[str, Any], tmp_path: Path, card: Any
+) -> None:
+    """As often with 8 micro-batches as with 64, whose rows are short and long."""
+    prompts = [{"input_ids": [1, *range(5, 6 + row % 30)]} for row in range(64)]
+    found = {}
+    for micro, tokens in ((8, 16), (1, 16), (8, 48)):
+        trainer = make_trainer(
+            prompts=prompts, batch_size=64, micro_batch_size=micro, min_new_tokens=tokens, max_new_tokens=tokens, max_steps=1,
+            base={"max_position_embeddings": 256}, folder=tmp_path / f"{micro}-{tokens}", **on_gpu,
+        )  # fmt: skip
+        trainer.checkpoints.settings()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            if card.counts:
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                trainer.train()
+            finally:
+                if card.counts:
+                    torch.cuda.set_sync_debug_mode("default")
+        found[micro, tokens] = sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
+    assert found[8, 16] == found[1, 16]
+    assert not card.counts or found[8, 48] - found[8, 16] <= 2 * 32
 
 
 # where weights lie, and what four bits leave
@@ -297,7 +329,7 @@ def test_four_bits_train_adapters_and_no_base(
     )  # other 4-bit kernels without a gradient
     second = trainer(max_steps=3)
     second.train(resume_from_checkpoint=True)
-    assert second.update == 3 and [row["update"] for row in figures(tmp_path / "run")] == [1, 2, 3]
+    assert second.ppo.update == 3 and [row["update"] for row in figures(tmp_path / "run")] == [1, 2, 3]
 
 
 # runs and soups

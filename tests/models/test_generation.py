@@ -21,7 +21,15 @@ from transformers import StaticCache
 
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.models import generation
-from salsa_peft.models.generation import Recording, generate, generate_batches, row_seeds, sample_token, uniform_numbers
+from salsa_peft.models.generation import (
+    Recording,
+    batches_by_length,
+    generate,
+    generate_batches,
+    row_seeds,
+    sample_token,
+    uniform_numbers,
+)
 from salsa_peft.models.responses import Responses
 
 PAD, BOS, EOS = 0, 1, 2
@@ -469,7 +477,7 @@ class TestRespond:
     def test_a_batch_of_several_limits_stays_within_the_models_positions(
         self, make_base: Any, tokenizer: Any, monkeypatch: Any
     ) -> None:
-        """Of 16 positions: 10 + 6 and 12 + 4 may not share a batch, though 8 + 5, 10 + 5 and 11 + 5 may."""
+        """Of 16 positions: 10 + 6 and 12 + 4 may not share a batch; 8 + 5, 10 + 5 and 11 + 5 may, from either end."""
         model, batches = make_base(max_position_embeddings=16), []
         inner = generation.generate
 
@@ -491,3 +499,6 @@ class TestRespond:
         assert run([11, 8, 10], [5, 5, 5]) == [[8, 10, 11]]
         assert run([8, 9, 10, 10], [6, 3, 6, 1]) == [[8, 9, 10], [10]]
         assert run([12, 14, 13], [6, 6, 6]) == [[12, 13, 14]]  # each is too long by itself
+        assert batches_by_length([12, 10, 11], [4, 6, 5], 3, 16, longest_first=True) == [[0], [2], [1]]
+        assert batches_by_length([12, 10, 11, 9], [4, 4, 4, 6], 3, 16, longest_first=True) == [[0, 2, 1], [3]]
+        assert batches_by_length([12, 10, 11, 9], [4, 4, 4, 6], 3, None) == [[3, 1, 2], [0]]

@@ -24,14 +24,17 @@ from salsa_peft.evaluation.landscape import mean_scores, measures
 from salsa_peft.models import precision
 from salsa_peft.models.adapters import forward
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.models.base import hidden_states
+from salsa_peft.models.base import classifier_class, hidden_states, use_float32_head
 from salsa_peft.models.logprobs import head_of, token_logprobs
 from salsa_peft.models.responses import Responses
+from salsa_peft.models.rewards.classifier import load_classifier_reward
 from salsa_peft.models.rewards.reward import AdapterReward
 from salsa_peft.models.stage_context import StageContext
+from salsa_peft.models.weights import cast_weights, save_checkpoint
 from salsa_peft.soup.measures import RewardScore, _on_base
 from salsa_peft.training.ppo_stage import ppo_config
 from salsa_peft.training.reward_model import start_from_seed
+from salsa_peft.training.trl_stages import sample_under_autocast
 from salsa_peft.utils.errors import SalsaError
 
 ROWS = 8
@@ -164,6 +167,36 @@ def test_the_rule_decides_the_trainers_arguments(
     for section in ("sft", "reward", "ppo", "dpo", "grpo"):
         found = context.arguments(getattr(context.recipe, section), tmp_path, 0)
         assert found["bf16"] is bf16, section
+
+
+def test_rloo_and_grpo_sample_under_the_autocast_that_they_train_under(make_base: Any, make_adapter: Any) -> None:
+    """TRL's own call of a PeftModel's generate is outside of it."""
+    model, seen = make_adapter(make_base().bfloat16(), "policy", 0), set()
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    sample_under_autocast(model)
+    model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    assert seen == {True}
+
+
+def test_a_classifiers_score_head_is_read_as_it_was_saved(make_base: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """In float32 beside a body in bf16, and so it scores; a head that was saved in bf16 computes in float32 too."""
+    config = make_base().config
+    config.num_labels = 1
+    model = classifier_class(config)(config)
+    use_float32_head(model)
+    model.score.weight.data.normal_()
+    cast_weights(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    save_checkpoint(model, tmp_path / "rm", tokenizer)
+    reward = load_classifier_reward(str(tmp_path / "rm"), tokenizer, 4, dtype="bfloat16")
+    loaded: Any = reward.classifier
+    assert (
+        torch.equal(loaded.score.weight, model.score.weight)
+        and loaded.model.embed_tokens.weight.dtype == torch.bfloat16
+    )
+    assert loaded.config.architectures == ["LlamaForSequenceClassification"]
+    scores = reward._forward([[5, 6, 7, 8], [9, 10]])
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_float16_is_for_runs_that_train_nothing(make_context: Any) -> None:

@@ -9,16 +9,18 @@ token) is 0 where it is read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import _TOTAL_KEY, MemTracker, _MemRefType
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
+CONTIGUOUS = torch.contiguous_format
 LARGEST = 2**20
 """Number of elements up to which a tensor's values are kept."""
 
@@ -57,9 +59,13 @@ class KnownValues(TorchDispatchMode):
         if func is aten.masked_select.default:
             return args[0][args[1]]
         if func is aten.nonzero.default:
-            return self._fake(self._mask(args[0]).nonzero(), args[0].device)
+            with _disable_current_modes():
+                places = self._mask(args[0]).nonzero()
+            return self._fake(places, args[0].device)
         if func is aten.equal.default:
             return True
+        if func is aten._pin_memory.default:
+            return args[0]
         out = func(*args, **kwargs)
         self._follow(func, args, kwargs, out)
         return out
@@ -107,6 +113,9 @@ class KnownValues(TorchDispatchMode):
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
         joined = func in (aten.stack.default, aten.cat.default)  # numbers of a log, which are read together
         known = [self.value(tensor) is not None for tensor in given]
+        if (decided := self._decided(func, given)) is not None:
+            vars(made[0])["known"] = Known(decided)
+            return
         if not all(known) and not (joined and any(known)):
             changed = [args[i] for i, a in enumerate(func._schema.arguments) if a.is_write and i < len(args)]
             self._stale |= {
@@ -122,11 +131,77 @@ class KnownValues(TorchDispatchMode):
             if isinstance(tensor, FakeTensor):
                 vars(tensor)["known"] = Known(known)
 
+    def _decided(self, func: Any, given: list[torch.Tensor]) -> torch.Tensor | None:
+        """The value of `or` with a tensor that is True everywhere, and of `and` with one that is False everywhere."""
+        decides = {aten.bitwise_or: True, aten.logical_or: True, aten.bitwise_and: False, aten.logical_and: False}
+        side = decides.get(func.overloadpacket)
+        for tensor in given if side is not None and len(given) == 2 else ():
+            known = self.value(tensor)
+            with _disable_current_modes():
+                if known is not None and bool((known.bool() == side).all()) and tensor.shape == given[0].shape:
+                    return torch.full(given[0].shape, int(side), dtype=given[0].dtype)
+        return None
+
     def _real(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             known = self.value(leaf)
             return torch.zeros(leaf.shape, dtype=leaf.dtype) if known is None else known
         return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+
+class WithoutCUDA(TorchFunctionMode):
+    """Methods of CUDA tensors that a torch without CUDA refuses, by the operations that they consist of."""
+
+    METHODS: ClassVar[dict[Any, Callable[..., Any]]] = {
+        torch.Tensor.copy_: aten.copy_.default,
+        torch.Tensor.nonzero: aten.nonzero.default,
+        torch.Tensor.contiguous: lambda one, **_: one if one.is_contiguous() else one.clone(memory_format=CONTIGUOUS),
+        torch.Tensor.new_tensor: lambda one, data, dtype=None, device=None: torch.tensor(
+            data, dtype=dtype or one.dtype, device=device or one.device
+        ),
+        torch.Tensor.__int__: lambda one: int(one.item()),
+        torch.Tensor.__float__: lambda one: float(one.item()),
+        torch.Tensor.__invert__: torch.bitwise_not,
+        torch.Tensor.__index__: lambda one: one.item(),
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.METHODS:
+            return self.METHODS[func](*args, **(kwargs or {}))
+        indexes = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+        if not indexes or args[0].device.type != "cuda":
+            return func(*args, **(kwargs or {}))
+        view, places = _indexed(args[0], args[1])
+        if func is torch.Tensor.__getitem__:
+            return aten.index.Tensor(view, places) if places else view
+        value = args[2]
+        if not isinstance(value, torch.Tensor):
+            value = torch.full((), value, dtype=view.dtype, device=view.device)
+        return aten.index_put_.default(view, places, value) if places else aten.copy_.default(view, value)
+
+
+def _indexed(tensor: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The view that integers, slices, None and ... select, and the tensors with which it is then indexed."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    used = sum(one.dim() if isinstance(one, torch.Tensor) and one.dtype == torch.bool else 1
+               for one in parts if one is not None and one is not Ellipsis)  # fmt: skip
+    if any(one is Ellipsis for one in parts):
+        place = next(number for number, one in enumerate(parts) if one is Ellipsis)
+        parts[place : place + 1] = [slice(None)] * (tensor.dim() - used)
+    places: list[torch.Tensor | None] = []
+    for one in parts:
+        if one is None:
+            tensor = tensor.unsqueeze(len(places))
+        elif isinstance(one, int):
+            tensor = tensor.select(len(places), one)
+            continue
+        elif isinstance(one, slice):
+            tensor = aten.slice.Tensor(tensor, len(places), one.start, one.stop, one.step or 1)
+        else:
+            places.append(torch.as_tensor(one))
+            continue
+        places.append(None)
+    return tensor, places if any(place is not None for place in places) else []
 
 
 KINDS = {"weights": (_MemRefType.PARAM, _MemRefType.BUFFER), "gradients": (_MemRefType.GRAD,), "optimizer": (_MemRefType.OPT,),
@@ -197,7 +272,7 @@ def fake_tensors() -> Iterator[KnownValues]:
 
     torch.utils.swap_tensors = swap_tensors
     try:
-        with mode, KnownValues() as known:
+        with mode, KnownValues() as known, WithoutCUDA():
             yield known
     finally:
         torch.utils.swap_tensors = swap

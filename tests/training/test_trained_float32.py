@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from peft.tuners.lora import Linear
 from trl import SFTConfig, SFTTrainer
 
 from salsa_peft.models import precision
@@ -71,6 +73,14 @@ def test_what_trains_is_float32(make_sft: Any, kind: str) -> None:
             assert 0 < moved.max() <= 4.1 * RATE, name
     states = [state["exp_avg"].dtype for state in trainer.optimizer.state.values()]
     assert set(states) == {torch.float32}
+
+
+def test_the_lora_forward_of_this_package_is_used(make_sft: Any) -> None:
+    """models/adapters/forward.py under autocast; never PEFT's."""
+    trainer = make_sft(torch.bfloat16)
+    with patch.object(Linear, "forward", autospec=True, side_effect=Linear.forward) as theirs:
+        run_trainer(trainer, "sft/seed-0")
+    assert trainer.state.global_step == 4 and not theirs.called
 
 
 def test_a_weight_that_is_not_float32_is_named(make_sft: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,24 +4,22 @@ At a temperature above 0, each request is sampled with its own seed, so that the
 model is loaded for the first request that is not in the cache.
 """
 
-import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from salsa_peft.config.judge import Judge
+from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data.chat.templates import content_for_template
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.evaluation.judges.cache import Reply
 from salsa_peft.evaluation.judges.chat import CALLS, Messages, Outcome
 from salsa_peft.models.base import device, max_positions, resolve_dtype
-from salsa_peft.models.generation import WITHOUT_FLOAT64, sample_token, uniform_numbers
-from salsa_peft.models.responses import pad_tokens
+from salsa_peft.models.generation import batches_by_length, generate
+from salsa_peft.models.responses import token_lists
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import fingerprint
 from salsa_peft.utils.hub import local_folder, readable_hub_errors
@@ -54,7 +52,6 @@ class LocalModel:
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.special = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
         self.model: Any = None
-        self.ends: list[int] = []
 
     @property
     def address(self) -> tuple[str, str]:
@@ -73,11 +70,10 @@ class LocalModel:
                 done({key: Outcome(None, f"the prompt is too long for the judge, which reads up to {longest} tokens")})
             else:
                 rows.append(Row(key, ids, room))
-        rows.sort(key=lambda row: (row.room, -len(row.ids)))
-        for _, of in itertools.groupby(rows, key=lambda row: row.room):  # one length limit per batch
-            alike = list(of)
-            for start in range(0, len(alike), self.section.concurrency):
-                done(self._answer(alike[start : start + self.section.concurrency]))
+        lengths, limits = [len(row.ids) for row in rows], [row.room for row in rows]
+        # the longest first, which need the most memory
+        for batch in batches_by_length(lengths, limits, self.section.concurrency, longest, longest_first=True):
+            done(self._answer([rows[row] for row in batch]))
 
     def encode(self, messages: Messages) -> list[int]:
         """Token ids of the judge's messages, rendered with the model's chat template.
@@ -107,42 +103,20 @@ class LocalModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
             )
-        self.ends = list(model_stop_token_ids(self.tokenizer, model))
-        require(bool(self.ends), f"{WHERE}: {self.section.model} has no token that ends a turn; use a chat model")
+        ends = model_stop_token_ids(self.tokenizer, model)
+        require(bool(ends), f"{WHERE}: {self.section.model} has no token that ends a turn; use a chat model")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(ends[0])
         return model.to(device()).eval().requires_grad_(False)
 
-    @torch.no_grad()
     def _answer(self, batch: Sequence[Row]) -> dict[str, Outcome]:
-        room = batch[0].room
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
-        ids, mask = pad_tokens([row.ids for row in batch], pad, self.model.device, "left")
-        settings = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=self.ends, pad_token_id=pad)
-        processors = LogitsProcessorList()
-        if self.section.temperature > 0:
-            seeds = [int(row.key[:15], 16) for row in batch]
-            processors.append(SeededSampling(seeds, room, self.section.temperature, self.model.device))
-        self.model.generation_config = settings  # replaces the model's own penalties and top-p
-        tokens = self.model.generate(input_ids=ids, attention_mask=mask.long(), logits_processor=processors)
+        limits, seeds = [row.room for row in batch], [int(row.key[:15], 16) for row in batch]
+        sampling = Sampling(max_new_tokens=max(limits), temperature=self.section.temperature)
+        made = generate(self.model, [row.ids for row in batch], sampling, self.tokenizer, seeds, limits=limits)
         self.calls["asked"] += len(batch)
+        replies, finished = token_lists(made.response_ids, made.response_mask), made.finished.tolist()
         found = {}
-        for row, reply in zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True):
-            end = next((at for at, token in enumerate(reply) if token in self.ends), None)
-            text = self.tokenizer.decode(reply[:end], skip_special_tokens=True)
-            length = len(reply) if end is None else end + 1
-            found[row.key] = Outcome(Reply(text, "length" if end is None else "stop", len(row.ids), length))
+        for row, reply, ended in zip(batch, replies, finished, strict=True):
+            text = self.tokenizer.decode(reply[:-1] if ended else reply, skip_special_tokens=True)
+            found[row.key] = Outcome(Reply(text, "stop" if ended else "length", len(row.ids), len(reply)))
         return found
-
-
-class SeededSampling(LogitsProcessor):
-    """Logits processor that samples each row's token with the row's own uniform random numbers."""
-
-    def __init__(self, seeds: Sequence[int], length: int, temperature: float, place: torch.device) -> None:
-        uniforms = uniform_numbers(seeds, length)
-        self.uniforms = uniforms if place.type in WITHOUT_FLOAT64 else uniforms.to(place)
-        self.temperature, self.step = temperature, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Sample from the logits (B, V); returns logits of 0 for the sampled token and −∞ for all others."""
-        token = sample_token((scores.float() / self.temperature).softmax(-1), self.uniforms[:, self.step])
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

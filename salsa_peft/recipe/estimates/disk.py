@@ -3,8 +3,8 @@
     peak = finished results + max(checkpoints of the unit in training, its last checkpoints + the finished unit)
 
 The estimate leaves out tokenized training data (8 bytes a token), small files (logs, answers, reports, tokenizers) and the
-Hub's cache. It ignores disk quotas,
-which cannot be queried. The estimates are compared with real runs in tests/recipe/test_disk.py. torch is not imported.
+Hub's cache. It ignores disk quotas, which cannot be queried. The estimates are compared with real runs in
+tests/recipe/test_disk.py. torch is not imported.
 """
 
 import contextlib

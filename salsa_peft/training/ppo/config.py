@@ -65,7 +65,8 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     batch_size: int = PPO.batch_size
     """Number of responses in a rollout batch."""
     micro_batch_size: int | None = None
-    """Number of responses in a forward and backward pass. None: a process's whole share of the minibatch."""
+    """Maximum number of responses in a forward and backward pass, which are split further by length. None: a process's
+    whole share of the minibatch."""
     eval_samples: int = 4
     """Number of responses that each evaluation writes to eval_completions.jsonl."""
     offload: Literal["none", "frozen"] = "none"

@@ -54,8 +54,8 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
             losses.explained_variance(rollout.values, rollout.returns, responses.response_mask),
         ]
     ).tolist()
-    steps = losses.PPOLoss(*zip(*state.totals, strict=True))  # each field's numbers of all optimizer steps
-    mean = losses.PPOLoss(*map(statistics.fmean, steps))
+    steps = dict(zip(losses.PPOLoss._fields, zip(*state.totals, strict=True), strict=True))  # of all optimizer steps
+    mean = {name: statistics.fmean(numbers) for name, numbers in steps.items()}
     return {
         "update": state.update,
         "episode": state.update * batch_size,
@@ -68,14 +68,14 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
         "objective/response_length": length,
         "objective/empty_share": empty,
         "objective/repetition": repetition(token_lists(responses.response_ids, responses.response_mask)),
-        "policy/approxkl_avg": mean.approxkl,  # type: ignore[dict-item]
-        "policy/clipfrac_avg": mean.clipfrac,  # type: ignore[dict-item]
+        "policy/approxkl_avg": mean["approxkl"],
+        "policy/clipfrac_avg": mean["clipfrac"],
         "policy/skipped_minibatches": state.skipped,
-        "loss/policy_avg": mean.policy,  # type: ignore[dict-item]
-        "loss/value_avg": mean.value,  # type: ignore[dict-item]
-        "val/clipfrac_avg": mean.value_clipfrac,  # type: ignore[dict-item]
-        "val/ratio": mean.ratio,  # type: ignore[dict-item]
-        "val/ratio_var": statistics.pvariance(steps.ratio),
+        "loss/policy_avg": mean["policy"],
+        "loss/value_avg": mean["value"],
+        "val/clipfrac_avg": mean["value_clipfrac"],
+        "val/ratio": mean["ratio"],
+        "val/ratio_var": statistics.pvariance(steps["ratio"]),
         "val/num_eos_tokens": int(finished),
         "val/explained_variance": explained,
     }

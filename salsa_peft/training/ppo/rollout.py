@@ -206,7 +206,7 @@ class RolloutMaker:
             batch = sequences.forward_batch(rows, packed=packed)
             given = [tensor.flatten()[batch.cells] for tensor in recorded] if recorded else None
             with self.accelerator.autocast():
-                kept, *own = self._score_part(batch, head, given)
+                kept, own = self._score_part(batch, head, given)
             states.append(kept)
             columns.append(own)
             cells.append(batch.cells)
@@ -228,7 +228,9 @@ class RolloutMaker:
             scores[torch.tensor(taken, device=scores.device)] = part
         return scores
 
-    def _score_part(self, batch: ForwardBatch, head: Head, given: list[Tensor] | None) -> tuple[Tensor | None, ...]:
+    def _score_part(
+        self, batch: ForwardBatch, head: Head, given: list[Tensor] | None
+    ) -> tuple[Tensor | None, list[Tensor]]:
         """Hidden states (n, H), for the KL estimator `full` only; then log-probs, entropies and values, (n,) each.
 
         given: log-probs, entropies and values if they were recorded in generation.
@@ -242,7 +244,7 @@ class RolloutMaker:
             logprobs, entropy, values = given
             if self.model.value_adapter is not None:
                 values = self.model.values(None, *inputs)
-        return kept, logprobs, entropy, values
+        return kept, [logprobs, entropy, values]
 
     def _kl(
         self, sequences: Sequences, parts: Sequence[list[int]], states: Sequence[Tensor | None],

@@ -80,6 +80,36 @@ def test_a_classifier_too(tokenizer: Any, causal: bool, monkeypatch: Any) -> Non
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["adapter", "packed adapter", "classifier", "own forward"])
+def test_a_forward_pass_has_at_most_so_many_tokens(
+    adapter: rewards.AdapterReward, tokenizer: Any, kind: str, monkeypatch: Any
+) -> None:
+    """Of 150: several rows only if they fit together; scores stay the same."""
+    free = without_limit(tokenizer)
+    classifier = own_classifier(free, max_position_embeddings=2048)
+    reward: Any = adapter if "adapter" in kind else ClassifierReward(classifier, free, free, 8)
+    if kind == "own forward":
+        monkeypatch.setattr(reward, "causal", False)
+    responses, rows = made(lognormal(30)), [{"prompt": []}] * 30
+    scores = reward(responses, rows)
+    monkeypatch.setattr(last_tokens, "packs_rows", lambda _: kind == "packed adapter")
+    reward.micro_batch_tokens = 150
+    decoder = adapter.model.get_base_model().model if "adapter" in kind else classifier.model
+    with computed(decoder) as shapes:
+        torch.testing.assert_close(reward(responses, rows), scores, atol=1e-5, rtol=1e-5)
+    longest = max(map(sum, lognormal(30)))
+    assert all(count * length <= 150 or (count == 1 and length <= longest) for count, length in shapes)
+    assert any(count * length <= 150 for count, length in shapes) and len(shapes) < 30
+
+
+def test_ppo_sets_the_limit_of_each_part(make_trainer: Any) -> None:
+    """Of a sum's rewards as of a reward alone."""
+    function = lambda completion_ids: [0.0] * len(completion_ids)  # noqa: E731
+    for reward in (function, [(function, 1.0, "a"), (function, 2.0, "b")]):
+        trainer = make_trainer(reward=reward, micro_batch_tokens=300)
+        assert [part.micro_batch_tokens for part in trainer.reward.components()] in ([300], [300, 300])
+
+
 def without_limit(tokenizer: Any) -> Any:
     """A copy of the tokenizer for sequences of any length."""
     import copy

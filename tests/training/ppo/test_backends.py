@@ -753,6 +753,17 @@ class TestVLLM:
         assert engine.calls == (["load", "generate"] if sync == "merged" else ["generate"])
         assert engine.fields["enable_sleep_mode"] is False
 
+    def test_memory_that_vllm_cannot_take_back_is_refused(
+        self, two_adapters: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its allocator does not work with expandable segments; without sleep it is not used."""
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+        args = options(rollout_backend="vllm")
+        with pytest.raises(SalsaError, match=r"enable_sleep_mode: vLLM cannot sleep with PYTORCH_CUDA_ALLOC_CONF"):
+            VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))
+        args = options(rollout_backend="vllm", rollout_options={"enable_sleep_mode": False})
+        VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))
+
     def test_the_adapter_alone(
         self, two_adapters: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], prompts: list[list[int]]
     ) -> None:

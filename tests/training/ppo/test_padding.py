@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flash_kernel
 import pytest
 import torch
 from mixed_lengths import Lengths, computed, lognormal, made, ultrafeedback
@@ -95,3 +96,31 @@ def test_losses_are_those_of_each_row_alone(written: Any, options: dict[str, Any
         plain = plain_loss(trainer, rollout, torch.arange(8))
     for found in (whole, parts):
         torch.testing.assert_close(found.detach(), plain.to(found), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"full": True}, {"kl_estimator": "full", "micro_batch_size": 4}], ids=str)
+def test_flash_attention_computes_no_padding(
+    written: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row for all sequences of a forward pass, in scoring and training; log-probs, KL and losses stay."""
+    tokens, found = sum(answer for _, answer in ROWS), []
+    for flash in (False, True):
+        trainer = written(ROWS, **options)
+        torch.nn.init.constant_(trainer.model.value_head.weight, 0.05)
+        models = [trainer.model.policy, *(one.model for one in trainer.references if one.model is not None)]
+        if flash:
+            flash_kernel.install(monkeypatch)
+            for model in models:
+                flash_kernel.use_flash(model)
+        inner = trainer.model.policy if options.get("full") else trainer.model.policy.get_base_model()
+        rollout = trainer.rollout_maker([trainer.train_dataset[row] for row in range(8)], 1, 0.1, lambda: None)
+        found.append(
+            [rollout.logprobs, rollout.kl, rollout.values, *loss_of(trainer, rollout, torch.arange(8), tokens)]
+        )
+        with computed(inner.model) as shapes:
+            trainer.train()
+    needed = sum(map(sum, ROWS)) * (2 if options.get("full") else 3)  # the reference's are computed by its own model
+    assert sum(length for _, length in shapes) == needed and {rows for rows, _ in shapes} == {1}
+    assert len(shapes) == {"full": 2, "kl_estimator": 4}.get(next(iter(options), ""), 3)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
