@@ -14,7 +14,6 @@ import pytest
 import rehearsal
 import torch
 from fake_tensors import fake_tensors
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 from transformers.trainer_utils import TrainOutput
 
 from salsa_peft.models import generation, responses
