@@ -303,7 +303,7 @@ def classifier_class(config: PreTrainedConfig) -> Any:
     """
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
-        own = auto._model_mapping[type(config)]
+        own: Any = auto._model_mapping[type(config)]
         return type(own.__name__, (own,), {"__module__": own.__module__, "_keep_in_fp32_modules_strict": {"score"}})
     causal = causal_lm_class(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)

@@ -7,6 +7,7 @@ the SFT loss has a gradient, which the strategy learned needs. To add a measure,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ class SFTLoss:
             return self._sum(parts), self.live.slopes()
 
     def _sum(self, parts: Sequence[torch.Tensor]) -> float:
-        return torch.stack(list(parts)).double().sum().item()
+        return math.fsum(torch.stack(list(parts)).tolist())
 
     def _part(self, batch: Sequence[int]) -> torch.Tensor:
         """One batch's part of the mean log-likelihood; the parts of all batches add up to the mean."""

@@ -16,7 +16,9 @@ import torch
 from fake_tensors import fake_tensors
 from transformers.trainer_utils import TrainOutput
 
+from salsa_peft.models import generation, responses
 from salsa_peft.models.architectures.sizes import architecture_of_recipe
+from salsa_peft.training.ppo import rollout
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
 LENGTH = 48
@@ -42,7 +44,9 @@ def one_rollout(trainer: SalsaPPOTrainer, **_: Any) -> TrainOutput:
 
 def run(folder: Path, stage: str, mode: str, more: dict[str, Any], **ppo: Any) -> Any:
     """Run a stage's first unit on fake CUDA tensors."""
-    recipe = rehearsal.recipe_of(folder, 2, mode, LENGTH, rehearsal.SMALL, more, micro_batch_size=2, **ppo)
+    folder.mkdir(exist_ok=True)
+    more = {"generation": {"max_new_tokens": 2}, **more}
+    recipe = rehearsal.recipe_of(folder, 1, mode, LENGTH, rehearsal.SMALL, more, **ppo)
     size = architecture_of_recipe(recipe)
     assert size is not None
     inputs = rehearsal.write_inputs(folder, recipe, size)
@@ -54,6 +58,42 @@ def run(folder: Path, stage: str, mode: str, more: dict[str, Any], **ppo: Any) -
 
 @pytest.mark.parametrize("mode", ["lora", "stochastic"])
 def test_a_rollout(mode: str, tmp_path: Path) -> None:
-    """Responses, policy, references by adapter or own model, reward adapter or classifier: all results are on CUDA."""
+    """Responses, policy, reference and reward, by adapters or as own models: all results are on the GPU."""
     run(tmp_path, "ppo", mode, {})
     assert {tensor.device.type for tensor in SEEN[0].tensors().values()} == {"cuda"}
+
+
+def test_a_rollout_with_options(tmp_path: Path) -> None:
+    """Several references and rewards, one of them a classifier; exact KL; log-probs recorded while sampling."""
+    classifier = str(rehearsal.write_classifier(tmp_path / "classifier", 1, **rehearsal.SMALL))
+    more = {"policies": {"salsa": {"reference": ["soup", "seed-1", "base"], "kl_coef": 0.01}}}
+    more |= {"reward": {"model": ["adapter", classifier], **rehearsal.COMMON}}
+    options = {"kl_estimator": "full", "missing_eos_penalty": 1.0, "normalize_scores": True}
+    run(tmp_path, "ppo", "lora", more, value="adapter", whiten_rewards=True, **options)
+    run(tmp_path / "2", "ppo", "lora", {}, old_logprobs="rollout")
+    assert len(SEEN) == 2
+    assert all({tensor.device.type for tensor in rollout.tensors().values()} == {"cuda"} for rollout in SEEN)
+
+
+@pytest.mark.parametrize("mode", ["lora", "stochastic"])
+def test_evaluation(mode: str, tmp_path: Path) -> None:
+    """Answers of seed-0, soup and policy to questions of two turns, and their scores."""
+    questions = rehearsal.write_rows(tmp_path, "questions", [{"turns": ["owl wren", "crow"]}, {"turns": ["finch"]}])
+    assert run(tmp_path, "evaluate", mode, {"evaluate": {"prompts": {"asked": questions}}}) == {"asked": 2}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        (rollout, "apply_score_options", lambda right: lambda scores, *rest: right(scores.cpu(), *rest)),
+        (responses, "send", lambda right: lambda parts, device: right(parts, torch.device("cpu"))),
+        (generation, "pad_tokens", lambda right: lambda ids, pad, device, *side: right(ids, pad, "cpu", *side)),
+    ],
+)
+def test_a_cpu_tensor_is_found(
+    module: Any, name: str, wrong: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores, places of tokens or prompts that stay on the CPU end a rollout with an error."""
+    monkeypatch.setattr(module, name, wrong(getattr(module, name)))
+    with pytest.raises(Exception, match=r"cuda:0 and cpu|two different devices|same device"):
+        run(tmp_path, "ppo", "lora", {})

@@ -21,19 +21,22 @@ from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.estimates import disk
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
+STAGES = ("toy", "data", "sft", "reward", "soup", "ppo", "dpo")
 SMALL = """
 name: small
 threads: 1
 toy: {hidden_size: 256, num_layers: 4, pretrain_steps: 3, pretrain_examples: 100, demonstrations: 64, preferences: 200, prompts: 64,
   eval_prompts: 8, preference_sampled: 0.0}
 model: {max_length: 32}
-sft: {seeds: [0, 1], max_steps: 2}
-reward: {max_steps: 2, seeds: [0, 1]}
+sft: {seeds: [0, 1], max_steps: 4, save_steps: 1}
+reward: {max_steps: 4, seeds: [0, 1], save_steps: 1}
+dpo: {max_steps: 4, save_steps: 1}
 generation: {max_new_tokens: 6}
 ppo: {batch_size: 16, max_steps: 16, save_steps: 3}
 policies:
   ppo: {reference: seed-0}
   salsa: {reference: soup}
+  dpo: {reference: soup, algorithm: dpo}
 landscape: null
 export: [merged]
 """
@@ -88,13 +91,29 @@ def test_adapters_by_hand() -> None:
     assert disk.unit_bytes(both, "ppo", size, None) == (kept, 2 * (4 + 2 + 8 / 256) * 2 * rank16 + kept)
 
 
+def test_checkpoints_of_the_other_stages_by_hand() -> None:
+    """Two at a time, or the last one beside the result; members of a reward soup; none if training is short, or under ZeRO-3."""
+    job, size = paper("llama2_full", "lora", "reward.seeds=[0, 1]", "sft.save_steps=10", "reward.save_steps=10", "reward.max_steps=15",
+                      "policies={dpo: {algorithm: dpo, reference: soup}}", "dpo.max_steps=500", "export=[merged]", "evaluate.pairs=[[dpo, soup]]")  # fmt: skip
+    rank16 = size.adapter(16, "all-linear")
+    reward, model = 4 * (rank16 + 4096), 2 * size.parameters
+    assert disk.unit_bytes(job, "sft", size, None) == (4 * rank16, 2 * 12 * rank16)
+    assert disk.unit_bytes(job, "reward", size, None) == (3 * reward, reward + reward + 3 * reward)
+    assert disk.unit_bytes(job, "dpo", size, None) == (4 * rank16 + model, 4 * rank16 + model)
+    sharded = ("num_processes=2", "accelerate=zero3", "ppo.batch_size=8", "sft.batch_size=8", "reward.batch_size=8")
+    alone, with_zero3 = (paper("llama2_full", None, "sft.save_steps=10", *more)[0] for more in ((), sharded))
+    assert disk.unit_bytes(alone, "sft", size, None) == (model, 2 * 12 * size.parameters)
+    assert disk.unit_bytes(with_zero3, "sft", size, None) == (model, model)
+
+
 def test_what_is_there_writes_nothing_more(tmp_path: Path) -> None:
     """Cached units, those that are not asked for; what an unfinished folder holds is free."""
     job, size = paper()
     steps = plan(job, tmp_path)
     model = 2 * size.parameters
     alone = disk.need(job, steps, ["sft/seed-0"], CARD)
-    assert alone is not None and (alone.final, alone.peak, alone.place) == (model, model, tmp_path)
+    two = 2 * (2 + 2 + 8 / 256) * size.parameters  # checkpoints: the newest stays until the next one is complete
+    assert alone is not None and (alone.final, alone.peak, alone.place) == (model, two, tmp_path)
     steps["sft/seed-0"].folder.mkdir(parents=True)
     steps["sft/seed-0"].folder.joinpath("half.bin").write_bytes(bytes(1000))
     begun = disk.need(job, steps, ["sft/seed-0"], CARD)
@@ -148,7 +167,7 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
     file.write_text(SMALL)
     job = load_recipe(str(file), lora=lora, overrides=[]).recipe
     steps = plan(job, folder)
-    asked = [name for name, step in steps.items() if step.unit.stage in ("toy", "data", "sft", "reward", "soup", "ppo")]
+    asked = [name for name, step in steps.items() if step.unit.stage in STAGES]
     expected = disk.need(job, steps, asked, None)
 
     def watch() -> None:
@@ -159,7 +178,7 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
     watching = threading.Thread(target=watch)
     watching.start()
     try:
-        stages = ["--stages", "toy,data,sft,reward,soup,ppo", "--output-dir", str(folder)]
+        stages = ["--stages", ",".join(STAGES), "--output-dir", str(folder)]
         assert salsa_run([str(file), *(["--lora"] if lora else []), *stages]) == 0
     finally:
         done.set()

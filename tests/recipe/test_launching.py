@@ -65,10 +65,14 @@ def test_two_processes_do_the_work_once(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert err.count("said by 0\n") == err.count("error stream of 0\n") == 1 and "of 1" not in err and "by 1" not in err
-    assert out == "" and err.count("\n") == 7, err  # results, loading, toy's noise and end, two prints, sft's end
+    assert out == "" and err.count("\n") == 11, (
+        err
+    )  # results, loading, toy and data: noise and end, two prints, sft's end
     run = tmp_path / "runs" / "tiny-lora"
     toy, sft = (read(unit(run, name) / "manifest.json") for name in ("toy", UNIT))
-    assert sft["facts"] == {"rank": 0, "inputs": ["toy"], "world": 2} and list(sft["files"]) == ["result.txt"]
+    assert sft["facts"] == {"rank": 0, "inputs": ["data/demonstrations", "toy"], "world": 2} and list(sft["files"]) == [
+        "result.txt"
+    ]
     assert sft["peak_mb"] > 0 and sft["seconds"] < 2 and toy["facts"]["value"] == 1
     assert list((run / "logs").iterdir()) == []
     again = command(tmp_path, "--set", "num_processes=1")

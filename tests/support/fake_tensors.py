@@ -42,7 +42,8 @@ class KnownValues(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made_up = 0
-        self._stale: set[int] = set()  # storages of known values that an unknown value was written to
+        # storages of known values to which an unknown value was written, kept so that no other gets their address
+        self._stale: dict[int, torch.UntypedStorage] = {}
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's values on the CPU; None if they depend on weights."""
@@ -113,10 +114,13 @@ class KnownValues(TorchDispatchMode):
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
         joined = func in (aten.stack.default, aten.cat.default)  # numbers of a log, which are read together
         known = [self.value(tensor) is not None for tensor in given]
+        if (decided := self._decided(func, given)) is not None:
+            vars(made[0])["known"] = Known(decided)
+            return
         if not all(known) and not (joined and any(known)):
             changed = [args[i] for i, a in enumerate(func._schema.arguments) if a.is_write and i < len(args)]
             self._stale |= {
-                one.untyped_storage()._cdata
+                one.untyped_storage()._cdata: one.untyped_storage()
                 for tensor in tree_leaves(changed)
                 if isinstance(tensor, torch.Tensor) and (one := self.value(tensor)) is not None
             }
@@ -127,6 +131,17 @@ class KnownValues(TorchDispatchMode):
         for tensor, known in zip(made, [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)], strict=True):
             if isinstance(tensor, FakeTensor):
                 vars(tensor)["known"] = Known(known)
+
+    def _decided(self, func: Any, given: list[torch.Tensor]) -> torch.Tensor | None:
+        """The value of `or` with a tensor that is True everywhere, and of `and` with one that is False everywhere."""
+        decides = {aten.bitwise_or: True, aten.logical_or: True, aten.bitwise_and: False, aten.logical_and: False}
+        side = decides.get(func.overloadpacket)
+        for tensor in given if side is not None and len(given) == 2 else ():
+            known = self.value(tensor)
+            with _disable_current_modes():
+                if known is not None and bool((known.bool() == side).all()) and tensor.shape == given[0].shape:
+                    return torch.full(given[0].shape, int(side), dtype=given[0].dtype)
+        return None
 
     def _real(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):

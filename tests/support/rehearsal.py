@@ -25,10 +25,11 @@ from trl.kernels import chunked_logprob
 
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.load import load_recipe
-from salsa_peft.config.schema import Recipe
+from salsa_peft.config.schema import Model, Recipe
 from salsa_peft.data import tokenized
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.models import base, precision, stage_context
+from salsa_peft.evaluation import evaluate
+from salsa_peft.models import base, logprobs, stage_context
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.architectures.sizes import KNOWN, Architecture
@@ -36,11 +37,13 @@ from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards import classifier
 from salsa_peft.models.stage_context import StageContext
 from salsa_peft.models.tokenizers import load_tokenizer
-from salsa_peft.training import sft
+from salsa_peft.training import ppo_stage
 from salsa_peft.training.ppo import backends, checks, resume, trainer
 
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 FULL = ("master", "stochastic")
+COMMON = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 2, "gradient_checkpointing": True}
+"""Settings of every section that trains."""
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -56,6 +59,15 @@ def write_base(folder: Path, layers: int, **sizes: int) -> Path:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_classifier(folder: Path, layers: int, **sizes: int) -> Path:
+    """config.json of a sequence classifier, and a tokenizer."""
+    write_base(folder, layers, **sizes)
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(folder)
     return folder
 
 
@@ -84,19 +96,18 @@ def recipe_of(
         {"prompt": words(length // 2, first), "chosen": words(length // 2 - 20), "rejected": words(length // 2 - 21)}
         for first in list(make_tokenizer().get_vocab())[10:18]
     ]
-    common = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 2, "gradient_checkpointing": True}
     data = {
         "demonstrations": write_rows(folder, "chats", [{"messages": [ask, answer]}] * 4),
         "preferences": write_rows(folder, "pairs", pairs),
         "prompts": write_rows(folder, "prompts", [{"prompt": [ask]}] * 8),
     }
     given = {
-        "name": "rehearsal", "toy": {}, "data": data, "precision": mode if mode in FULL else "auto",
+        "name": "rehearsal", "data": data, "precision": mode if mode in FULL else "auto",
         "model": {"base": str(write_base(folder / "base", layers, **(sizes or {}))), "max_length": length, "dtype": "bfloat16",
                   "chat_template": "zephyr"},
-        "sft": {"seeds": [0, 1], **common}, "reward": common, "generation": {"max_new_tokens": length // 2},
-        "ppo": {**common, "num_ppo_epochs": 2, "logged_completions": 0, "shown_every": None, **ppo},
-        "policies": {"salsa": {"reference": "soup", "kl_coef": 0.01}}, **(more or {}),
+        "sft": {"seeds": [0, 1], **COMMON}, "reward": COMMON, "generation": {"max_new_tokens": length // 2},
+        "ppo": {**COMMON, "num_ppo_epochs": 2, "logged_completions": 0, "shown_every": None, **ppo},
+        "policies": {"salsa": {"reference": "soup", "kl_coef": 0.01}}, "evaluate": {"prompts": {"asked": data["prompts"]}}, **(more or {}),
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(given))
@@ -111,13 +122,13 @@ def write_inputs(folder: Path, recipe: Recipe, size: Architecture) -> dict[str, 
         found[f"data/{kind}"] = folder / kind
         source = getattr(recipe.data, kind)
         write(source, tokenizer, folder / kind, lambda *_: None)
-    for name, rank in (("sft/seed-0", 1), ("sft/seed-1", 1), ("soup", 2), ("reward", 1)):
+    for name, rank in (("sft/seed-0", 1), ("sft/seed-1", 1), ("soup", 2), ("reward", 1), ("ppo/salsa", 1)):
         there = folder / name.replace("/", "-")
         there.mkdir()
         found[name] = there
         if recipe.adapter is None:
-            config = AutoConfig.from_pretrained(folder / "base")
-            config.save_pretrained(there)
+            AutoConfig.from_pretrained(folder / "base").save_pretrained(there)
+            tokenizer.save_pretrained(there)
             continue
         r = recipe.adapter.r * rank
         config = LoraConfig(**{**dataclasses.asdict(recipe.adapter), "r": r}, task_type="CAUSAL_LM")
@@ -165,6 +176,19 @@ def quantise(model: Any, config: Any) -> None:
     model.config.quantization_config = config
 
 
+class FakeClassifiers:
+    """In place of classifier_class, which chooses the class whose from_pretrained loads a classifier reward."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def from_pretrained(self, folder: str, dtype: torch.dtype, **_: Any) -> tuple[Any, dict[str, list[str]]]:
+        made = make_fake(
+            base.classifier_class, folder, Model(dtype=str(dtype).removeprefix("torch.")), None, num_labels=1
+        )
+        return made, {"missing_keys": []}
+
+
 def read_fake(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """In place of lora.read."""
     shapes = json.loads((folder / "shapes.json").read_text())
@@ -175,14 +199,16 @@ def replace_files(patch: pytest.MonkeyPatch) -> None:
     """Weights are made up in place of being read, and nothing is saved or compared by content."""
     patch.setattr(base, "_load", make_fake)
     patch.setattr(lora, "read", read_fake)
+    patch.setattr(classifier, "classifier_class", FakeClassifiers)
+    for module in (ppo_stage, evaluate):
+        patch.setattr(module, "load_reference", lambda model, reference, context, inputs: None)
     patch.setattr(StageContext, "save", lambda *_: None)
     patch.setattr(StageContext, "check", lambda *_: None)
     patch.setattr(StageContext, "write_fingerprint", lambda *_: None)
     for saving in ("save_model", "_save_checkpoint"):
         patch.setattr(trainer.SalsaPPOTrainer, saving, lambda *_: None)
     patch.setattr(resume, "digest", lambda weights: "")
-    for module in (sft, checks):
-        patch.setattr(module, "check_head", lambda model: None)
+    patch.setattr(logprobs, "_require_same_logits", lambda *_: None)  # made-up logits are compared otherwise
 
 
 def place_on_cuda(patch: pytest.MonkeyPatch) -> None:
@@ -196,10 +222,7 @@ def place_on_cuda(patch: pytest.MonkeyPatch) -> None:
 
 
 def compute_as_cuda(patch: pytest.MonkeyPatch) -> None:
-    """Autocast as on CUDA, and no temporary tensors that only a CPU needs."""
-    arguments, full = stage_context.training_arguments, precision.arguments
-    patch.setattr(stage_context, "training_arguments", lambda *given: arguments(*given) | {"bf16": True})
-    patch.setattr(precision, "arguments", lambda name: full(name) | {"bf16": precision.PRECISIONS[name].autocast})
+    """Leave out temporary tensors that only a CPU needs."""
     patch.setattr(torch, "compile", lambda function, **_: lambda *_: None)  # the step of torchao's optimizer
     for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):  # Triton's kernels work in place
         patch.setattr(chunked_logprob, name, lambda *_, **__: None)

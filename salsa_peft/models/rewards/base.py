@@ -25,6 +25,10 @@ class Reward(ABC):
     on_device: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """Context in which `frozen_model` is on the device; training/references.py replaces it if it offloads the model."""
 
+    micro_batch_tokens: int | None = None
+    """Most tokens, padding included, in one forward pass of the reward's model; a longer sequence has one of its own. PPO
+    sets its own micro_batch_tokens. None: no limit."""
+
     @cached_property
     def name(self) -> str:
         """The reward's name in logs, and in a weighted sum that gives the reward no other name."""

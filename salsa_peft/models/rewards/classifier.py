@@ -103,12 +103,12 @@ class ClassifierReward(Reward):
 
     def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
         """Score token ids in forward passes over sequences of similar length; float32."""
-        rows = self.micro_batch.rows
+        rows, most = self.micro_batch.rows, self.micro_batch_tokens
         if self.causal:  # the sequences stand for responses to empty prompts
             device, score = self.classifier.device, self.classifier.score
             responses = pad_responses([[]] * len(sequences), sequences, 0, (), device)
-            return last_token_scores(self.classifier, score, responses, rows).float()
-        batches = split_by_length([len(ids) for ids in sequences], rows)
+            return last_token_scores(self.classifier, score, responses, rows, most).float()
+        batches = split_by_length([len(ids) for ids in sequences], rows, most)
         return in_rows_order([self._forward([sequences[row] for row in batch]) for batch in batches], batches)
 
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:

@@ -12,13 +12,16 @@ from salsa_peft.models.responses import Responses, Sequences, last_states, send
 
 
 @torch.no_grad()
-def last_token_scores(model: nn.Module, head: nn.Linear, responses: Responses, rows: int) -> Tensor:
-    """Scores (B,) of the model with its active adapter, in forward passes over at most `rows` sequences.
+def last_token_scores(
+    model: nn.Module, head: nn.Linear, responses: Responses, rows: int, tokens: int | None = None
+) -> Tensor:
+    """Scores (B,) of the model with its active adapter.
 
-    A forward pass has sequences of similar length, or with flash attention no padding at all.
+    A forward pass has at most `rows` sequences of similar length and `tokens` tokens; with flash attention it has no
+    padding at all.
     """
     sequences, packed = Sequences(responses), packs_rows(model)
-    batches = sequences.batches(range(len(sequences.lengths)), rows, None, packed=packed)
+    batches = sequences.batches(range(len(sequences.lengths)), rows, tokens, packed=packed)
     inputs = (sequences.forward_batch(batch, packed=packed) for batch in batches)
     return in_rows_order([apply_scalar_head(head, last_states(model, one)) for one in inputs], batches)
 

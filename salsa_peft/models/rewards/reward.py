@@ -73,7 +73,7 @@ class AdapterReward(Reward):
     def _scores(self, responses: Responses) -> Tensor:
         head = self.head.to(responses.response_ids.device)
         with self.toggle(self.adapter), precision.autocast(self.model):
-            return last_token_scores(self.model, head, responses, self.micro_batch.rows)
+            return last_token_scores(self.model, head, responses, self.micro_batch.rows, self.micro_batch_tokens)
 
 
 class Part(NamedTuple):
@@ -107,7 +107,7 @@ class WeightedReward(Reward):
             if weight:
                 total = total + weight * scores
                 without_score &= ~applies
-        *sums_and_counts, missing = torch.stack([one.double() for one in [*sums, without_score.sum()]]).tolist()
+        *sums_and_counts, missing = torch.stack([one.float() for one in [*sums, without_score.sum()]]).tolist()
         for part, found, count in zip(self.parts, sums_and_counts[::2], sums_and_counts[1::2], strict=True):
             self.add_metric(f"rewards/{part.name}/mean", found, int(count))
         names = ", ".join(part.name for part in self.parts if part.weight)

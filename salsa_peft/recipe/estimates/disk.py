@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Adapter, Recipe
@@ -192,18 +192,27 @@ def remedy(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None
     """Advice as text: use a larger disk, or an option with which the results fit on this one."""
     adapters = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), offload="none", precision="auto")
     stages = [stage for stage in ("sft", "reward", "ppo", *ALGORITHMS) if _saves(recipe, stage)]
-    ends = "one checkpoint per policy, at its end"
-    offered = {}
-    for chosen, effect in ((["ppo"], ends), (stages, ends if "ppo" in stages else "no checkpoints")):
-        if set(chosen) <= set(stages):
-            rare = {stage: max(_steps(recipe, stage), getattr(recipe, stage).save_steps) for stage in chosen}
-            sections = {stage: dataclasses.replace(getattr(recipe, stage), save_steps=rare[stage]) for stage in chosen}
-            words = " ".join(f"--set {stage}.save_steps={number}" for stage, number in rare.items())
-            offered[f"{words} ({effect})"] = dataclasses.replace(recipe, **sections)
-    offered["--lora"] = adapters
-    needs = {words: need(other, plan, asked, gpu) for words, other in offered.items()}
-    fits = [words for words, found in needs.items() if found is not None and found.peak <= found.free]
+    ppo = [stage for stage in stages if stage == "ppo"]
+    rare = [_with_rare_checkpoints(recipe, chosen) for chosen in (ppo, stages) if chosen]
+    fits = [words for words, other in rare if _fits(other, plan, asked, gpu)][:1]
+    fits += ["--lora"] if _fits(adapters, plan, asked, gpu) else []
     return ", or ".join(["use --output-dir on a larger disk", *fits])
+
+
+def _with_rare_checkpoints(recipe: Recipe, stages: list[str]) -> tuple[str, Recipe]:
+    """Settings with which units of these stages save no checkpoints before their end, as text, and the recipe."""
+    rare = {stage: max(_steps(recipe, stage), getattr(recipe, stage).save_steps) for stage in stages}
+    changed: dict[str, Any] = {
+        stage: dataclasses.replace(getattr(recipe, stage), save_steps=number) for stage, number in rare.items()
+    }
+    words = " ".join(f"--set {stage}.save_steps={number}" for stage, number in rare.items())
+    effect = "one checkpoint per policy, at its end" if "ppo" in stages else "no checkpoints"
+    return f"{words} ({effect})", dataclasses.replace(recipe, **changed)
+
+
+def _fits(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) -> bool:
+    found = need(recipe, plan, asked, gpu)
+    return found is not None and found.peak <= found.free
 
 
 def _saves(recipe: Recipe, stage: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -275,6 +276,12 @@ class VLLM(Backend):
         )
         super().__init__(model, args, tokenizer)
         self.ready, self.sleeps = False, bool(options.get("enable_sleep_mode"))
+        allocator = [os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")]
+        require(
+            not (self.sleeps and "expandable_segments:True" in ",".join(allocator)),
+            "rollout_options.enable_sleep_mode: vLLM cannot sleep with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True;"
+            " unset this variable, or set rollout_options.enable_sleep_mode to false",
+        )
         engine = ENGINES[options.pop("sync", "merged")]
         policy = str(model.active_adapter) if isinstance(model, PeftModel) else None
         try:

@@ -197,6 +197,7 @@ class RunCheckpoints:
         rollout = Rollout.of(lora.read_tensors(checkpoint / ROLLOUT), device) if has_rollout else None
         self.state.load_state_dict(saved, rollout)
         before, now = saved["options"], changeable_options(self.args, self.reward)
+        before = now | before  # a checkpoint from before an option existed lacks it
         changed = [f"{key} {before[key]} → {value}" for key, value in now.items() if before[key] != value]
         if changed:
             self._say(f"{checkpoint.name}: resuming with changed options: {', '.join(changed)}")

@@ -96,6 +96,8 @@ class SalsaPPOTrainer(Trainer):
             " Pass a frozen adapter",
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
+        for part in self.reward.components():
+            part.micro_batch_tokens = args.micro_batch_tokens
         policy = with_value_head(model, self.policy_name, args.value, self.reward)
         remove_dropout(model)  # also of the adapters attached above
         check_trained(model, processing_class, args)

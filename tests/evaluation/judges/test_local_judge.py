@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from salsa_peft.config.judge import Judge
-from salsa_peft.evaluation.judges.local import LocalModel
+from salsa_peft.evaluation.judges.local import LocalModel, Row
 from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, Verdict, figure7
 from salsa_peft.evaluation.judges.registry import judge_of
 from salsa_peft.utils.errors import SalsaError
@@ -120,6 +120,23 @@ def test_drawing_follows_the_temperature(judging: Any, folder: Path) -> None:
     """A very low one is greedy."""
     asked = games(0, 5, 50)
     assert [one.text for one in judging(asked, "low", temperature=1e-4)[0]] == [one.text for one in judging(asked, "g")[0]]  # fmt: skip
+
+
+def test_how_a_reply_ends(folder: Path) -> None:
+    """At the limit; or before an end token, which counts and, though it is an ordinary character, is not in the text."""
+    asker = LocalModel(Judge(kind="local", model=str(folder), max_tokens=12))
+    asker.model = asker._load()
+    rows = [
+        Row(f"{number:016x}", asker.encode(figure7(game).messages), 12) for number, game in enumerate(games(0, 40, 3))
+    ]
+    found = [reply for reply, _ in asker._answer(rows).values() if reply is not None]
+    assert [(one.finish, one.completion_tokens, one.prompt_tokens) for one in found] == [("length", 12, len(row.ids)) for row in rows]  # fmt: skip
+    character = found[0].text[4]
+    asker.model.generation_config.eos_token_id = [asker.tokenizer.convert_tokens_to_ids(character)]
+    for before, (now, _) in zip(found, asker._answer(rows).values(), strict=True):
+        assert now is not None and now.text == before.text.split(character)[0]
+        ended = character in before.text
+        assert (now.finish, now.completion_tokens) == (("stop", len(now.text) + 1) if ended else ("length", 12))
 
 
 def test_it_is_told_by_its_own_template(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from salsa_peft.models.rewards import last_tokens
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.classifier import ClassifierReward
 from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.training.trl_stages import as_function
 
 
 @pytest.fixture
@@ -78,6 +80,36 @@ def test_a_classifier_too(tokenizer: Any, causal: bool, monkeypatch: Any) -> Non
     assert max(rows for rows, _ in shapes) <= 8
     expected = [single(classifier, ids) for ids in token_lists(responses.input_ids, responses.attention_mask)]
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "packed adapter", "classifier", "own forward"])
+def test_a_forward_pass_has_at_most_so_many_tokens(
+    adapter: rewards.AdapterReward, tokenizer: Any, kind: str, monkeypatch: Any
+) -> None:
+    """Of 150: several rows only if they fit together; scores stay the same."""
+    free = without_limit(tokenizer)
+    classifier = own_classifier(free, max_position_embeddings=2048)
+    reward: Any = adapter if "adapter" in kind else ClassifierReward(classifier, free, free, 8)
+    if kind == "own forward":
+        monkeypatch.setattr(reward, "causal", False)
+    responses, rows = made(lognormal(30)), [{"prompt": []}] * 30
+    scores = reward(responses, rows)
+    monkeypatch.setattr(last_tokens, "packs_rows", lambda _: kind == "packed adapter")
+    reward.micro_batch_tokens = 150
+    decoder = adapter.model.get_base_model().model if "adapter" in kind else classifier.model
+    with computed(decoder) as shapes:
+        torch.testing.assert_close(reward(responses, rows), scores, atol=1e-5, rtol=1e-5)
+    longest = max(map(sum, lognormal(30)))
+    assert all(count * length <= 150 or (count == 1 and length <= longest) for count, length in shapes)
+    assert any(count * length <= 150 for count, length in shapes) and len(shapes) < 30
+
+
+def test_ppo_sets_the_limit_of_each_part(make_trainer: Any) -> None:
+    """Of a sum's rewards as of a reward alone."""
+    function = lambda completion_ids: [0.0] * len(completion_ids)  # noqa: E731
+    for reward in (function, [(function, 1.0, "a"), (function, 2.0, "b")]):
+        trainer = make_trainer(reward=reward, micro_batch_tokens=300)
+        assert [part.micro_batch_tokens for part in trainer.reward.components()] in ([300], [300, 300])
 
 
 def without_limit(tokenizer: Any) -> Any:
@@ -184,3 +216,18 @@ def test_the_host_waits_as_often_for_many_rows_as_for_few(
             reward(made(lengths), [{"prompt": [{"role": "user", "content": "copy"}]}] * len(lengths))
         counts.append(syncs.total)
     assert counts[0] == counts[1] <= 12
+
+
+def test_a_reward_for_trls_trainers_waits_as_often(adapter: rewards.AdapterReward, tokenizer: Any) -> None:
+    """As TRL calls it, with lists of prompts and of token ids."""
+    free = without_limit(tokenizer)
+    score = as_function(adapter, SimpleNamespace(tokenizer=free), (int(free.eos_token_id),))  # type: ignore[arg-type]
+    counts = []
+    for lengths in ([(4, 3)] * 6, lognormal(60)):
+        responses = made(lengths)
+        ids = token_lists(responses.response_ids, responses.response_mask)
+        with HostSyncs() as syncs:
+            found = score(prompts=[[{"role": "user", "content": "copy"}]] * len(ids), completion_ids=ids)
+        assert len(found) == len(ids)
+        counts.append(syncs.total)
+    assert counts == [2, 2]  # the sequences' lengths, and the scores

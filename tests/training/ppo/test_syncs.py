@@ -60,6 +60,7 @@ def test_each_optimizer_step_waits_once_and_each_epoch_shuffles_once(update: Any
         {"old_logprobs": "rollout"},
         {"bf16": True, "whiten_rewards": True, "kl_per": "token", "missing_eos_penalty": 1.0, "score_clip": 2.0},
         {"micro_batch_tokens": 128},
+        {"importance_sampling_correction": True, "importance_sampling_mode": "sequence_mask"},
     ],
     ids=lambda options: "-".join(options),
 )
