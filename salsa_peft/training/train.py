@@ -221,6 +221,7 @@ class Resumable(Trainer):
         self._initial_global_step = 0  # the mean loss is that of all steps
         self._metrics["train"].update(self.resumed["metrics"])
         vars(self).update(self.resumed["counters"])
+        self.model.train()  # or TRL would not log these metrics if no step is left
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the trained weights and the synced references."""

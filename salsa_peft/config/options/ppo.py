@@ -38,8 +38,8 @@ class PPOOptions:
     """Maximum number of responses generated or scored in one call (TRL: local_rollout_forward_batch_size). None: all in
     one call."""
     micro_batch_tokens: Count | None = None
-    """Maximum number of tokens, padding included, in one forward pass of training, or of policy and references when they
-    score. A longer sequence has a forward pass of its own. None: no limit. Not for sharded weights."""
+    """Maximum number of tokens, padding included, in one forward pass of training, or of policy, references and rewards
+    when they score. A longer sequence has a forward pass of its own. None: no limit. Not for sharded weights."""
     rollout_backend: Literal["hf", "paged", "vllm"] = "hf"
     """hf: Transformers' generate. paged: Transformers' continuous batching. vllm: vLLM through TRL (the extra `vllm`)."""
     rollout_options: dict[str, Any] = dataclasses.field(default_factory=dict)
