@@ -14,9 +14,9 @@ import pytest
 import rehearsal
 import torch
 from fake_tensors import fake_tensors
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 from transformers.trainer_utils import TrainOutput
 
+from salsa_peft.models import generation, responses
 from salsa_peft.models.architectures.sizes import architecture_of_recipe
 from salsa_peft.training.ppo import rollout
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
@@ -45,8 +45,8 @@ def one_rollout(trainer: SalsaPPOTrainer, **_: Any) -> TrainOutput:
 def run(folder: Path, stage: str, mode: str, more: dict[str, Any], **ppo: Any) -> Any:
     """Run a stage's first unit on fake CUDA tensors."""
     folder.mkdir(exist_ok=True)
-    more = {"generation": {"max_new_tokens": 4}, **more}
-    recipe = rehearsal.recipe_of(folder, 2, mode, LENGTH, rehearsal.SMALL, more, **ppo)
+    more = {"generation": {"max_new_tokens": 2}, **more}
+    recipe = rehearsal.recipe_of(folder, 1, mode, LENGTH, rehearsal.SMALL, more, **ppo)
     size = architecture_of_recipe(recipe)
     assert size is not None
     inputs = rehearsal.write_inputs(folder, recipe, size)
@@ -82,9 +82,18 @@ def test_evaluation(mode: str, tmp_path: Path) -> None:
     assert run(tmp_path, "evaluate", mode, {"evaluate": {"prompts": {"asked": questions}}}) == {"asked": 2}
 
 
-def test_a_cpu_tensor_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores, masks or head on the CPU end each of these tests with an error."""
-    right = rollout.apply_score_options
-    monkeypatch.setattr(rollout, "apply_score_options", lambda scores, *rest: right(scores.cpu(), *rest))
-    with pytest.raises((FakeTensorDeviceMismatchError, RuntimeError), match="device"):
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        (rollout, "apply_score_options", lambda right: lambda scores, *rest: right(scores.cpu(), *rest)),
+        (responses, "send", lambda right: lambda parts, device: right(parts, torch.device("cpu"))),
+        (generation, "pad_tokens", lambda right: lambda ids, pad, device, *side: right(ids, pad, "cpu", *side)),
+    ],
+)
+def test_a_cpu_tensor_is_found(
+    module: Any, name: str, wrong: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores, places of tokens or prompts that stay on the CPU end a rollout with an error."""
+    monkeypatch.setattr(module, name, wrong(getattr(module, name)))
+    with pytest.raises(Exception, match=r"cuda:0 and cpu|two different devices|same device"):
         run(tmp_path, "ppo", "lora", {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,12 +88,17 @@ class Inside:
         return torch.zeros(len(rows))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+NF4 = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which has the 4-bit base")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora"), [("float32", "lora"), ("bfloat16", "lora"), pytest.param("bfloat16", "qlora", marks=NF4)]
+)
 def test_ppo_evaluation_landscape_and_measures_compute_the_same_numbers(
-    make_context: Any, tmp_path: Path, dtype: str
+    make_context: Any, tmp_path: Path, dtype: str, lora: str
 ) -> None:
     """Scores and log-probs of the same adapter and the same tokens are equal to the bit."""
-    context = make_context(dtype)
+    context = make_context(dtype, lora)
     model: Any = adapters.attach(context.load_base(), tmp_path / "seed-0", "policy", trainable=True)
     config = ppo_config(context, "ppo", tmp_path / "run")
     assert config.bf16 is (dtype == "bfloat16")
@@ -155,7 +161,7 @@ def test_training_the_reward_computes_the_scores_that_ppo_sees(make_context: Any
         ("auto", "lora", "auto", torch.cuda.is_available()),
         ("float32", None, "master", False),
         ("bfloat16", None, "master", True),
-        pytest.param("bfloat16", None, "stochastic", False, marks=pytest.mark.skipif(not precision.find_spec("torchao"), reason="needs torchao")),
+        pytest.param("bfloat16", None, "stochastic", False, marks=pytest.mark.skipif(not find_spec("torchao"), reason="needs torchao")),
     ],
 )  # fmt: skip
 def test_the_rule_decides_the_trainers_arguments(

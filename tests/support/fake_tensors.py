@@ -42,7 +42,8 @@ class KnownValues(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made_up = 0
-        self._stale: set[int] = set()  # storages of known values that an unknown value was written to
+        # storages of known values to which an unknown value was written, kept so that no other gets their address
+        self._stale: dict[int, torch.UntypedStorage] = {}
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's values on the CPU; None if they depend on weights."""
@@ -119,7 +120,7 @@ class KnownValues(TorchDispatchMode):
         if not all(known) and not (joined and any(known)):
             changed = [args[i] for i, a in enumerate(func._schema.arguments) if a.is_write and i < len(args)]
             self._stale |= {
-                one.untyped_storage()._cdata
+                one.untyped_storage()._cdata: one.untyped_storage()
                 for tensor in tree_leaves(changed)
                 if isinstance(tensor, torch.Tensor) and (one := self.value(tensor)) is not None
             }

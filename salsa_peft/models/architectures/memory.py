@@ -218,12 +218,11 @@ class _Stage:
     def layer(self) -> float:
         """Number of values that one layer saves per token for its backward.
 
-        With adapters, each adapted module also saves a copy of its input in the adapter's precision.
+        Adapters save the same inputs of linear layers as full weights (models/adapters/forward.py).
         """
         size = self.size
         heads, narrow = size.heads * size.head_dim, size.kv_heads * size.head_dim
-        numbers = 6 * size.hidden + 3 * heads + 2 * narrow + 4 * size.inner
-        return numbers if self.full else numbers + 5 * size.hidden + heads + size.inner
+        return 6 * size.hidden + 3 * heads + 2 * narrow + 4 * size.inner
 
     def activations(self, tokens: int, checkpointing: bool) -> float:
         """Bytes that a forward saves for its backward; with checkpointing, these are only the layers' inputs."""
@@ -237,7 +236,7 @@ class _Stage:
     def forward(self, tokens: int) -> float:
         """Bytes of a forward without backward: activations and dequantised weights of one layer."""
         size, largest = self.size, max(one.inputs * one.outputs for one in self.size.linears)
-        per_token = self.width * (4 * size.hidden + 3 * size.inner) + 4 * size.inner * (not self.full)
+        per_token = self.width * (4 * size.hidden + 3 * size.inner)
         return tokens * per_token + (2 * largest if self.recipe.model.quantization else 0)
 
     def logits(self, tokens: int, copies: float = 3) -> float:
