@@ -20,6 +20,7 @@ from salsa_peft.config.job import Unit
 from salsa_peft.recipe import cache as runs
 from salsa_peft.recipe import processes
 from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.utils import hub
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint, sha256
@@ -120,6 +121,12 @@ def test_a_change_redoes_what_depends_on_it(go, change, made):
     go()
     assert go("--set", change)[:2] == (0, made)
     assert go()[:2] == (0, []), "the old keys are still there"
+
+
+def test_a_stage_reads_models_at_the_recipes_revisions(go):
+    """In its own process; the commands' process has none left afterwards."""
+    assert go("--set", "revisions={me/seed: v1}", "--stages", "toy")[0] == 0
+    assert manifest("toy")["facts"]["pinned"] == {"me/seed": "v1"} and hub.PINNED == {}
 
 
 def test_damage_is_named_and_redone(go):

@@ -19,6 +19,7 @@ from salsa_peft.recipe.run import STAGES
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import canonical_json
+from salsa_peft.utils.hub import PINNED
 
 TINY = """
 name: tiny
@@ -73,7 +74,7 @@ def run(job: Job) -> dict[str, Any]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(f"pid {os.getpid()}", file=sys.stderr, flush=True)
         time.sleep(120)
-    return {"value": float("nan") if action == "nan" else 1.0, "pid": os.getpid()}
+    return {"value": float("nan") if action == "nan" else 1.0, "pid": os.getpid(), "pinned": dict(PINNED)}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from unittest.mock import patch
 if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     from accelerate.state import DistributedType, PartialState
+    from transformers import training_args
 
     from salsa_peft.models import stage_context
     from salsa_peft.recipe import worker
@@ -33,5 +34,6 @@ if __name__ == "__main__":
         patch.object(stage_context, "remove_printer", cut_small_ones_too),
         patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
         patch.object(stage_context, "training_arguments", on_what_is_there),
+        patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True),  # FSDP2's bf16 needs no GPU
     ):
         worker.main(sys.argv[1], launched=True)

@@ -43,10 +43,14 @@ class Stopped(BaseException):
     """Raised in place of a kill."""
 
 
+MODES = {"lora": ["--lora"], "qlora": ["--lora", "qlora"], "full": []}
+
+
 def command(folder: Path, *words: str) -> int:
-    """`salsa run` of the cut quickstart with adapters; its exit code."""
-    sets = [word for key, value in SETS.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    return salsa_run(["quickstart", "--lora", *sets, "--output-dir", str(folder), *words])
+    """`salsa run` of the cut quickstart in the mode that the folder is named after; its exit code."""
+    given = {key: value for key, value in SETS.items() if folder.name != "full" or not key.startswith("adapter.")}
+    sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    return salsa_run(["quickstart", *MODES[folder.name], *sets, "--output-dir", str(folder), *words])
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -59,10 +63,12 @@ def content(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
+@pytest.fixture(
+    scope="module", params=["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("qlora", "full"))]
+)
+def whole(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
     """A run's folder, and what its units left without an interruption. The units are its own again after each test."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("whole") / request.param
     with inline_stages():
         assert command(folder, "--stages", "toy,data,sft,reward,dpo,kto,rloo,grpo,landscape") == 0
         yield folder, {name: content(unit(folder, name)) for name in UNITS}
@@ -82,7 +88,7 @@ def stop_at(step: int, patch: pytest.MonkeyPatch, seed: int | None = None) -> No
 @pytest.fixture(autouse=True)
 def kept(whole: tuple[Path, Any], request: pytest.FixtureRequest) -> Iterator[None]:
     """Give a test an unfinished unit, and put the finished one back afterwards, because other units' keys need it."""
-    name = request.node.callspec.params["name"] if "callspec" in vars(request.node) else "sft/seed-0"
+    name = request.node.callspec.params.get("name", "sft/seed-0")
     place, aside = unit(whole[0], name), whole[0].parent / "aside"
     place.rename(aside)
     yield

@@ -128,12 +128,14 @@ def test_a_policy_that_was_stopped_goes_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pieces_are_saved_in_the_recipes_dtype(tmp_path: Path) -> None:
-    """Trained in float32."""
+    """Trained in float32; the score head stays float32."""
     from safetensors.torch import load_file
 
     half = made(tmp_path / "half", [], num_processes=2, accelerate="fsdp2", model__dtype="bfloat16")
     for name in (UNIT, "reward", "ppo/both"):
         weights = load_file(unit(half, name) / "model.safetensors")
+        if name == "reward":
+            assert str(weights.pop("score.weight").dtype) == "torch.float32"
         assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.bfloat16"}
         assert read(unit(half, name) / "config.json")["dtype"] == "bfloat16"
 

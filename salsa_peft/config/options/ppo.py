@@ -38,8 +38,8 @@ class PPOOptions:
     """Maximum number of responses generated or scored in one call (TRL: local_rollout_forward_batch_size). None: all in
     one call."""
     micro_batch_tokens: Count | None = None
-    """Maximum number of tokens, padding included, in one forward pass of training, or of policy and references when they
-    score. A longer sequence has a forward pass of its own. None: no limit. Not for sharded weights."""
+    """Maximum number of tokens, padding included, in one forward pass of training, or of policy, references and rewards
+    when they score. A longer sequence has a forward pass of its own. None: no limit. Not for sharded weights."""
     rollout_backend: Literal["hf", "paged", "vllm"] = "hf"
     """hf: Transformers' generate. paged: Transformers' continuous batching. vllm: vLLM through TRL (the extra `vllm`)."""
     rollout_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -170,6 +170,12 @@ class PPOOptions:
             require(
                 self.old_logprobs == "recompute" or not conflict,
                 f"{prefix}old_logprobs: rollout does not work with {why}; use recompute",
+            )
+        for name in ("importance_sampling_mode", "importance_sampling_clip_max", "importance_sampling_clip_min"):
+            require(
+                self.corrects_sampling or getattr(self, name) == getattr(PPOOptions, name),
+                f"{prefix}{name}: {getattr(self, name)} has no effect without importance_sampling_correction; remove it, or"
+                " set importance_sampling_correction=true",
             )
         for conflict, why in (
             (self.rollout_compile, "rollout_compile: a compiled step records no log-probs"),

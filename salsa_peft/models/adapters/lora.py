@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from salsa_peft.config.schema import Adapter
-from salsa_peft.models.adapters import names
+from salsa_peft.models.adapters import forward, names
 from salsa_peft.models.adapters.names import MERGE, SCORE, VALUE_HEAD
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.sharding import sharded_like
@@ -103,6 +103,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     if not next(model.parameters()).is_meta:
         set_peft_model_state_dict(model, {key: value.float() for key, value in tensors.items()}, adapter_name=name)
     set_trainable(model, name, trainable)
+    forward.install(model)
     return model
 
 

@@ -144,8 +144,6 @@ class _Stage:
         # a classifier has a score head in place of the output embeddings
         self.count = size.parameters - (size.head if stage == "reward" else 0)
         self.looked_up = 0 if size.tied else size.vocabulary * size.hidden  # input embeddings, in no product
-        # models/adapters/forward.py computes adapters without copies of the inputs, unless they have dropout
-        self.copies = recipe.adapter is not None and recipe.adapter.lora_dropout > 0
 
     # weights, gradients, optimizer states
 
@@ -245,17 +243,15 @@ class _Stage:
     def layer(self) -> float:
         """Number of values that one layer saves per token for its backward.
 
-        PEFT's forward of an adapted module also saves a copy of its input in the adapter's precision.
+        Adapters save the same inputs of linear layers as full weights (models/adapters/forward.py).
         """
         size = self.size
         heads, narrow = size.heads * size.head_dim, size.kv_heads * size.head_dim
-        numbers = 6 * size.hidden + 3 * heads + 2 * narrow + 4 * size.inner
-        return numbers + 5 * size.hidden + heads + size.inner if self.copies else numbers
+        return 6 * size.hidden + 3 * heads + 2 * narrow + 4 * size.inner
 
     def inputs(self, tokens: int) -> float:
         """Bytes of the layers' inputs, which checkpointing keeps."""
-        residual = 4 if self.full and self.precision == "master" else self.width
-        return float(tokens * (1 + self.own_values) * self.size.layers * self.size.hidden * residual)
+        return float(tokens * (1 + self.own_values) * self.size.layers * self.size.hidden * self.width)
 
     def end(self, tokens: int) -> float:
         """Bytes that the last norm saves, in float32."""
@@ -271,7 +267,7 @@ class _Stage:
     def forward(self, tokens: int) -> float:
         """Bytes of a forward without backward: activations and dequantised weights of one layer."""
         size, largest = self.size, max(one.inputs * one.outputs for one in self.size.linears)
-        per_token = self.width * (4 * size.hidden + 3 * size.inner) + 4 * size.inner * self.copies
+        per_token = self.width * (4 * size.hidden + 3 * size.inner)
         return tokens * per_token + (2 * largest if self.recipe.model.quantization else 0)
 
     def logits(self, tokens: int, copies: float = 3) -> float:

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from salsa_peft.models import precision
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture
-from salsa_peft.training.ppo import checks as policy_checks
 
 LENGTH, BATCH, MICRO = 64, 8, 4  # tokens of a prompt and of a response
 SIZES = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -91,7 +91,7 @@ def trainer_of(mode: str, checkpointing: bool, folder: Path, tokenizer: Any, mon
     make_adapter = tiny.make_adapter
     monkeypatch.setattr(tiny, "make_base", make_base)
     monkeypatch.setattr(tiny, "make_adapter", lambda model, name, seed, **_: make_adapter(model, name, seed, r=16))
-    monkeypatch.setattr(policy_checks, "rounds_stochastically", lambda args: True)
+    monkeypatch.setattr(precision, "rounds_stochastically", lambda args: True)
     draw = random.Random(0)
     prompts = [{"input_ids": [draw.randrange(5, 60) for _ in range(LENGTH - row % 5)]} for row in range(2 * BATCH)]
     # torchao's step can't be watched (it is compiled): bf16 weights are moved without states, which the plan's are taken off for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from salsa_peft.models.rewards import last_tokens
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.classifier import ClassifierReward
 from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.training.trl_stages import as_function
 
 
 @pytest.fixture
@@ -214,3 +216,18 @@ def test_the_host_waits_as_often_for_many_rows_as_for_few(
             reward(made(lengths), [{"prompt": [{"role": "user", "content": "copy"}]}] * len(lengths))
         counts.append(syncs.total)
     assert counts[0] == counts[1] <= 12
+
+
+def test_a_reward_for_trls_trainers_waits_as_often(adapter: rewards.AdapterReward, tokenizer: Any) -> None:
+    """As TRL calls it, with lists of prompts and of token ids."""
+    free = without_limit(tokenizer)
+    score = as_function(adapter, SimpleNamespace(tokenizer=free), (int(free.eos_token_id),))  # type: ignore[arg-type]
+    counts = []
+    for lengths in ([(4, 3)] * 6, lognormal(60)):
+        responses = made(lengths)
+        ids = token_lists(responses.response_ids, responses.response_mask)
+        with HostSyncs() as syncs:
+            found = score(prompts=[[{"role": "user", "content": "copy"}]] * len(ids), completion_ids=ids)
+        assert len(found) == len(ids)
+        counts.append(syncs.total)
+    assert counts == [2, 2]  # the sequences' lengths, and the scores

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 from torch import Tensor
-from transformers import CompileConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompileConfig
 
 from salsa_peft.config.options.rollout import BACKEND_OPTIONS
 from salsa_peft.models.adapters import lora as adapters
@@ -469,7 +469,7 @@ class FakeLLM:
     def __init__(self, **fields: Any) -> None:
         if self.error is not None:
             raise self.error
-        self.fields, self.calls = fields, []
+        self.fields, self.calls, self.asleep = fields, [], set()  # type: ignore[var-annotated]
         self.loaded: list[tuple[str, Tensor]] = []
         self.asked: list[dict[str, Any]] = []
         self.adapters: list[SimpleNamespace] = []
@@ -478,13 +478,18 @@ class FakeLLM:
         self.made.append(self)
 
     def _load(self, pairs: list[tuple[str, Tensor]]) -> None:
+        assert "weights" not in self.asleep
         self.calls += ["load"] if self.calls[-1:] != ["load"] else []
         self.loaded.extend((name, tensor.clone()) for name, tensor in pairs)
 
     def sleep(self, level: int) -> None:
+        assert self.fields["enable_sleep_mode"]
+        self.asleep = {"weights", "kv_cache"}
         self.calls.append(f"sleep {level}")
 
     def wake_up(self, tags: list[str]) -> None:
+        assert set(tags) <= self.asleep
+        self.asleep -= set(tags)
         self.calls.append(f"wake {' '.join(tags)}")
 
     def reset_prefix_cache(self) -> None: ...
@@ -492,6 +497,7 @@ class FakeLLM:
     def generate(
         self, given: Any, sampling_params: Any, use_tqdm: bool, lora_request: SimpleNamespace | None = None
     ) -> list[Any]:
+        assert not self.asleep
         self.calls.append("generate")
         self.asked.append(sampling_params)
         if lora_request is not None:  # vLLM reads the folder at the first request that names it
@@ -518,6 +524,7 @@ def colocated(with_vllm: Server, monkeypatch: pytest.MonkeyPatch) -> type[FakeLL
     import trl.generation.vllm_generation as generation
 
     def request(name: str, number: int, path: str) -> SimpleNamespace:
+        assert number > 0
         return SimpleNamespace(name=name, id=number, path=path)
 
     package = SimpleNamespace(LLM=FakeLLM, SamplingParams=lambda **fields: fields)
@@ -856,6 +863,39 @@ class TestVLLM:
         args = options(rollout_backend="vllm", rollout_options={"sync": "adapter"})
         VLLM(get_peft_model(make_base(), lora), args, tokenizer, Accelerator(cpu=True))
         assert colocated.made[0].fields["max_lora_rank"] == most
+
+    def test_a_base_in_4_bits(
+        self, make_base: Any, make_adapter: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM], tmp_path: Path
+    ) -> None:
+        """vLLM quantises its own copy in the same way; merging is refused, and so is another quantization."""
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'salsa-peft[qlora]'")
+        make_base(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four, dtype=torch.float32)
+        model = make_adapter(base, "policy", 1, target_modules=["q_proj"])
+        backend = VLLM(
+            model,
+            options(rollout_backend="vllm", rollout_options={"sync": "adapter"}),
+            tokenizer,
+            Accelerator(cpu=True),
+        )
+        backend([[1, 5]], [0])
+        (engine,) = colocated.made
+        assert engine.fields["quantization"] == "bitsandbytes"
+        assert len(engine.adapters) == 1
+        merged = VLLM(model, options(rollout_backend="vllm"), tokenizer, Accelerator(cpu=True))
+        with pytest.raises(
+            SalsaError, match=r"quantised weights, .* with a quantised base rollout_options\.sync=adapter"
+        ):
+            merged.sync_weights()
+        base.config.quantization_config = None
+        with pytest.raises(SalsaError, match=r"sync: adapter works with an unquantised base or one in 4 bits"):
+            VLLM(
+                model,
+                options(rollout_backend="vllm", rollout_options={"sync": "adapter"}),
+                tokenizer,
+                Accelerator(cpu=True),
+            )
 
     def test_full_weights_have_no_adapter(
         self, make_base: Any, tokenizer: Any, options: Any, colocated: type[FakeLLM]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import BitsAndBytesConfig
 
 from salsa_peft.config.options.rollout import MAX_RANKS
 from salsa_peft.models.adapters import lora
@@ -65,7 +66,7 @@ class AdapterEngine(Engine):
             model=base.name_or_path, enable_lora=True, max_lora_rank=next(most for most in MAX_RANKS if rank <= most),
             distributed_executor_backend="external_launcher", seed=accelerator.process_index,
             max_num_batched_tokens=4096, logprobs_mode="processed_logprobs",
-            quantization="bitsandbytes" if is_quantised(base) else None,
+            quantization=quantization(base),
             **{renamed.get(name, name): value for name, value in options.items() if name != "mode"},
         )  # fmt: skip
         if options["enable_sleep_mode"]:
@@ -88,6 +89,19 @@ class AdapterEngine(Engine):
         outputs = self.llm.generate(given, sampling_params=self.sampling, lora_request=self.request, use_tqdm=False)
         answers = [list(output.token_ids) for result in outputs for output in result.outputs]
         return answers, sampled_logprobs(answers, *extract_logprobs(outputs))
+
+
+def quantization(base: Any) -> str | None:
+    """vLLM's name of the base's quantization. Raises SalsaError unless it is 4-bit by bitsandbytes, or none."""
+    if not is_quantised(base):
+        return None
+    config = vars(base.config).get("quantization_config")
+    require(
+        isinstance(config, BitsAndBytesConfig) and config.load_in_4bit,
+        "rollout_options.sync: adapter works with an unquantised base or one in 4 bits by bitsandbytes, which vLLM"
+        " quantises in the same way. Load the base so, or use rollout_backend hf",
+    )
+    return "bitsandbytes"
 
 
 def require_loadable(model: Any, policy: str | None) -> None:
