@@ -35,9 +35,9 @@ log-probs and probabilities; 2 each for the probabilities and their cumulative s
 SCORED = 4.25
 """Memory for log-probs and entropies of a chunk, in tensors of float32 logits: 1 each for log-probs, probabilities,
 masked log-probs and the product of the last two; 0.25 for the mask."""
-LEARNED = 3.25
-"""Memory for log-probs with their gradient, in tensors of float32 logits: 1 each for logits, log-probs and log-probs of
-the previous chunk; 0.25 for a mask."""
+LEARNED, LEARNED_BY_HEAD = 2, 3
+"""Memory for log-probs with their gradient, in tensors of float32 logits. LEARNED, with a frozen head: logits and
+log-probs. LEARNED_BY_HEAD, with a trained head, in its backward: log-probs and the gradients of two operations."""
 ANEW = 1.25
 """Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
 STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
@@ -267,7 +267,8 @@ class _Stage:
 
     def _training(self, tokens: int, *, with_logits: bool) -> list[Estimate]:
         checkpointing = getattr(self.recipe, self.stage).gradient_checkpointing
-        copies = LEARNED if self.stage == "ppo" else 4 if self.full else 3
+        ours = LEARNED_BY_HEAD if self.full else LEARNED
+        copies = ours if self.stage == "ppo" else 4 if self.full else 3
         logits = self.logits(min(CHUNK, tokens), copies) if with_logits else 0.0
         made = self.activations(tokens, checkpointing) + self.forward(0)
         if checkpointing:  # a layer is recomputed after the logits are freed
