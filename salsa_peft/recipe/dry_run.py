@@ -56,8 +56,9 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
     _print(console, ["unit", "state", "why"], units)
     header = ["training", "batch", "steps", "a kill costs at most"]
     _print(console, header, [[*row, kill_cost(recipe, row[0].split(",")[0])] for row in _training_rows(recipe)])
-    points = " one point of landscape and" if recipe.landscape is not None else ""
-    console.print(Text(f"of the other stages a kill costs at most{points} one batch of answers of evaluate\n"))
+    points = "one point of landscape, " if recipe.landscape is not None else ""
+    whole = "and the whole of any other stage but judge, which keeps every reply"
+    console.print(Text(f"a kill costs at most {points}one batch of answers of evaluate, {whole}\n"))
     _print_memory(console, loaded, gpu)
     header, rows, notes = hours.table(recipe, plan, gpu)
     if rows:
@@ -157,9 +158,7 @@ def kill_cost(recipe: Recipe, stage: str) -> str:
     every, steps = getattr(recipe, stage).save_steps, disk.steps_of(recipe, stage)
     if recipe.sharded and recipe.accelerate == "zero3" and stage in ("sft", "reward"):
         return "all steps (no checkpoints under DeepSpeed)"
-    if steps is not None and steps <= every:
-        return f"all {steps} steps (save_steps = {every})"
-    return f"{every} steps (save_steps)"
+    return f"{every} steps" if steps is None or steps > every else f"all {steps} steps (save_steps = {every})"
 
 
 def _batch(training: Training) -> str:

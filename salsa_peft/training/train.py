@@ -46,23 +46,24 @@ def run_trainer(trainer: Resumable, unit: str, references: Sequence[FrozenRefere
 
     All trained weights are made float32 first: LoRA factors, DoRA magnitudes, score heads, modules_to_save, trained
     tokens and full weights. Two kinds are left as they are: full weights whose optimizer rounds stochastically, and the
-    weights of DeepSpeed, whose optimizer holds float32 copies. Training starts at the newest checkpoint in output_dir,
-    if there is one. Adapters compute with models/adapters/forward.py. unit: name of the stage's unit, for messages. references: those of a policy, for their syncing.
+    weights of DeepSpeed, whose optimizer holds float32 copies. Adapters compute with models/adapters/forward.py. Training
+    starts at the newest checkpoint in output_dir, if there is one. unit: name of the stage's unit, for messages.
+    references: those of a policy, for their syncing.
 
     Raises SalsaError if a trained weight is not float32, or if the checkpoint is of other settings. SIGTERM saves a
     checkpoint and raises SystemExit(143). Under DeepSpeed no checkpoints are saved.
     """
-    model = trainer.model
-    if not trainer.is_deepspeed_enabled:
-        if not rounds_stochastically(trainer.args):
-            make_trained_float32(model)
-        require_float32(model, trainer.args)
-        forward.install(model)
-    if not trainer.is_deepspeed_enabled:
-        return mean_loss(trainer, trainer.train_from_newest(unit, references))
-    if trainer.is_world_process_zero():
-        say(f"{unit}  is trained without checkpoints under DeepSpeed: if it is killed, it starts from the beginning")
-    return mean_loss(trainer, trainer.train().training_loss)
+    if trainer.is_deepspeed_enabled:
+        if trainer.is_world_process_zero():
+            say(
+                f"{unit}  is trained without checkpoints under DeepSpeed: if it is killed, it starts from the beginning"
+            )
+        return mean_loss(trainer, trainer.train().training_loss)
+    if not rounds_stochastically(trainer.args):
+        make_trained_float32(trainer.model)
+    require_float32(trainer.model, trainer.args)
+    forward.install(trainer.model)
+    return mean_loss(trainer, trainer.train_from_newest(unit, references))
 
 
 def mean_loss(trainer: Trainer, loss: float) -> float:
@@ -86,6 +87,10 @@ class Resumable(Trainer):
     sample new responses in every step.
     """
 
+    model: Any
+    optimizer: Any
+    _metrics: dict[str, dict[str, list[float]]]
+    """TRL's metrics since the last row of the log, of training and of evaluation."""
     references: Sequence[FrozenReference] = ()
     setting: dict[str, Any]
     """What must match on resume."""
@@ -244,7 +249,7 @@ class Resumable(Trainer):
         with no_pickles(checkpoint):
             super()._load_rng_state(checkpoint)
 
-    def _run_epoch(self, **given: Any) -> None:
+    def _run_epoch(self, **given: Any) -> None:  # type: ignore[override]
         """Train for an epoch; the first one after a resume starts at the checkpoint's place in the order of the rows.
 
         After the last step nothing is left to do: Trainer would take one more.

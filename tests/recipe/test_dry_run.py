@@ -124,3 +124,34 @@ def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         with pytest.raises(SystemExit) as caught:
             salsa_run(["llama2_full", *words])
         assert caught.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_the_plan_says_what_a_kill_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The steps between two checkpoints, or all of a short training; all under DeepSpeed, but for PPO; points and batches."""
+    sets = [
+        "sft.save_steps=20",
+        "reward.max_steps=40",
+        "policies.salsa={algorithm: rloo, reference: soup}",
+        "rloo.save_steps=7",
+    ]
+    words = [word for one in sets for word in ("--set", one)]
+    assert salsa_run(["quickstart", "--dry-run", *words]) == 0
+    plan = capsys.readouterr().out
+    assert (
+        "a kill costs at most one point of landscape, one batch of answers of evaluate, and the whole of any other"
+        in plan
+    )
+
+    def cost(stage: str) -> str:
+        (line,) = (line for line in plan.splitlines() if line.startswith(stage) and " = " in line)
+        return line.rpartition("  ")[2]
+
+    assert [cost(stage) for stage in ("sft, each", "reward", "ppo, each", "rloo, each")] == [
+        "20 steps", "all 40 steps (save_steps = 500)", "50 steps", "7 steps"
+    ]  # fmt: skip
+    words += ["--set", "num_processes=2", "--set", "accelerate=zero3", "--set", "landscape=null"]
+    assert salsa_run(["quickstart", "--dry-run", *words]) == 0
+    plan = capsys.readouterr().out
+    assert "a kill costs at most one batch of answers of evaluate" in plan
+    assert cost("sft, each") == cost("reward") == "all steps (no checkpoints under DeepSpeed)"
+    assert cost("rloo, each") == "7 steps"

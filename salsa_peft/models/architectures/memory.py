@@ -230,8 +230,7 @@ class _Stage:
         end = 6 * size.hidden  # bytes per token that the last norm saves, in float32
         if not checkpointing:
             return tokens * forwards * (size.layers * self.layer() * width + end)
-        residual = 4 if self.full and self.precision == "master" else width
-        return tokens * forwards * (size.layers * size.hidden * residual + end)
+        return tokens * forwards * (size.layers * size.hidden * width + end)
 
     def forward(self, tokens: int) -> float:
         """Bytes of a forward without backward: activations and dequantised weights of one layer."""

@@ -291,9 +291,9 @@ class SalsaPPOTrainer(Trainer):
             states, values = model(batch.input_ids, batch.before, batch.options)
             logprobs = response_logprobs(states, batch, self.rollout_maker.head()).logprobs
         return losses.ppo_loss(
-            logprobs, values, old_logprobs, old_values, advantages, returns, torch.ones_like(values, dtype=torch.bool),
-            tokens=micro_batch.tokens, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
-            vf_coef=args.vf_coef, weights=None if weights is None else weights.flatten()[batch.cells],
+            logprobs, values, old_logprobs, old_values, advantages, returns, tokens=micro_batch.tokens,
+            cliprange=args.cliprange, cliprange_value=args.cliprange_value, vf_coef=args.vf_coef,
+            weights=None if weights is None else weights.flatten()[batch.cells],
         )  # fmt: skip
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
