@@ -144,7 +144,7 @@ def test_the_plan_is_what_ppo_holds(
     job, _ = paper("llama2_full", "lora" if mode == "lora" else None, *words)
     size = Architecture.of(json.loads(trainer.rollout_maker.model.policy.config.to_json_string(use_diff=False)))
     stage = memory._Stage(job, "ppo", size, "stochastic" if mode == "stochastic" else "master")
-    reward = 2 * size.parameters if stage.full else 4 * stage.adapter()  # here a function
+    reward = 2 * (size.parameters - size.head) if stage.full else 4 * stage.adapter()  # here a function
     found = {}
     for phase in stage.phases():
         states = phase.optimizer if mode == "stochastic" else 0
