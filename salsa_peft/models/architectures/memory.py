@@ -39,9 +39,10 @@ SCORED = 4
 probabilities and the product of the last two. Masked log-probs and their mask add FORBIDDEN."""
 FORBIDDEN = 1.25
 """More of it where end tokens are forbidden in a response's first tokens (min_new_tokens)."""
-LEARNED = 3.75
-"""Memory for log-probs with their gradient, in tensors of float32 logits: 1 each for logits, log-probs and the logits of
-the previous chunk, 0.5 for logits in bf16, and 0.25 for a mask."""
+LEARNED, LEARNED_BY_HEAD = 2.5, 3
+"""Memory for log-probs with their gradient, in tensors of float32 logits. LEARNED, with a frozen head: logits and
+log-probs, and 0.5 for logits in bf16. LEARNED_BY_HEAD, with a trained head, in its backward: log-probs and the
+gradients of two operations."""
 ANEW = 1.25
 """Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
 STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
@@ -324,7 +325,7 @@ class _Stage:
         gradient = max(0.0, gradient - self.casts("train"))
         if self.stage == "sft":  # a tile of logits, and gradients of the states in float32 and bf16
             return 2.0 * min(tokens, TILE[0]) * TILE[1] + 6.0 * tokens * self.size.hidden + gradient
-        return self.logits(min(CHUNK, tokens), LEARNED) + gradient
+        return self.logits(min(CHUNK, tokens), LEARNED_BY_HEAD if self.full else LEARNED) + gradient
 
     def _phase(self, phase: str, activations: float, cache: float, logits: float) -> Estimate:
         return Estimate(self.stage, phase, *self.held(phase), activations, cache, logits, self.size.parameters)
