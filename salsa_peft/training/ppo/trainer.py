@@ -374,12 +374,11 @@ class SalsaPPOTrainer(Trainer):
             responses, scores = self.rollout_maker.evaluate(prompts)
         finally:
             self.model.train(training)
-        results = {
-            "score": scores.mean().item(),
-            "response_length": responses.lengths.float().mean().item(),
-            "empty_share": responses.empty.float().mean().item(),
-            **self.rollout_maker.reward_metrics(),
-        }
+        score, length, empty = torch.stack(
+            [scores.mean(), responses.lengths.float().mean(), responses.empty.float().mean()]
+        ).tolist()
+        results = {"score": score, "response_length": length, "empty_share": empty}
+        results |= self.rollout_maker.reward_metrics()
         named = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         if self.is_world_process_zero():
             samples = self.args.eval_samples
