@@ -7,6 +7,7 @@ because of its length, so that model.max_length can change without tokenizing ag
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +83,9 @@ def tokenized_preferences(
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
         options: Any = template_options(row) | {"return_dict": True}
+        render: Any = partial(tokenizer.apply_chat_template, **options)
         sides = zip(PAIR_TOKENS, (row["chosen"], row["rejected"]), strict=True)
-        ids = {name: list(tokenizer.apply_chat_template(chat, **options)["input_ids"]) for name, chat in sides}
+        ids = {name: list(render(chat)["input_ids"]) for name, chat in sides}
         if progress is not None:
             progress(index + 1, len(rows))
         return {**ids, "prompt_digest": prompt_digest(rows[index])}
@@ -103,8 +105,7 @@ def _with_tokens(dataset: Dataset, tokenize: Callable[..., dict[str, Any]], *nam
         with_indices=True,
         remove_columns=None if keep else dataset.column_names,
         features=Features(features),
-        # datasets would otherwise hash the tokenizer, which takes seconds, and write another state.json each time
-        new_fingerprint="tokenized",
+        new_fingerprint="tokenized",  # datasets would otherwise hash the tokenizer, which takes seconds
     )
 
 

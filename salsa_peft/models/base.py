@@ -94,7 +94,24 @@ def _load(
             **options,
         )
     keep_4bit_layout(loaded)
+    if dtype != resolve_dtype(model.dtype):
+        use_autocast_from_the_start(loaded)
     return loaded.requires_grad_(trained is not None)
+
+
+def use_autocast_from_the_start(model: PreTrainedModel) -> None:
+    """Under autocast, cast the input embeddings' output to its dtype, and with it the sum of the layers' outputs.
+
+    Otherwise float32 weights under bf16 autocast add the layers' outputs up in float32, but references, and the policy
+    itself once it is saved in bf16, in bf16. The KL to a reference of equal weights is then 0.002 per token (exact KL,
+    SmolLM2-135M) instead of 0. Gemma, Qwen 3 and GPT-2 round at other places too, so there it is only close to 0.
+    """
+
+    def cast(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        kind = output.device.type
+        return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+    model.get_input_embeddings().register_forward_hook(cast)
 
 
 def keep_4bit_layout(model: nn.Module) -> None:

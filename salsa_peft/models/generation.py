@@ -155,8 +155,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, and
     with a value head entropies and values. check: called before each token, and may raise an error to stop generation.
     cache: an empty KV cache of Transformers, by default a DynamicCache. options: further fields of GenerationConfig.
-    Global random states are not used. The host waits for the device once a token, where Transformers reads whether all
-    responses have ended. Raises SalsaError if logits are NaN or +∞.
+    Global random states are not used. With SDPA, and without layers of linear attention, the host waits for the device
+    once a token, where Transformers reads whether all responses have ended. Raises SalsaError if logits are NaN or +∞.
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
@@ -215,8 +215,8 @@ def masks_without_sync(padded: bool) -> Iterator[None]:
 
     In each forward pass, Transformers reads from the device whether there is padding, to leave the mask out where
     there is none. It does not read anything if it is given no mask, or if generate has left out the mask of a batch
-    without padding. Flash attention reads the lengths of padded rows from the device in each layer, which is not
-    avoided here.
+    without padding. Not avoided here: flash attention reads the lengths of padded rows from the device in each layer,
+    and layers of linear attention (Qwen3-Next) read the mask.
     """
     build = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 

@@ -208,11 +208,13 @@ class _FrozenHead(torch.autograd.Function):
             slope = None if gradient is None else head.scaling.slope(logits)
             masked = None if forbidden is None else forbidden[part]
             logp = normalized(logits.div_(head.temperature), masked, head.eos)
+            del logits  # a chunk's tensors are freed as soon as they are no longer needed
             logprobs[part] = chosen = logp.gather(-1, labels[part][:, None]).squeeze(-1)
             if with_entropy:
                 entropy[part] = entropy_of(logp, logp.exp(), masked=masked is not None)
             if gradient is not None:
                 gradient[part] = _logprob_gradient(logp, labels[part], chosen, slope, head).to(hidden.dtype)
+            del logp, slope
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy)
@@ -244,6 +246,7 @@ def token_logprobs(
         entropy.append(
             entropy_of(logp, logp.exp(), masked=masked is not None) if with_entropy else torch.zeros_like(logp[:, 0])
         )
+        del logp  # before the next chunk's are computed
     return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
 
 

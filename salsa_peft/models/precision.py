@@ -1,8 +1,10 @@
 """Precision of weights and forwards: which weights are float32, and which forwards run under bf16 autocast.
 
-What is trained is float32, except full weights in bf16 with stochastic rounding. AdamW changes a weight by about the learning rate in each step, but neighbouring bf16 numbers around 0.02 differ by
-1.2e-4. Rounding to the nearest number keeps only 2% of the change of 500 steps at learning rate 2e-6, and 0.1% at 1e-7.
-Stochastic rounding keeps the change on average. bf16 weights with a float32 copy in the optimizer are not supported.
+What is trained is float32, except full weights in bf16 with stochastic rounding, whose score and value heads are
+float32 too. AdamW changes a weight by about the learning rate in each step, but neighbouring bf16 numbers around 0.02
+differ by 1.2e-4. Rounding to the nearest number keeps only 2% of the change of 500 steps at learning rate 2e-6, and
+0.1% at 1e-7. Stochastic rounding keeps the change on average. bf16 weights with a float32 copy in the optimizer are not
+supported.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ PRECISIONS = {
     "stochastic": Precision(torch.bfloat16, {"optim": OPTIMIZER, "optim_args": f"{ROUNDING}=True"}),
 }
 """Value of `precision` in a recipe → Precision. A weight with its gradient and AdamW moments takes 16 bytes (master) or
-6 bytes (stochastic), without autocast's copies and activations. The value head is float32 with both."""
+6 bytes (stochastic), without autocast's copies and activations. Score and value heads are float32 with both."""
 
 
 def uses_autocast(dtype: torch.dtype, *, float32_weights: bool) -> bool:

@@ -49,10 +49,11 @@ ORDER = (
     "peer/lora", "ours/lora/recompute/8", "ours/lora/rollout/8", "peer/lora-value-lora", "ours/lora/recompute/4",
     "ours/lora/rollout/4", "peer/full", "ours/full/recompute/8", "ours/full/rollout/8", "ours/full/recompute/4",
     "ours/lora/recompute/2", "ours/lora/rollout/2", "ours/full/recompute/2",
-    *(f"ours/lora-reward-lora/{way}/{micro}" for way in ("recompute", "rollout") for micro in ("8", "8x512", "4", "2")),
+    *(f"ours/full/{way}/{micro}" for way in ("recompute", "rollout") for micro in ("8x256", "8x128")),
+    *(f"ours/lora-reward-lora/{way}/{micro}" for way in ("recompute", "rollout") for micro in ("8", "8x512", "8x384", "4", "2")),
 )  # fmt: skip
 CHOSEN = {
-    "fixed": "peer/lora,ours/lora-reward-lora/recompute/4,ours/lora-reward-lora/rollout/4,peer/full,ours/full/recompute/4",
+    "fixed": "peer/lora,ours/lora-reward-lora/recompute/8x384,ours/lora-reward-lora/rollout/8x384,peer/full,ours/full/rollout/8x256",
     "mixed": "peer/lora,ours/lora-reward-lora/recompute/8x512,ours/lora-reward-lora/rollout/8x512",
 }
 """--lengths → the default of --select."""

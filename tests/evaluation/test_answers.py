@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from host_syncs import HostSyncs
+from mixed_lengths import computed
 
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Evaluate, Generation, Model
@@ -20,9 +22,12 @@ from salsa_peft.evaluation.answers import answer
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models import generation
 from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.responses import Responses
 from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.models.rewards.reward import AdapterReward
+from salsa_peft.soup.measures import RewardScore
 from salsa_peft.utils.files import append_checked_lines, read_json_lines
 from salsa_peft.utils.statistics import mean_interval
 
@@ -202,6 +207,40 @@ def test_no_batch_depends_on_which_answers_exist(
         known = {(row["index"], row["turn"]): row for row in whole if row["index"] in kept}
         assert answer(model, "policy", asked, {"reward": reward}, context, 5, known) == whole
         assert set(seen) <= batches
+
+
+@pytest.mark.parametrize("stage", ["evaluate and landscape", "a soup's measure"])
+def test_answers_are_scored_without_much_padding(
+    make_base: Any, make_adapter: Any, tokenizer: Any, tmp_path: Path, stage: str
+) -> None:
+    """48 answers, 24 in a generation batch and 8 in a reward's forward pass: at most 5% of padding, and few passes."""
+    long = {"max_position_embeddings": 512}
+    model = make_adapter(make_base(**long), "policy", 1)
+    head = {SCORE_HEAD: torch.ones(1, 32)}
+    lora.save(make_adapter(make_base(**long), "reward", 9), "reward", tmp_path / "reward", extra=head)
+    reward, passes, needed = AdapterReward(model, tmp_path / "reward", 8), [], 0
+
+    def counted(responses: Responses, rows: Any) -> torch.Tensor:
+        nonlocal needed
+        needed += int(responses.attention_mask.sum())
+        with computed(model.get_base_model().model) as shapes:
+            scores = reward(responses, rows)
+        passes.extend(shapes)
+        return scores
+
+    chats = [[{"role": "user", "content": "copy " + "owl " * (3 + 11 * at % 90)}] for at in range(48)]
+    sampling = Generation(max_new_tokens=60, batch_size=24)
+    if stage == "evaluate and landscape":
+        asked = [Question(at, None, chat, (chat[0]["content"],), None, {}) for at, chat in enumerate(chats)]
+        context = bench_of(tokenizer, 1.0, max_length=256, max_new_tokens=60, batch_size=24)
+        assert len(answer(model, "policy", asked, {"reward": counted}, context, 5)) == 48
+    else:
+        live = SimpleNamespace(model=model, set=lambda weights: None, at_point=contextlib.nullcontext)
+        tokens = [tokens_of(chat, tokenizer) for chat in chats]
+        measure = RewardScore(live, [{"prompt": chat} for chat in chats], tokens, counted, sampling, tokenizer)  # type: ignore[arg-type]
+        measure([1.0])
+    assert needed <= sum(rows * length for rows, length in passes) <= 1.05 * needed
+    assert max(rows for rows, _ in passes) <= 8 and len(passes) <= 24
 
 
 def test_the_host_waits_as_often_for_many_rows_as_for_few(model: Any, tokenizer: Any) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,64 @@ def test_an_update_waits_for_the_gpu_once_a_token(
         found[micro, tokens] = sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
     assert found[8, 16] == found[1, 16]
     assert not card.counts or found[8, 48] - found[8, 16] <= 2 * 32
+
+
+def waits(card: Any, work: Callable[[], Any]) -> int:
+    """Times that the host waits for the GPU, after a first call; 0 on a CPU."""
+    work()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if card.counts:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            if card.counts:
+                torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "classifier"])
+def test_a_reward_waits_for_the_gpu_as_often_for_many_rows_as_for_few(
+    make_base: Any, make_adapter: Any, tokenizer: Any, tmp_path: Path, card: Any, kind: str
+) -> None:
+    """6 rows in one forward pass, 60 of other lengths in many."""
+    from mixed_lengths import lognormal, made
+    from tiny_classifiers import own_classifier
+
+    from salsa_peft.models.adapters.names import SCORE_HEAD
+    from salsa_peft.models.responses import Responses
+    from salsa_peft.models.rewards.classifier import ClassifierReward
+    from salsa_peft.models.rewards.reward import AdapterReward
+
+    long = {"max_position_embeddings": 2048}
+    if kind == "adapter":
+        adapters.save(make_adapter(make_base(**long), "reward", 9), "reward", tmp_path / "reward", extra={SCORE_HEAD: torch.ones(1, 32)})  # fmt: skip
+        reward: Any = AdapterReward(make_adapter(make_base(**long).to(card.device), "policy", 1), tmp_path / "reward", 8)  # fmt: skip
+    else:
+        reward = ClassifierReward(own_classifier(tokenizer, **long).to(card.device), tokenizer, tokenizer, 8)
+    found = []
+    for lengths in ([(4, 3)] * 6, lognormal(60)):
+        responses = Responses(*(tensor.to(card.device) for tensor in made(lengths)))
+        rows = [{"prompt": []}] * len(lengths)
+        found.append(waits(card, lambda responses=responses, rows=rows: reward(responses, rows)))
+    assert found[0] == found[1]
+
+
+def test_generation_waits_for_the_gpu_once_a_token(make_base: Any, tokenizer: Any, card: Any) -> None:
+    """With padding and without, for few rows and for many."""
+    from salsa_peft.config.options.ppo import Sampling
+    from salsa_peft.models.generation import generate
+
+    model = make_base(max_position_embeddings=256).to(card.device)
+
+    def count(prompts: list[list[int]], tokens: int) -> int:
+        sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens)
+        return waits(card, lambda: generate(model, prompts, sampling, tokenizer, range(len(prompts))))
+
+    for prompts in ([[1, 5, 6]] * 2, [[1, 5, 6], [1, 7]]):
+        few, more, longer = count(prompts, 16), count(prompts * 8, 16), count(prompts, 48)
+        assert few == more and longer - few == (32 if card.counts else 0)
 
 
 # where weights lie, and what four bits leave

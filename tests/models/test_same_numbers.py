@@ -12,7 +12,7 @@ import pytest
 import torch
 from paper_models import make_base
 from peft import get_peft_model
-from plain_ppo import PROMPTS, roll_out
+from plain_ppo import PROMPTS, length_reward, roll_out
 from torch import Tensor
 
 from salsa_peft import SalsaPPOTrainer
@@ -91,6 +91,9 @@ class Inside:
 NF4 = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which has the 4-bit base")
 
 
+TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao, which has the optimizer")
+
+
 @pytest.mark.parametrize(
     ("dtype", "lora"), [("float32", "lora"), ("bfloat16", "lora"), pytest.param("bfloat16", "qlora", marks=NF4)]
 )
@@ -129,6 +132,32 @@ def test_ppo_evaluation_landscape_and_measures_compute_the_same_numbers(
     assert not torch.equal(rollout.scores, rollout.scores.bfloat16().float()), "the score head is float32"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "chosen"), [("float32", "master"), ("bfloat16", "master"), pytest.param("bfloat16", "stochastic", marks=TORCHAO)]
+)  # fmt: skip
+def test_trained_full_weights_compute_what_frozen_ones_do(
+    make_context: Any, tmp_path: Path, dtype: str, chosen: str
+) -> None:
+    """Float32 masters under autocast, a reference of the same weights in bf16, and evaluation: equal to the bit, and the KL is 0."""
+    context = make_context(dtype, None, precision=chosen)
+    reference, base = context.load_base(), context.load_base()
+    save_checkpoint(base, tmp_path / "seed", context.tokenizer)  # as a seed is saved in `dtype`
+    policy = context.load_trainable(tmp_path / "seed")
+    assert {weight.dtype for weight in policy.parameters()} == {precision.PRECISIONS[chosen].weights}
+    prompts = [{"input_ids": list(range(5 + row, 12 + row))} for row in range(ROWS)]
+    trainer = SalsaPPOTrainer(
+        policy, ppo_config(context, "ppo", tmp_path / "run"), prompts, references=[reference], reward=length_reward, processing_class=context.tokenizer
+    )  # fmt: skip
+    rollout = roll_out(trainer, ROWS)
+    assert rollout.kl.abs().max() == 0
+    given, labels = rollout.responses, rollout.responses.response_ids.flatten()
+    with torch.no_grad(), precision.autocast(base):
+        states = hidden_states(base, given.input_ids, given.attention_mask)[:, -LENGTH - 1 : -1].flatten(0, 1)
+        head = head_of(base, 1.0, model_stop_token_ids(context.tokenizer, base))
+        found = token_logprobs(states, labels, torch.ones_like(labels, dtype=torch.bool), head)
+    assert torch.equal(found.logprobs.view(-1, LENGTH), rollout.logprobs)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_the_reward_computes_the_scores_that_ppo_sees(make_context: Any, tmp_path: Path, dtype: str) -> None:
     """Under the Trainer's autocast; the score head is float32, over hidden states in any dtype."""
@@ -161,7 +190,7 @@ def test_training_the_reward_computes_the_scores_that_ppo_sees(make_context: Any
         ("auto", "lora", "auto", torch.cuda.is_available()),
         ("float32", None, "master", False),
         ("bfloat16", None, "master", True),
-        pytest.param("bfloat16", None, "stochastic", False, marks=pytest.mark.skipif(not find_spec("torchao"), reason="needs torchao")),
+        pytest.param("bfloat16", None, "stochastic", False, marks=TORCHAO),
     ],
 )  # fmt: skip
 def test_the_rule_decides_the_trainers_arguments(

@@ -272,8 +272,9 @@ def fake_tensors() -> Iterator[KnownValues]:
             swap(one, other)
 
     torch.utils.swap_tensors = swap_tensors
+    deepcopy, FakeTensor.__deepcopy__ = FakeTensor.__deepcopy__, lambda one, memo: one.detach().clone()
     try:
         with mode, KnownValues() as known, WithoutCUDA():
             yield known
     finally:
-        torch.utils.swap_tensors = swap
+        torch.utils.swap_tensors, FakeTensor.__deepcopy__ = swap, deepcopy

@@ -11,13 +11,14 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from accelerate import Accelerator
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from fake_tensors import Peaks, fake_tensors
 from peft import LoraConfig
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils.quantization_config import QuantizationMethod
@@ -32,13 +33,14 @@ from salsa_peft.evaluation import evaluate
 from salsa_peft.models import base, logprobs, stage_context
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.names import SCORE_HEAD
-from salsa_peft.models.architectures.sizes import KNOWN, Architecture
+from salsa_peft.models.architectures import memory
+from salsa_peft.models.architectures.sizes import KNOWN, Architecture, architecture_of_recipe
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards import classifier
 from salsa_peft.models.stage_context import StageContext
 from salsa_peft.models.tokenizers import load_tokenizer
-from salsa_peft.training import ppo_stage
-from salsa_peft.training.ppo import backends, checks, resume, trainer
+from salsa_peft.training import ppo_stage, reward_model, sft
+from salsa_peft.training.ppo import backends, checks, resume, rollout, trainer
 
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 FULL = ("master", "stochastic")
@@ -106,7 +108,7 @@ def recipe_of(
         "model": {"base": str(write_base(folder / "base", layers, **(sizes or {}))), "max_length": length, "dtype": "bfloat16",
                   "chat_template": "zephyr"},
         "sft": {"seeds": [0, 1], **COMMON}, "reward": COMMON, "generation": {"max_new_tokens": length // 2},
-        "ppo": {**COMMON, "num_ppo_epochs": 2, "logged_completions": 0, "shown_every": None, **ppo},
+        "ppo": {**COMMON, "num_ppo_epochs": 1, "logged_completions": 0, "shown_every": None, **ppo},
         "policies": {"salsa": {"reference": "soup", "kl_coef": 0.01}}, "evaluate": {"prompts": {"asked": data["prompts"]}}, **(more or {}),
     }  # fmt: skip
     path = folder / "recipe.yaml"
@@ -228,7 +230,7 @@ def compute_as_cuda(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(chunked_logprob, name, lambda *_, **__: None)
 
 
-def watch_phases(patch: pytest.MonkeyPatch, peaks: Any) -> None:
+def watch_phases(patch: pytest.MonkeyPatch, peaks: Peaks) -> None:
     """Split a stage into phases: generate, score, train (forward and backward) and step (of the optimizer)."""
     step = Trainer.training_step
 
@@ -242,14 +244,74 @@ def watch_phases(patch: pytest.MonkeyPatch, peaks: Any) -> None:
 
     def sample(self: Any, prompts: Any, seeds: Any, **_: Any) -> Any:
         """In place of generation, where each token takes a forward: responses of the longest length."""
-        peaks.track(self.model)
         peaks.enter("score")
         answers = [[9] * self.args.max_new_tokens] * len(prompts)
         device = next(self.model.parameters()).device
         return pad_responses(prompts, answers, self.tokenizer.pad_token_id, self.ends, device)
 
+    make = rollout.RolloutMaker.__call__
+
+    def make_rollout(self: Any, *args: Any) -> Any:
+        frozen = [reference.model for reference in self.references] + [self.reward.frozen_model()]
+        peaks.track(self.model, *(model for model in frozen if model is not None))
+        return make(self, *args)
+
+    margins = reward_model.held_out_margins
+
+    def held_out_margins(trainer: Any) -> Any:
+        peaks.enter("evaluate")
+        return margins(trainer)
+
+    patch.setattr(reward_model, "held_out_margins", held_out_margins)
+    patch.setattr(rollout.RolloutMaker, "__call__", make_rollout)
     patch.setattr(Trainer, "training_step", training_step)
     patch.setattr(backends.HF, "__call__", sample)
+
+
+STAGES = {"sft": sft, "reward": reward_model, "ppo": ppo_stage}
+
+
+class Phase(NamedTuple):
+    """A phase's peak by kind, measured on fake tensors, and what `--dry-run` plans for it; both in bytes."""
+
+    name: str
+    measured: dict[str, int]
+    planned: memory.Estimate
+
+    @property
+    def ratio(self) -> float:
+        """The plan over what was measured, of the sums of all tensors, without CUDA's context and fragmentation."""
+        return tensors(self.planned) / self.measured["total"]
+
+
+def tensors(planned: memory.Estimate) -> float:
+    """Bytes of all tensors in a phase."""
+    return (planned.total - memory.CONTEXT) / memory.MARGIN
+
+
+def rehearse(folder: Path, mode: str, stage: str, layers: int, length: int) -> list[Phase]:
+    """Run a stage of Llama-2-7B with that many layers on fake tensors, and compare its peaks with the plan's.
+
+    The temporary tensors of torchao's compiled step, which is left out, are taken off the plan.
+    """
+    recipe = recipe_of(folder, layers, mode, length)
+    size = architecture_of_recipe(recipe)
+    assert size is not None
+    inputs, peaks = write_inputs(folder, recipe, size), Peaks()
+    with pytest.MonkeyPatch.context() as patch:
+        replace_files(patch)
+        compute_as_cuda(patch)
+        watch_phases(patch, peaks)
+        with fake_tensors(), peaks:
+            STAGES[stage].run(job_of(recipe, stage, folder, inputs))
+    precision: Any = mode if mode in FULL else "master"
+    found = []
+    for planned in memory._Stage(recipe, stage, size, precision).phases():
+        if planned.phase == "step" and precision == "stochastic":
+            planned = planned._replace(optimizer=planned.optimizer - 12 * size.largest)
+        if planned.phase in peaks.phases:
+            found.append(Phase(planned.phase, peaks.phases[planned.phase], planned))
+    return found
 
 
 def job_of(recipe: Recipe, stage: str, folder: Path, inputs: dict[str, Path]) -> Job:

@@ -20,7 +20,9 @@ CONTEXT = int(0.6 * GIB)
 MARGIN = 1.04
 """Factor on the sum of all tensors, for the fragmentation of CUDA's allocator."""
 CHUNK = 256
-"""Number of tokens whose logits exist at the same time, in PPO (models/logprobs.py) and in TRL's SFT loss."""
+"""Number of tokens whose logits exist at the same time in PPO (models/logprobs.py)."""
+TILE = (4096, 32_768)
+"""Most tokens, and number of vocabulary entries, of the bf16 logits that TRL's SFT loss holds at the same time."""
 NF4 = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes per quantised weight, including its share of the quantisation scales (QLoRA, section 3)."""
 TRAINED = {"master": (4, 4, 8), "stochastic": (2, 2, 2 + 8 / 256)}
@@ -32,12 +34,15 @@ FOREACH = 4
 SAMPLED = 8
 """Memory for drawing a token, in tensors of float32 logits: 1 each for the model's logits, generate's copy of them,
 log-probs and probabilities; 2 each for the probabilities and their cumulative sums in float64."""
-SCORED = 4.25
-"""Memory for log-probs and entropies of a chunk, in tensors of float32 logits: 1 each for log-probs, probabilities,
-masked log-probs and the product of the last two; 0.25 for the mask."""
-LEARNED = 3.25
-"""Memory for log-probs with their gradient, in tensors of float32 logits: 1 each for logits, log-probs and log-probs of
-the previous chunk; 0.25 for a mask."""
+SCORED = 4
+"""Memory for log-probs and entropies of a chunk, in tensors of float32 logits: 1 each for logits, log-probs,
+probabilities and the product of the last two. Masked log-probs and their mask add FORBIDDEN."""
+FORBIDDEN = 1.25
+"""More of it where end tokens are forbidden in a response's first tokens (min_new_tokens)."""
+LEARNED, LEARNED_BY_HEAD = 2.5, 3
+"""Memory for log-probs with their gradient, in tensors of float32 logits. LEARNED, with a frozen head: logits and
+log-probs, and 0.5 for logits in bf16. LEARNED_BY_HEAD, with a trained head, in its backward: log-probs and the
+gradients of two operations."""
 ANEW = 1.25
 """Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
 STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
@@ -137,12 +142,15 @@ class _Stage:
         self.trains = stage in ("sft", "reward", "ppo")
         self.optim = getattr(recipe, stage).optim if self.trains and (precision == "master" or not self.full) else ""
         self.own_values = stage == "ppo" and recipe.ppo.value == "adapter"  # a second adapter, with its own forward
+        # a classifier has a score head in place of the output embeddings
+        self.count = size.parameters - (size.head if stage == "reward" else 0)
+        self.looked_up = 0 if size.tied else size.vocabulary * size.hidden  # input embeddings, in no product
 
     # weights, gradients, optimizer states
 
     def base(self) -> float:
         """Bytes of the frozen base, with linear layers in nf4 if the recipe quantises them."""
-        rest = self.size.parameters - self.size.in_linears
+        rest = self.count - self.size.in_linears
         quantised = NF4.get(self.recipe.model.quantization or "", self.width)
         return quantised * self.size.in_linears + self.width * rest
 
@@ -172,8 +180,8 @@ class _Stage:
         classifiers = [self.classifier(part.value) for part in kinds if part.kind == "classifier"]
         members = self.references() if ppo else []
         if self.full:
-            model = float(self.width * self.size.parameters)
-            return [model] * (len(members) + rewards) + classifiers, 0.0 if self.trains else model
+            model, reward = (float(self.width * (self.size.parameters - head)) for head in (0, self.size.head))
+            return [model] * len(members) + [reward] * rewards + classifiers, 0.0 if self.trains else model
         rank = self.recipe.adapter.r if self.recipe.adapter else 0
         answering = len(self.recipe.policies) + 2 if self.stage == "evaluate" else 0
         stacked = len(self.recipe.sft.seeds) if self.stage == "landscape" else 0
@@ -189,7 +197,7 @@ class _Stage:
         """Number of trained parameters."""
         if not self.trains:
             return 0
-        return self.size.parameters if self.full else self.adapter() * (1 + self.own_values)
+        return self.count if self.full else self.adapter() * (1 + self.own_values)
 
     def held(self, phase: str) -> tuple[float, float, float]:
         """Bytes of weights, gradients and optimizer states in a phase."""
@@ -200,9 +208,10 @@ class _Stage:
         states = STATES.get(self.optim, states)
         count, pieces = self.trained(), _sharded(self.recipe)
         weights = shared + sum(roles) + weight * count / pieces
-        casts = self.precision == "master" and phase != "step" and self.width == 2
-        if self.full and count and (casts or (pieces > 1 and phase in ("generate", "score"))):
-            weights += 2 * count  # autocast's bf16 copies, or the policy gathered for a rollout
+        if self.full and count and pieces > 1 and phase in ("generate", "score"):
+            weights += 2 * count  # the policy gathered for a rollout
+        else:
+            weights += self.casts(phase)
         gradients = gradient * count / pieces if phase in ("train", "step") else 0.0
         if pieces == 1 and self.recipe.num_processes > 1:
             gradients *= 2  # DDP's buckets
@@ -212,6 +221,23 @@ class _Stage:
         elif phase == "step" and self.optim == "adamw_torch":
             temporary = FOREACH * count / pieces
         return weights, gradients, states * count / pieces + temporary
+
+    def casts(self, phase: str) -> float:
+        """Bytes of autocast's bf16 copies of trained full weights, which exist until a forward ends.
+
+        In training they matter only beside gradients of an earlier micro-batch: without these, the gradients that the
+        backward makes take more.
+        """
+        if not self.full or self.precision != "master" or not self.trains or self.width != 2 or phase == "step":
+            return 0.0
+        if phase == "train" and not self.accumulates():
+            return 0.0
+        return 2.0 * (self.count - self.looked_up)
+
+    def accumulates(self) -> bool:
+        """Whether an optimizer step has several micro-batches."""
+        parts = self.recipe.num_processes * (self.recipe.ppo.num_mini_batches if self.stage == "ppo" else 1)
+        return getattr(self.recipe, self.stage).batch_size > parts * micro_batch(self.recipe, self.stage)
 
     # activations, KV cache, logits
 
@@ -224,14 +250,20 @@ class _Stage:
         heads, narrow = size.heads * size.head_dim, size.kv_heads * size.head_dim
         return 6 * size.hidden + 3 * heads + 2 * narrow + 4 * size.inner
 
+    def inputs(self, tokens: int) -> float:
+        """Bytes of the layers' inputs, which checkpointing keeps."""
+        return float(tokens * (1 + self.own_values) * self.size.layers * self.size.hidden * self.width)
+
+    def end(self, tokens: int) -> float:
+        """Bytes that the last norm saves, in float32."""
+        return 6.0 * tokens * (1 + self.own_values) * self.size.hidden
+
     def activations(self, tokens: int, checkpointing: bool) -> float:
         """Bytes that a forward saves for its backward; with checkpointing, these are only the layers' inputs."""
-        size, width, forwards = self.size, self.width, 1 + self.own_values
-        end = 6 * size.hidden  # bytes per token that the last norm saves, in float32
-        if not checkpointing:
-            return tokens * forwards * (size.layers * self.layer() * width + end)
-        residual = 4 if self.full and self.precision == "master" else width
-        return tokens * forwards * (size.layers * size.hidden * residual + end)
+        if checkpointing:
+            return self.inputs(tokens) + self.end(tokens)
+        saved = tokens * (1 + self.own_values) * self.size.layers * self.layer() * self.width
+        return saved + self.end(tokens)
 
     def forward(self, tokens: int) -> float:
         """Bytes of a forward without backward: activations and dequantised weights of one layer."""
@@ -257,23 +289,41 @@ class _Stage:
         cache, later = per_token * length, per_token * sampling.max_new_tokens  # later: for responses, after prefill
         first = self.forward(rows * (length - sampling.max_new_tokens)) - later
         prefill = max(first, cache / self.size.layers)  # growing the cache of a layer copies it
-        scored = self.logits(CHUNK, SCORED if self.stage == "ppo" else 0)
+        limit = recipe.ppo.micro_batch_tokens if self.stage == "ppo" else None
+        copies = SCORED + FORBIDDEN * (sampling.min_new_tokens > 0)
+        scored = self.logits(CHUNK, copies if self.stage == "ppo" else 0)
         found = [
             self._phase("generate", prefill, cache, self.logits(rows, SAMPLED)),
-            self._phase("score", self.forward(rows * length), 0.0, scored),
+            # logits are computed after the layers
+            self._phase("score", max(self.forward(within(rows * length, length, limit)), scored) - scored, 0.0, scored),
         ]
         if self.stage == "ppo":
-            found += self._training(micro_batch(recipe, self.stage) * length, with_logits=True)
+            tokens = within(micro_batch(recipe, self.stage) * length, length, limit)
+            found += self._training(tokens, with_logits=True)
         return found
 
     def _training(self, tokens: int, *, with_logits: bool) -> list[Estimate]:
-        checkpointing = getattr(self.recipe, self.stage).gradient_checkpointing
-        copies = LEARNED if self.stage == "ppo" else 4 if self.full else 3
-        logits = self.logits(min(CHUNK, tokens), copies) if with_logits else 0.0
-        made = self.activations(tokens, checkpointing) + self.forward(0)
-        if checkpointing:  # a layer is recomputed after the logits are freed
-            made += max(0.0, ANEW * tokens * self.layer() * self.width - logits)
+        logits = self._trained_logits(tokens) if with_logits else 0.0
+        made = self.forward(0)
+        if getattr(self.recipe, self.stage).gradient_checkpointing:
+            # a layer is recomputed after the logits, what the last norm saved, and autocast's copies are freed
+            before = self.end(tokens) + logits + self.casts("train")
+            again = ANEW * tokens * self.layer() * self.width
+            made += self.inputs(tokens) + self.end(tokens) + max(0.0, again - before)
+        else:
+            made += self.activations(tokens, False)
         return [self._phase("train", made, 0.0, logits), self._phase("step", 0.0, 0.0, 0.0)]
+
+    def _trained_logits(self, tokens: int) -> float:
+        """Bytes of logits in training; with full weights also of the output embeddings' gradient while it is computed.
+
+        Autocast's copies are gone by then, so only what exceeds them counts.
+        """
+        gradient = 6.0 * self.size.vocabulary * self.size.hidden * self.full  # in float32 and bf16, or three in bf16
+        gradient = max(0.0, gradient - self.casts("train"))
+        if self.stage == "sft":  # a tile of logits, and gradients of the states in float32 and bf16
+            return 2.0 * min(tokens, TILE[0]) * TILE[1] + 6.0 * tokens * self.size.hidden + gradient
+        return self.logits(min(CHUNK, tokens), LEARNED_BY_HEAD if self.full else LEARNED) + gradient
 
     def _phase(self, phase: str, activations: float, cache: float, logits: float) -> Estimate:
         return Estimate(self.stage, phase, *self.held(phase), activations, cache, logits, self.size.parameters)
@@ -291,3 +341,8 @@ def generation_batch(recipe: Recipe, stage: str) -> int:
     if stage != "ppo":
         return recipe.generation.batch_size
     return recipe.ppo.rollout_batch_size or math.ceil(recipe.ppo.batch_size / recipe.num_processes)
+
+
+def within(tokens: int, longest: int, limit: int | None) -> int:
+    """Number of tokens of a forward pass under `micro_batch_tokens`; a longer sequence has a pass of its own."""
+    return tokens if limit is None else min(tokens, max(limit, longest))

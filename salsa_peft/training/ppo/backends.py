@@ -308,11 +308,12 @@ class VLLM(Backend):
 
     def sync_weights(self) -> None:
         """Wake vLLM up, if it sleeps between rollouts, and send the policy's weights."""
-        if self.sleeps:
+        wakes = self.sleeps and not self.ready
+        if wakes:
             torch.cuda.empty_cache()
             self.engine.llm.wake_up(tags=["weights"])
         self.engine.sync()
-        if self.sleeps:  # not earlier: copies of merged weights and the KV cache need memory at different times
+        if wakes:  # not earlier: copies of merged weights and the KV cache need memory at different times
             self.engine.llm.wake_up(tags=["kv_cache"])
         self.ready = True
 

@@ -1,7 +1,7 @@
 """GAE, KL estimators, importance weights, PPO's losses and the KL controller: pure functions on tensors.
 
-Shapes: B sequences, T response tokens. Masks are True at the tokens of responses; values elsewhere are ignored and need
-not be zero. Everything is computed in float32.
+Shapes: B sequences, T response tokens; n response tokens of a micro-batch. Masks are True at the tokens of responses;
+values elsewhere are ignored and need not be zero. Everything is computed in float32.
 """
 
 import math
@@ -122,37 +122,29 @@ class PPOLoss(NamedTuple):
 
 
 def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor,
-             returns: Tensor, mask: Tensor, *, tokens: int, cliprange: float, cliprange_value: float,
-             vf_coef: float, weights: Tensor | None = None) -> PPOLoss:  # fmt: skip
-    """PPO's clipped losses (Schulman et al., 2017) of a micro-batch. All tensors are (B, T).
+             returns: Tensor, *, tokens: int, cliprange: float, cliprange_value: float, vf_coef: float,
+             weights: Tensor | None = None) -> PPOLoss:  # fmt: skip
+    """PPO's clipped losses (Schulman et al., 2017) of the n response tokens of a micro-batch. All tensors are (n,).
 
     policy = mean of w · max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =
     policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the whole minibatch,
     so that the gradients of its micro-batches add up to the minibatch's gradient. weights: the importance weights w,
     which have no gradient; None: 1.
     """
-    given = (logprobs, values, old_logprobs, old_values, advantages, returns)
-    logprobs, values, old_logprobs, old_values, advantages, returns = (
-        tensor.masked_fill(~mask, 0.0) for tensor in given
-    )
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     value_unclipped, value_clipped = (values - returns).square(), (near - returns).square()
-
-    def total(per_token: Tensor) -> Tensor:
-        return torch.where(mask, per_token, torch.zeros_like(ratio)).sum() / tokens
-
     per_token = torch.maximum(unclipped, clipped)
-    policy = total(per_token if weights is None else weights.detach() * per_token)
-    value = 0.5 * total(torch.maximum(value_unclipped, value_clipped))
+    policy = (per_token if weights is None else weights.detach() * per_token).sum() / tokens
+    value = 0.5 * torch.maximum(value_unclipped, value_clipped).sum() / tokens
     with torch.no_grad():
         shown = (
-            total(0.5 * log_ratio.square()),
-            total((clipped > unclipped).float()),
-            total((value_clipped > value_unclipped).float()),
-            total(ratio),
+            0.5 * log_ratio.square().sum() / tokens,
+            (clipped > unclipped).float().sum() / tokens,
+            (value_clipped > value_unclipped).float().sum() / tokens,
+            ratio.sum() / tokens,
         )
     return PPOLoss(policy + vf_coef * value, policy.detach(), value.detach(), *shown)
 

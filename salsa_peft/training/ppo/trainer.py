@@ -291,9 +291,9 @@ class SalsaPPOTrainer(Trainer):
             states, values = model(batch.input_ids, batch.before, batch.options)
             logprobs = response_logprobs(states, batch, self.rollout_maker.head()).logprobs
         return losses.ppo_loss(
-            logprobs, values, old_logprobs, old_values, advantages, returns, torch.ones_like(values, dtype=torch.bool),
-            tokens=micro_batch.tokens, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
-            vf_coef=args.vf_coef, weights=None if weights is None else weights.flatten()[batch.cells],
+            logprobs, values, old_logprobs, old_values, advantages, returns, tokens=micro_batch.tokens,
+            cliprange=args.cliprange, cliprange_value=args.cliprange_value, vf_coef=args.vf_coef,
+            weights=None if weights is None else weights.flatten()[batch.cells],
         )  # fmt: skip
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
@@ -374,12 +374,11 @@ class SalsaPPOTrainer(Trainer):
             responses, scores = self.rollout_maker.evaluate(prompts)
         finally:
             self.model.train(training)
-        results = {
-            "score": scores.mean().item(),
-            "response_length": responses.lengths.float().mean().item(),
-            "empty_share": responses.empty.float().mean().item(),
-            **self.rollout_maker.reward_metrics(),
-        }
+        score, length, empty = torch.stack(
+            [scores.mean(), responses.lengths.float().mean(), responses.empty.float().mean()]
+        ).tolist()
+        results = {"score": score, "response_length": length, "empty_share": empty}
+        results |= self.rollout_maker.reward_metrics()
         named = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         if self.is_world_process_zero():
             samples = self.args.eval_samples

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from salsa_peft.models import precision
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture
+from salsa_peft.models.logprobs import Head, LogitScaling, token_logprobs
 
 LENGTH, BATCH, MICRO = 64, 8, 4  # tokens of a prompt and of a response
 SIZES = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -143,7 +144,7 @@ def test_the_plan_is_what_ppo_holds(
     job, _ = paper("llama2_full", "lora" if mode == "lora" else None, *words)
     size = Architecture.of(json.loads(trainer.rollout_maker.model.policy.config.to_json_string(use_diff=False)))
     stage = memory._Stage(job, "ppo", size, "stochastic" if mode == "stochastic" else "master")
-    reward = 2 * size.parameters if stage.full else 4 * stage.adapter()  # here a function
+    reward = 2 * (size.parameters - size.head) if stage.full else 4 * stage.adapter()  # here a function
     found = {}
     for phase in stage.phases():
         states = phase.optimizer if mode == "stochastic" else 0
@@ -151,3 +152,25 @@ def test_the_plan_is_what_ppo_holds(
         found[phase.phase] = (sum(parts) - reward - states) / peaks[phase.phase]
     assert set(found) == set(peaks)
     assert all(0.95 <= ratio <= 1.18 for ratio in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_log_probs_hold_one_chunk_of_logits(frozen: bool, dtype: torch.dtype) -> None:
+    """Peaks of several chunks' forward and backward, in tensors of a chunk's float32 logits: LEARNED, SCORED."""
+    tokens, vocabulary, unit = 3 * memory.CHUNK, 5_000, 4 * memory.CHUNK * 5_000
+    weight = (torch.randn(vocabulary, 16) * 0.1).to(dtype).requires_grad_(not frozen)
+    head = Head(weight, None, 0.7, (2,), LogitScaling())
+    labels, forbidden = torch.randint(0, vocabulary, (tokens,)), torch.ones(tokens, dtype=torch.bool)
+    peaks: dict[str, int] = {}
+    live = Live()
+    with live:
+        hidden = torch.randn(tokens, 16).to(dtype).requires_grad_()
+        before = live.now
+        with live.phase("learned", peaks):
+            token_logprobs(hidden, labels, forbidden, head, with_entropy=False).logprobs.sum().backward()
+        with torch.no_grad(), live.phase("scored", peaks):
+            token_logprobs(hidden, labels, forbidden, head, with_entropy=True)
+    learned = memory.LEARNED if frozen else memory.LEARNED_BY_HEAD
+    assert (peaks["learned"] - before) / unit == pytest.approx(learned, abs=0.2)  # hidden states and gradients
+    assert (peaks["scored"] - before) / unit == pytest.approx(memory.SCORED, abs=0.3)

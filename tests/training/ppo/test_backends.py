@@ -469,7 +469,7 @@ class FakeLLM:
     def __init__(self, **fields: Any) -> None:
         if self.error is not None:
             raise self.error
-        self.fields, self.calls = fields, []
+        self.fields, self.calls, self.asleep = fields, [], set()  # type: ignore[var-annotated]
         self.loaded: list[tuple[str, Tensor]] = []
         self.asked: list[dict[str, Any]] = []
         self.adapters: list[SimpleNamespace] = []
@@ -478,13 +478,18 @@ class FakeLLM:
         self.made.append(self)
 
     def _load(self, pairs: list[tuple[str, Tensor]]) -> None:
+        assert "weights" not in self.asleep
         self.calls += ["load"] if self.calls[-1:] != ["load"] else []
         self.loaded.extend((name, tensor.clone()) for name, tensor in pairs)
 
     def sleep(self, level: int) -> None:
+        assert self.fields["enable_sleep_mode"]
+        self.asleep = {"weights", "kv_cache"}
         self.calls.append(f"sleep {level}")
 
     def wake_up(self, tags: list[str]) -> None:
+        assert set(tags) <= self.asleep
+        self.asleep -= set(tags)
         self.calls.append(f"wake {' '.join(tags)}")
 
     def reset_prefix_cache(self) -> None: ...
@@ -492,6 +497,7 @@ class FakeLLM:
     def generate(
         self, given: Any, sampling_params: Any, use_tqdm: bool, lora_request: SimpleNamespace | None = None
     ) -> list[Any]:
+        assert not self.asleep
         self.calls.append("generate")
         self.asked.append(sampling_params)
         if lora_request is not None:  # vLLM reads the folder at the first request that names it
@@ -518,6 +524,7 @@ def colocated(with_vllm: Server, monkeypatch: pytest.MonkeyPatch) -> type[FakeLL
     import trl.generation.vllm_generation as generation
 
     def request(name: str, number: int, path: str) -> SimpleNamespace:
+        assert number > 0
         return SimpleNamespace(name=name, id=number, path=path)
 
     package = SimpleNamespace(LLM=FakeLLM, SamplingParams=lambda **fields: fields)

@@ -140,6 +140,17 @@ def plain(tensors: dict[str, Tensor], lengths: list[int]) -> dict[str, float]:
     return {"loss": means["policy"] + 0.1 * means["value"], **means}
 
 
+def ppo_loss(
+    logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor, returns: Tensor,
+    mask: Tensor, *, weights: Tensor | None = None, **options: Any,
+) -> losses.PPOLoss:  # fmt: skip
+    """losses.ppo_loss of the tokens in the mask, from tables (B, T)."""
+    tables = (logprobs, values, old_logprobs, old_values, advantages, returns)
+    return losses.ppo_loss(
+        *(table[mask] for table in tables), weights=None if weights is None else weights[mask], **options
+    )
+
+
 class TestPPOLoss:
     @pytest.mark.parametrize(
         ("ratio", "advantage", "loss", "gradient"),
@@ -155,7 +166,7 @@ class TestPPOLoss:
         """ε = 0.2. A gain beyond the clip pays nothing and has no gradient; a loss beyond it counts in full."""
         logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
         zero, mask = torch.zeros(1, 1), torch.ones(1, 1).bool()
-        found = losses.ppo_loss(logprobs, zero, zero, zero, zero + advantage, zero, mask, tokens=1, **OPTIONS)
+        found = ppo_loss(logprobs, zero, zero, zero, zero + advantage, zero, mask, tokens=1, **OPTIONS)
         found.loss.backward()
         assert found.loss.item() == found.policy.item() == pytest.approx(loss, abs=1e-6)
         assert logprobs.grad is not None
@@ -175,7 +186,7 @@ class TestPPOLoss:
         """V_old = 0, ε_v = 0.3: V = 1 towards R = 2 counts as 0.3, ½·1.7²; away from it, towards −1, as it is, ½·2²."""
         values = torch.tensor([[value]], requires_grad=True)
         zero, mask = torch.zeros(1, 1), torch.ones(1, 1).bool()
-        found = losses.ppo_loss(zero, values, zero, zero, zero, zero + target, mask, tokens=1, **OPTIONS)
+        found = ppo_loss(zero, values, zero, zero, zero, zero + target, mask, tokens=1, **OPTIONS)
         found.loss.backward()
         assert found.value.item() == pytest.approx(loss, abs=1e-6)
         assert found.loss.item() == pytest.approx(0.1 * loss, abs=1e-6)
@@ -184,11 +195,10 @@ class TestPPOLoss:
         assert found.value_clipfrac.item() == float(gradient == 0.0)
 
     @PROPERTY
-    @given(LENGTHS, st.integers(0, 999), st.sampled_from(POISON))
-    def test_equals_the_plain_loop(self, lengths: list[int], seed: int, poison: float) -> None:
+    @given(LENGTHS, st.integers(0, 999))
+    def test_equals_the_plain_loop(self, lengths: list[int], seed: int) -> None:
         mask, tensors = mask_of(lengths), batch(lengths, seed)
-        hidden = [poisoned(tensor, mask, poison) for tensor in tensors.values()]
-        found = losses.ppo_loss(*hidden, mask, tokens=sum(lengths), **OPTIONS)  # type: ignore[arg-type]
+        found = ppo_loss(*tensors.values(), mask, tokens=sum(lengths), **OPTIONS)  # type: ignore[arg-type]
         for name, expected in plain(tensors, lengths).items():
             assert getattr(found, name).item() == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
@@ -197,22 +207,6 @@ class TestPPOLoss:
         shares = plain(batch([40, 40], 0), [40, 40])
         assert 0.1 < shares["clipfrac"] < 0.9
         assert 0.05 < shares["value_clipfrac"] < 0.9
-
-    @pytest.mark.parametrize("poison", POISON)
-    def test_nothing_outside_the_mask_has_or_gives_a_gradient(self, poison: float) -> None:
-        lengths = [2, 4]
-        mask, tensors = mask_of(lengths), batch(lengths, 1)
-        grads = []
-        for hidden in (0.0, poison):
-            inputs = {name: poisoned(tensor, mask, hidden).requires_grad_() for name, tensor in tensors.items()}
-            losses.ppo_loss(**inputs, mask=mask, tokens=6, **OPTIONS).loss.backward()  # type: ignore[arg-type]
-            grads.append([inputs[name].grad for name in ("logprobs", "values")])
-        for clean, other in zip(*grads, strict=True):
-            assert clean is not None
-            assert other is not None
-            assert not other[~mask].any()
-            assert other[mask].ne(0).any()
-            torch.testing.assert_close(other, clean)
 
     @PROPERTY
     @given(
@@ -229,7 +223,7 @@ class TestPPOLoss:
 
         def run(rows: list[int]) -> tuple[losses.PPOLoss, Tensor, Tensor]:
             part: dict[str, Any] = {name: tensor[rows].clone().requires_grad_() for name, tensor in tensors.items()}
-            found = losses.ppo_loss(**part, mask=mask[rows], tokens=sum(lengths), **OPTIONS)  # type: ignore[arg-type]
+            found = ppo_loss(**part, mask=mask[rows], tokens=sum(lengths), **OPTIONS)  # type: ignore[arg-type]
             found.loss.backward()
             return found, part["logprobs"].grad, part["values"].grad
 
@@ -247,7 +241,7 @@ class TestPPOLoss:
         """By the rules of max and clip, one token after another: what a clip holds back has none."""
         mask, tensors = mask_of(lengths), batch(lengths, seed)
         inputs: dict[str, Any] = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-        losses.ppo_loss(**inputs, mask=mask, tokens=sum(lengths), **OPTIONS).loss.backward()  # type: ignore[arg-type]
+        ppo_loss(**inputs, mask=mask, tokens=sum(lengths), **OPTIONS).loss.backward()  # type: ignore[arg-type]
         for b, length in enumerate(lengths):
             for t in range(length):
                 lp, v, old, old_v, a, target = (tensor[b, t].item() for tensor in tensors.values())
@@ -342,7 +336,7 @@ class TestImportanceSampling:
         found = []
         for given_weights in (None, weights):
             inputs: dict[str, Any] = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-            loss = losses.ppo_loss(**inputs, mask=mask, tokens=sum(lengths), weights=given_weights, **OPTIONS)  # type: ignore[arg-type]
+            loss = ppo_loss(**inputs, mask=mask, tokens=sum(lengths), weights=given_weights, **OPTIONS)  # type: ignore[arg-type]
             loss.loss.backward()
             found.append([*loss, inputs["logprobs"].grad, inputs["values"].grad])
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
@@ -353,7 +347,7 @@ class TestImportanceSampling:
         """Token by token in Python floats; value loss and the figures in the logs stay, and weights get no gradient."""
         mask, tensors = mask_of(lengths), batch(lengths, seed)
         weights = (draw(lengths, seed + 1, 1)[0].abs() + 0.1).requires_grad_()
-        found = losses.ppo_loss(**tensors, mask=mask, tokens=sum(lengths), weights=weights, **OPTIONS)  # type: ignore[arg-type]
+        found = ppo_loss(**tensors, mask=mask, tokens=sum(lengths), weights=weights, **OPTIONS)  # type: ignore[arg-type]
         expected, policy = plain(tensors, lengths), 0.0
         for b, length in enumerate(lengths):
             for t in range(length):
@@ -393,7 +387,7 @@ class TestImportanceSampling:
             start, after = first.clone().requires_grad_(), second.clone().requires_grad_()
             new = logprobs(start, after)
             advantages = (rewards * drawn.sum(-1).exp())[:, None].expand_as(mask)
-            found = losses.ppo_loss(
+            found = ppo_loss(
                 new, zero, new.detach(), zero, advantages, zero, mask, tokens=1, weights=weights, **OPTIONS
             )  # type: ignore[arg-type]
             gradients = torch.autograd.grad(found.loss, [start, after], allow_unused=True)
@@ -421,7 +415,7 @@ class TestImportanceSampling:
         for weights in (weights_of(policy[drawn], sampler[drawn], mask, "token_truncate"), None):
             trained = logits.clone().requires_grad_()
             new = trained.log_softmax(-1)[drawn]
-            loss = losses.ppo_loss(new, zero, new.detach(), zero, rewards[drawn], zero, mask, tokens=drawn.numel(),
+            loss = ppo_loss(new, zero, new.detach(), zero, rewards[drawn], zero, mask, tokens=drawn.numel(),
                                    weights=weights, **OPTIONS)  # type: ignore[arg-type]  # fmt: skip
             (gradient,) = torch.autograd.grad(loss.loss, trained)
             errors.append(((gradient - right).norm() / right.norm()).item())
@@ -437,6 +431,9 @@ def test_explained_variance_by_hand() -> None:
     assert losses.explained_variance(returns + 7, returns, mask) == pytest.approx(1)
     assert losses.explained_variance(torch.full((1, 4), 9.0), returns, mask) == pytest.approx(0)
     assert losses.explained_variance(returns, torch.ones(1, 4), mask) == 0.0
+    for count in range(2, 12):  # the mean of some of them is rounded
+        constant, whole = torch.full((1, count), 0.1), torch.ones(1, count, dtype=torch.bool)
+        assert losses.explained_variance(torch.arange(float(count))[None], constant, whole) == 0.0
 
 
 @PROPERTY

@@ -58,6 +58,22 @@ def test_hardly_a_token_of_padding(written: Any, source: str, steps: int, reques
     assert max(rows for rows, _ in shapes) <= 8
 
 
+def test_a_step_trains_its_rows_from_the_shortest_to_the_longest(written: Any) -> None:
+    """Of prompt and response together, so that few forward passes are needed; each row once."""
+    lengths = lognormal(32)
+    trainer, trained = written(lengths, num_mini_batches=2, max_steps=2), [[], []]
+    loss = trainer.micro_batch_loss
+
+    def watched(model: Any, batch: Any) -> Any:
+        trained[trainer.state.global_step] += [batch.sequences.lengths[row] for row in batch.rows]
+        return loss(model, batch)
+
+    trainer.micro_batch_loss = watched
+    trainer.train()
+    assert trained == [sorted(step) for step in trained]
+    assert sorted(trained[0] + trained[1]) == sorted(map(sum, lengths))
+
+
 def test_tokens_limit_a_forward_pass(written: Any) -> None:
     """Of micro-batches and of scoring; a longer row stands alone."""
     lengths = lognormal(32)
