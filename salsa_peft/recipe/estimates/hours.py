@@ -55,7 +55,7 @@ class Planned(NamedTuple):
 class Rows(NamedTuple):
     """Number of a data set's rows, and mean number of tokens of each of a row's sequences."""
 
-    count: int | None
+    number: int | None
     tokens: float
     at_most: bool
     """Whether `tokens` is the longest length allowed, because the data is not on this machine."""
@@ -183,7 +183,7 @@ class _Units:
         section, data = self.recipe.sft, self._data("demonstrations")
         if section.existing_seed(position) is not None:
             return Planned(Work(), False)
-        rows = _seen(section, None if data.count is None else data.count * section.subset)
+        rows = _seen(section, None if data.number is None else data.number * section.subset)
         if rows is None:
             return None
         return Planned(self.costs.training(rows * data.tokens, section.gradient_checkpointing), data.at_most)
@@ -191,8 +191,8 @@ class _Units:
     def reward(self) -> Planned | None:
         """Both chats of each pair; each held-out pair is scored once."""
         section, data = self.recipe.reward, self._data("preferences")
-        held_out = 0 if data.count is None else section.held_out_rows(data.count)
-        rows = _seen(section, None if data.count is None else data.count - held_out)
+        held_out = 0 if data.number is None else section.held_out_rows(data.number)
+        rows = _seen(section, None if data.number is None else data.number - held_out)
         if rows is None:
             return None
         trained = self.costs.training(2 * rows * data.tokens, section.gradient_checkpointing)
@@ -203,8 +203,8 @@ class _Units:
         section, data = self.recipe.ppo, self._data("prompts")
         if section.max_steps > 0:
             updates = section.max_steps // section.steps_per_update
-        elif data.count is not None:
-            updates = math.ceil(data.count // section.batch_size * section.num_train_epochs)
+        elif data.number is not None:
+            updates = math.ceil(data.number // section.batch_size * section.num_train_epochs)
         else:
             return None
         rows, forwards = updates * section.batch_size, 1 + (section.value == "adapter")
@@ -222,7 +222,7 @@ class _Units:
         """Training on pairs or on sampled responses, with one more forward for the reference."""
         section = getattr(self.recipe, algorithm)
         pairs, prompts = self._data("preferences"), self._data("prompts")
-        rows = _seen(section, section.rows_per_epoch(pairs.count, prompts.count))
+        rows = _seen(section, section.rows_per_epoch(pairs.number, prompts.number))
         if rows is None:
             return None
         if algorithm in PREFERENCE_ALGORITHMS:
