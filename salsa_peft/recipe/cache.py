@@ -17,11 +17,10 @@ from salsa_peft.config.job import Unit
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.data.files import at_commit, hub_repository
-from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import read_json, write_atomic
 from salsa_peft.utils.fingerprints import canonical_json, fingerprint, sha256
-from salsa_peft.utils.hub import Repository, resolve_commits
+from salsa_peft.utils.hub import COMMIT, Repository, resolve_commits
 from salsa_peft.utils.manifests import MANIFEST, changed_file, content_digest, read_manifest, versions
 from salsa_peft.utils.messages import short
 
@@ -78,41 +77,49 @@ def key_parts(
     }
 
 
+def repositories(recipe: Recipe) -> dict[tuple[str, str], Repository]:
+    """The repositories on the Hub that a recipe names: (base, model, data or prompts; name) → repository."""
+    from salsa_peft.training.external_models import hub_models
+
+    base, revision = recipe.model.base, recipe.model.revision
+    sources = {("data", name): source for name, source in vars(recipe.data).items() if isinstance(source, Source)}
+    sources |= {("prompts", name): source for name, source in recipe.evaluate.prompts.items()}
+    found = {place: hub_repository(source) for place, source in sources.items()}
+    models = {("model", name): Repository("model", name, recipe.revisions.get(name)) for name in hub_models(recipe)}
+    bases = {} if base is None or is_local(base) else {("base", ""): Repository("model", base, revision)}
+    return bases | models | {place: one for place, one in found.items() if one is not None}
+
+
 def with_commits(recipe: Recipe, *, record: bool) -> Recipe:
     """The recipe with the commits of its repositories on the Hub in place of branches, tags and missing revisions.
 
-    They are in the cache keys, so that what changes on the Hub is read again. record: as in resolve_commits. Prints a line
-    about repositories whose commits are not known, and leaves their revisions as they are.
+    They are in the cache keys, so that what changes on the Hub is read again. A revision whose commit is not known stays.
+    record: as in resolve_commits.
     """
-    from salsa_peft.training.external_models import hub_models
-
-    model, data, prompts = recipe.model, recipe.data, recipe.evaluate.prompts
-    models = {name: Repository("model", name, recipe.revisions.get(name)) for name in hub_models(recipe)}
-    base = (
-        Repository("model", model.base, model.revision) if model.base is not None and not is_local(model.base) else None
-    )
-    given = {name: source for name, source in vars(data).items() if isinstance(source, Source)}
-    wanted = [
-        one for one in (base, *models.values(), *map(hub_repository, (*given.values(), *prompts.values()))) if one
-    ]
-    commits = resolve_commits(wanted, record=record) if wanted else {}
-    unknown = ", ".join(dict.fromkeys(one.name for one in wanted if one not in commits))
-    if unknown:
-        say(
-            f"not known on the Hub or in its local cache: the commit of {unknown}; a change of it there will not be noticed"
-        )
-
-    def at(source: Source) -> Source:
-        repository = hub_repository(source)
-        return at_commit(source, commits[repository]) if repository in commits else source
-
+    wanted = repositories(recipe)
+    commits = resolve_commits(wanted.values(), record=record) if wanted else {}
+    found = {place: commits[one] for place, one in wanted.items() if one in commits}
+    data, prompts = recipe.data, recipe.evaluate.prompts
     return replace(
         recipe,
-        model=replace(model, revision=commits.get(base, model.revision) if base else model.revision),
-        data=replace(data, **{name: at(source) for name, source in given.items()}),
-        evaluate=replace(recipe.evaluate, prompts={name: at(source) for name, source in prompts.items()}),
-        revisions=recipe.revisions | {name: commits[one] for name, one in models.items() if one in commits},
+        model=replace(recipe.model, revision=found.get(("base", ""), recipe.model.revision)),
+        revisions=recipe.revisions | {name: commit for (kind, name), commit in found.items() if kind == "model"},
+        data=replace(
+            data, **{name: at_commit(getattr(data, name), found[kind, name]) for kind, name in found if kind == "data"}
+        ),
+        evaluate=replace(
+            recipe.evaluate,
+            prompts=prompts
+            | {name: at_commit(prompts[name], found[kind, name]) for kind, name in found if kind == "prompts"},
+        ),
     )
+
+
+def unknown_commits(recipe: Recipe) -> list[str]:
+    """A line about the repositories on the Hub whose commits with_commits has not found; none if it has found all."""
+    unknown = [one.name for one in repositories(recipe).values() if not COMMIT.match(one.revision or "")]
+    line = f"not known on the Hub or in its local cache: the commit of {', '.join(dict.fromkeys(unknown))}"
+    return [f"{line}; a change there will not be noticed"] if unknown else []
 
 
 def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:

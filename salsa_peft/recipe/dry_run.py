@@ -19,7 +19,7 @@ from salsa_peft.data.check import number_of_rows
 from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
-from salsa_peft.recipe.cache import Plan
+from salsa_peft.recipe.cache import Plan, unknown_commits
 from salsa_peft.recipe.estimates import disk, hours
 from salsa_peft.recipe.hardware import Gpu
 
@@ -54,6 +54,8 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
     state = {name: "to do" if name in asked else "left out" for name in plan}
     units = [[name, state[name] if planned.why else "cached", planned.why or ""] for name, planned in plan.items()]
     _print(console, ["unit", "state", "why"], units)
+    for line in unknown_commits(recipe):
+        console.print(Text(f"{line}\n"))
     header = ["training", "batch", "steps", "a kill costs at most"]
     _print(console, header, [[*row, kill_cost(recipe, row[0].split(",")[0])] for row in _training_rows(recipe)])
     points = "one point of landscape, " if recipe.landscape is not None else ""

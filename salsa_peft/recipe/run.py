@@ -103,7 +103,7 @@ def run(
         check_inputs(plan, asked)
         if not new:
             check_data(recipe, plan, asked)
-        for warning in check_machine(recipe, plan, asked):
+        for warning in (*cache.unknown_commits(recipe), *check_machine(recipe, plan, asked)):
             say(f"warning: {warning}")
         if not new:
             check_data(recipe, plan, asked, hub=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,9 @@ from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.responses import pad_tokens
 from salsa_peft.models.stage_context import prompts_that_fit
 from salsa_peft.models.tokenizers import load_tokenizer
+from salsa_peft.recipe import small_stages
 from salsa_peft.recipe.__main__ import main as salsa_run
-from salsa_peft.recipe.units import reward_units, sft_units
+from salsa_peft.recipe.units import data_units, reward_units, sft_units
 from salsa_peft.training import reward_model, sft
 from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import PromptEncoder
@@ -734,12 +736,18 @@ class Trained:
             ],
         ).recipe  # fmt: skip
         found = {}
-        for unit in (*sft_units(recipe, ""), *reward_units(recipe, "")):
+        for unit in (*data_units(recipe, ""), *sft_units(recipe, ""), *reward_units(recipe, "")):
             out = self.folder / unit.id.replace("/", "-")
             out.mkdir()
-            inputs = {"sft/seed-0": self.folder / "sft-seed-0"} if unit.stage == "reward" else {}
+            inputs = {name: self.folder / name.replace("/", "-") for name in unit.inputs}
             found[unit.id] = Job(recipe=recipe, unit=unit, folder=out, inputs=inputs, recipe_yaml="")
         return found
+
+    def tokenize(self, kind: str) -> None:
+        """The data stage's unit on the rows that are there now."""
+        job = self.job[f"data/{kind}"]
+        shutil.rmtree(job.folder, ignore_errors=True)
+        small_stages.data(job)
 
 
 @pytest.fixture(scope="module")
@@ -754,6 +762,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         [SYSTEM, user("<eos>"), assistant("c")],
     ]
     write(made.folder / "d.jsonl", [{"messages": chat} for chat in chats])
+    made.tokenize("demonstrations")
     kept: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "remove_printer", kept.append)  # what the trainer has by then
@@ -794,10 +803,11 @@ class TestStages:
         source = Source(path=str(path))
         job = trained.job["sft/seed-1"]
         assert (
-            refusal(lambda _: sft.run(job), source)
+            refusal(lambda _: trained.tokenize("demonstrations"), source)
             == "d.jsonl, row 3, messages: the content of role assistant must be text, not the number 3"
         )
         write(path, rows[:2])
+        trained.tokenize("demonstrations")
         with pytest.raises(
             SalsaError,
             match=r"^data\.demonstrations: 2 rows have an answer within .* tokens, fewer than sft.batch_size = 4",
@@ -812,7 +822,7 @@ class TestStages:
 
     def test_pairs(self, trained: Trained, capsys: Any) -> None:
         """Equals and those that are too long train nothing and are measured nowhere; a template's refusal names the row."""
-        pairs = [{"prompt": "q", "chosen": text, "rejected": f"{text} or not"} for text in TEXTS]
+        pairs = [{"prompt": f"q {n}", "chosen": text, "rejected": f"{text} or not"} for n, text in enumerate(TEXTS)]
         odd = [
             PAIR | {"chosen": "-"},
             PAIR | {"prompt": "long " * 60},
@@ -820,6 +830,7 @@ class TestStages:
         ]
         path = trained.folder / "p.jsonl"
         write(path, [*odd, *pairs])
+        trained.tokenize("preferences")
         metrics = reward_model.run(trained.job["reward"])
         assert metrics["pairs"] == {"train": len(TEXTS) + 1 - 2, "held_out": 2} and metrics["left_out"] == 1
         said = capsys.readouterr().err
