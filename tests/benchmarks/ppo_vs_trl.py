@@ -53,9 +53,10 @@ ORDER = (
     *(f"ours/lora-reward-lora/{way}/{micro}" for way in ("recompute", "rollout") for micro in ("8", "8x512", "8x384", "4", "2")),
 )  # fmt: skip
 CHOSEN = {
-    "fixed": "peer/lora,ours/lora-reward-lora/recompute/8x384,ours/lora-reward-lora/rollout/8x384,peer/full,ours/full/rollout/8x256,ours/full/rollout/8x128",
+    "fixed": "peer/lora,ours/lora-reward-lora/recompute/8x384,ours/lora-reward-lora/rollout/8x384,ours/lora-reward-lora/rollout/4,"
+             "peer/full,ours/full/rollout/8x256,ours/full/rollout/8x128",
     "mixed": "peer/lora,ours/lora-reward-lora/recompute/8x512,ours/lora-reward-lora/rollout/8x512",
-}
+}  # fmt: skip
 """--lengths → the default of --select."""
 FIGURES = {"wall": "wall_s", "cpu": "cpu_s", "peak": "peak_rss_mb"}
 TARGETS = {
