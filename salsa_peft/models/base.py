@@ -94,8 +94,6 @@ def _load(
             **options,
         )
     keep_4bit_layout(loaded)
-    if dtype != resolve_dtype(model.dtype):
-        use_autocast_from_the_start(loaded)
     return loaded.requires_grad_(trained is not None)
 
 
@@ -137,6 +135,7 @@ def load_base(
     loaded = _load(causal_lm_class, base, model, trained)
     if trained is not None:
         train_language_model_only(loaded, loaded.get_output_embeddings())
+        use_autocast_from_the_start(loaded)
     ends = turn_ends.model_stop_token_ids(tokenizer, loaded)
     loaded.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -172,6 +171,7 @@ def load_classifier(
     loaded = _load(classifier_class, base, model, trained, num_labels=1)
     if trained is not None:
         train_language_model_only(loaded, loaded.score)
+        use_autocast_from_the_start(loaded)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     use_float32_head(loaded)
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)

@@ -156,7 +156,7 @@ def check_synced(model: Any, own: str | None, frozen: Sequence[FrozenReference])
 def merge_in_copies(trainer: Any, model: Any, own: str | None) -> None:
     """Make a trainer that uses vLLM send merged copies of the weights, so that the base does not change.
 
-    TRL's VLLMGeneration merges in place (huggingface/trl#6688). Raises SalsaError if it cannot be changed.
+    TRL 1.16 merges and unmerges in place, which rounds in bf16. Raises SalsaError if this cannot be changed.
     """
     if own is None or isinstance(trainer, DPOTrainer | KTOTrainer) or not trainer.use_vllm:
         return

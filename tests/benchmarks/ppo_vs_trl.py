@@ -53,7 +53,7 @@ ORDER = (
     *(f"ours/lora-reward-lora/{way}/{micro}" for way in ("recompute", "rollout") for micro in ("8", "8x512", "8x384", "4", "2")),
 )  # fmt: skip
 CHOSEN = {
-    "fixed": "peer/lora,ours/lora-reward-lora/recompute/8x384,ours/lora-reward-lora/rollout/8x384,peer/full,ours/full/rollout/8x256",
+    "fixed": "peer/lora,ours/lora-reward-lora/recompute/8x384,ours/lora-reward-lora/rollout/8x384,peer/full,ours/full/rollout/8x256,ours/full/rollout/8x128",
     "mixed": "peer/lora,ours/lora-reward-lora/recompute/8x512,ours/lora-reward-lora/rollout/8x512",
 }
 """--lengths → the default of --select."""

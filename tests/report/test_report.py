@@ -207,6 +207,23 @@ def test_missing_pieces_leave_their_sections_out(tmp_path: Path) -> None:
     assert "Undefined" not in page.text
 
 
+def test_planned_seconds_stand_beside_the_measured_ones(tmp_path: Path) -> None:
+    """In the table of stages, for units that ran on a GPU of known speed."""
+    run = synthetic(n=12, policies=(), gold=False, small=True)
+    first = {
+        **run.units[0],
+        "seconds": 120.0,
+        "planned_seconds": 100.0,
+        "gpu_peak_mb": 8_000.0,
+        "gpu_planned_mb": 7_000.0,
+    }
+    write_report(tmp_path, replace(run, units=[first, *run.units[1:]]))
+    text, page = (tmp_path / "report.md").read_text("utf-8"), (tmp_path / "report.html").read_text("utf-8")
+    assert "| unit | key | seconds | planned | peak, MB | GPU, MB | planned | inputs |" in text
+    assert "| 120.0 | 100.0 |" in text
+    assert "<td>120.0</td><td>100.0</td>" in page
+
+
 def test_nan_and_none_are_a_dash_not_a_crash(tmp_path: Path) -> None:
     run = replace(synthetic(n=31, policies=("ppo",), small=True), evaluation={}, answers=[])
     run.policies["ppo"].metrics[3]["objective/kl"] = math.nan

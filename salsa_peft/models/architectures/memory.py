@@ -309,6 +309,8 @@ class _Stage:
             # a layer is recomputed after the logits, what the last norm saved, and autocast's copies are freed
             before = self.end(tokens) + logits + self.casts("train")
             again = ANEW * tokens * self.layer() * self.width
+            if self.full and self.precision == "master":
+                again += 2.0 * self.size.in_linears / self.size.layers  # autocast's copies of that layer's weights
             made += self.inputs(tokens) + self.end(tokens) + max(0.0, again - before)
         else:
             made += self.activations(tokens, False)

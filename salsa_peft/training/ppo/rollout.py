@@ -127,9 +127,8 @@ class RolloutMaker:
             # 2. log-probs, values and KL, sequences of similar length together; then scores
             sequences = Sequences(responses, args.min_new_tokens)
             given = recorded if args.old_logprobs == "rollout" else None
-            logprobs, entropy, values, kl = self.micro_batch_limit.run(
-                lambda: self._score(sequences, given), len(prompts)
-            )
+            largest = max(map(len, self._score_batches(sequences)))
+            logprobs, entropy, values, kl = self.micro_batch_limit.run(lambda: self._score(sequences, given), largest)
             scores = self._reward_scores(responses, sequences, [prompt.row for prompt in prompts])
         made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         named = {"score": scores, "log-prob": logprobs, "value": values, "KL": kl}
@@ -198,9 +197,7 @@ class RolloutMaker:
 
     def _score(self, sequences: Sequences, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """Log-probs, entropies, values and KL of responses, (B, T) each. recorded: what _score_part is given."""
-        packed = packs_rows(self.model.policy)
-        parts = sequences.batches(self._own_rows(sequences.lengths), self.micro_batch_limit.rows,
-                                  self.args.micro_batch_tokens, packed=packed)  # fmt: skip
+        packed, parts = packs_rows(self.model.policy), self._score_batches(sequences)
         head, states, columns, cells = self.head(), [], [], []
         for rows in parts:
             batch = sequences.forward_batch(rows, packed=packed)
@@ -215,6 +212,11 @@ class RolloutMaker:
         found = self._gathered(mine)
         cell, table = torch.cat([cell for cell, _ in found]), torch.cat([columns for _, columns in found], dim=1)
         return tuple(sequences.table(cell, column) for column in table)
+
+    def _score_batches(self, sequences: Sequences) -> list[list[int]]:
+        """Row indices of each forward pass in which this process scores."""
+        limit, tokens, packed = self.micro_batch_limit.rows, self.args.micro_batch_tokens, packs_rows(self.model.policy)
+        return sequences.batches(self._own_rows(sequences.lengths), limit, tokens, packed=packed)
 
     def _reward_scores(self, responses: Responses, sequences: Sequences, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""

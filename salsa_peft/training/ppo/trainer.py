@@ -258,7 +258,8 @@ class SalsaPPOTrainer(Trainer):
             is_retry = True
             return forward_and_backward(micro_batch.rows)
 
-        return self.micro_batch_limit.run(run, len(micro_batch.rows))
+        largest = max(map(len, self._forward_batches(micro_batch.sequences, micro_batch.rows)))
+        return self.micro_batch_limit.run(run, largest)
 
     def _forward_batches(self, sequences: Sequences, rows: list[int]) -> list[list[int]]:
         """Split the rows of a micro-batch for forward passes with little padding.

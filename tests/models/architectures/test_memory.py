@@ -83,7 +83,8 @@ def test_weights_of_each_mode_by_hand() -> None:
     assert found.gradients == 2 * size.parameters and found.phase == "step"
     assert found.optimizer == pytest.approx(size.parameters * (2 + 8 / 256) + 12 * size.largest)
     master = estimate(paper("llama2_full", None, "precision=master")[0], "sft", size)
-    assert master.weights == (4 + 2) * size.parameters and (master.gradients, master.optimizer) == (
+    # the input embeddings are in no product, so autocast makes no copy of them
+    assert master.weights == (4 + 2) * size.parameters - 2 * 32_000 * 4096 and (master.gradients, master.optimizer) == (
         4 * size.parameters,
         8 * size.parameters,
     )

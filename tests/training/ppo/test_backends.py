@@ -1016,3 +1016,41 @@ class TestTrainer:
         assert not equal(*map(dict, sent))
         after = weights(trainer.model.policy)
         assert equal({name: after[name] for name in base}, base)
+
+    @pytest.mark.parametrize("sync", ["merged", "adapter"])
+    def test_vllm_in_this_process(self, make_trainer: Any, colocated: type[FakeLLM], sync: str) -> None:
+        """Two updates with two batches of prompts each: vLLM wakes up, gets other weights each time, and sleeps while the
+        policy is trained. The weights of the loss come from vLLM's log-probs, and the base is untouched."""
+        trainer = make_trainer(
+            rollout_backend="vllm",
+            rollout_options={"sync": sync},
+            max_steps=2,
+            rollout_batch_size=4,
+            learning_rate=1e-2,
+        )
+        base = {name: tensor for name, tensor in weights(trainer.model.policy).items() if ".policy." not in name}
+        (engine,) = colocated.made
+        asleep, step = [], trainer.training_step
+        trainer.training_step = lambda *args: asleep.append(set(engine.asleep)) or step(*args)  # type: ignore[func-returns-value]
+        rollouts, end = [], trainer.end_update
+        trainer.end_update = lambda: rollouts.append(trainer.ppo.rollout) or end()  # type: ignore[func-returns-value]
+        trainer.train()
+        load, level = (["load"], 2) if sync == "merged" else ([], 1)
+        cycle = ["wake weights", *load, "wake kv_cache", "generate", "generate", f"sleep {level}"]
+        assert engine.calls == [f"sleep {level}", *cycle, *cycle]
+        assert asleep[1:] == [{"weights", "kv_cache"}] * (len(asleep) - 1)
+        after = weights(trainer.model.policy)
+        assert equal({name: after[name] for name in base}, base)
+        if sync == "adapter":
+            assert [request.name for request in engine.adapters] == ["policy-1"] * 2 + ["policy-2"] * 2
+            assert not equal(engine.adapters[0].tensors, engine.adapters[2].tensors)
+        for rollout in rollouts:
+            mask = rollout.responses.response_mask
+            for row, sampled in enumerate(rollout.sampling_logprobs):
+                tokens = rollout.responses.response_ids[row][mask[row]].tolist()
+                assert sampled[mask[row]].tolist() == logprobs_of(tokens)
+            expected = (rollout.logprobs - rollout.sampling_logprobs).exp().clamp(max=3.0)
+            torch.testing.assert_close(rollout.importance_weights[mask], expected[mask])
+        rows = [row for row in trainer.state.log_history if "val/ratio" in row]
+        assert all(row["sampling/importance_sampling_ratio/max"] <= 3 for row in rows)
+        assert len(rows) == len(rollouts) == 2

@@ -86,6 +86,23 @@ def test_tokens_limit_a_forward_pass(written: Any) -> None:
     assert needed <= sum(rows * longest for rows, longest in shapes) <= 1.05 * needed
 
 
+def test_a_forward_pass_of_few_rows_that_does_not_fit_is_split(written: Any) -> None:
+    """The limit is halved from the rows of the largest forward pass, not from micro_batch_size, in scoring and training."""
+    trainer = written([(4, 4)] * 4 + [(300, 100)] * 4)
+    refused: dict[bool, list[int]] = {False: [], True: []}
+
+    def small_card(_: Any, args: Any, options: Any) -> None:
+        rows = len(options["input_ids"] if "input_ids" in options else args[0])
+        if rows > 2:
+            refused[torch.is_grad_enabled()].append(rows)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.model.policy.get_base_model().model.register_forward_pre_hook(small_card, with_kwargs=True)
+    trainer.train()
+    assert refused == {False: [4], True: [4]}
+    assert trainer.micro_batch_limit.rows == trainer.rollout_maker.micro_batch_limit.rows == 2
+
+
 ROWS = [(3, 1), (30, 7), (1, 1), (5, 1), (33, 2), (2, 30), (17, 9), (8, 30)]
 """Prompts and responses of very different lengths; some are cut at the limit of 30, some are an end token alone."""
 
