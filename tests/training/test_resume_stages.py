@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -258,3 +259,33 @@ class TestCheckpoint:
         )
         assert found["steps"] == whole_run["steps"] == 21
         assert found["train_loss"] == pytest.approx(whole_run["train_loss"], rel=0.02)  # dropout draws other numbers
+
+    def test_a_full_disk_is_one_line_and_costs_nothing_that_is_saved(self, whole: Any, capsys: Any) -> None:
+        """The second checkpoint cannot be written: the first stays, no piece of the second does, and the same command goes on."""
+        folder, expected = whole
+        save, calls = torch.save, []
+
+        def full(*args: Any, **kwargs: Any) -> None:
+            calls.append(0)
+            if len(calls) == 6:  # the second file of the second checkpoint
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "save", full)
+            assert command(folder, "--stages", "sft/seed-0") != 0
+        (place,) = (folder / "sft" / "seed-0").iterdir()
+        assert "a file could not be written because the disk is full" in capsys.readouterr().err
+        assert [path.name for path in checkpoints.checkpoints(place)] == ["checkpoint-3"]
+        assert not (place / checkpoints.PARTIAL).exists()
+        same(folder, "sft/seed-0", expected)
+        assert "resuming from checkpoint-3" in capsys.readouterr().err
+
+    def test_a_pickle_of_more_than_tensors_is_not_loaded(self, whole: Any, capsys: Any) -> None:
+        """Though the manifest lists it."""
+        folder, _ = whole
+        place = run_stopped(folder, "sft/seed-0", 5)
+        torch.save({"trained": Path("x")}, place / "checkpoint-3" / train.WEIGHTS)
+        checkpoints.commit(place / "checkpoint-3", place / "checkpoint-2")
+        assert command(folder, "--stages", "sft/seed-0") != 0
+        assert "holds more than tensors and numbers, which training does not write" in capsys.readouterr().err
