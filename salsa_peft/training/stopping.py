@@ -1,4 +1,4 @@
-"""Stopping PPO: after SIGTERM, after a guard's alarm, or, between updates, at a callback's request."""
+"""Stopping training: after SIGTERM; in PPO also after a guard's alarm or, between updates, at a callback's request."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def no_pickles(checkpoint: str | None) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise SalsaError(
-            f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state*.pth holds more than tensors and numbers, which"
+            f"{checkpoint}: one of its .pt or .pth files holds more than tensors and numbers, which"
             " training does not write, so the file was not loaded. Resume from another checkpoint"
         ) from error
 

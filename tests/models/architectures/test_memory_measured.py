@@ -175,5 +175,6 @@ def test_log_probs_hold_one_chunk_of_logits(frozen: bool, dtype: torch.dtype) ->
         with torch.no_grad(), live.phase("scored", peaks):
             token_logprobs(hidden, labels, forbidden, head, with_entropy=True)
     learned = memory.LEARNED if frozen else memory.LEARNED_BY_HEAD
-    assert (peaks["learned"] - before) / unit == pytest.approx(learned, abs=0.2)  # hidden states and gradients
+    found = (peaks["learned"] - before) / unit  # hidden states and gradients among them
+    assert learned - 0.6 <= found <= learned + 0.2
     assert (peaks["scored"] - before) / unit == pytest.approx(memory.SCORED + memory.FORBIDDEN, abs=0.3)
