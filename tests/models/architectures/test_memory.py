@@ -250,3 +250,34 @@ def test_optimizers_and_a_value_adapter() -> None:
         2 * adapter,
     ]
     assert own.activations(7, False) == 2 * head.activations(7, False)
+
+
+def test_a_limit_of_tokens() -> None:
+    """micro_batch_tokens limits forwards of training and scoring; a longer sequence has a forward of its own."""
+    size = paper()[1]
+
+    def phases(*overrides: str) -> dict[str, Estimate]:
+        recipe = paper("llama2_full", "lora", "ppo.batch_size=8", *overrides)[0]
+        return {one.phase: one for one in memory._Stage(recipe, "ppo", size, "master").phases()}
+
+    limited = phases("ppo.micro_batch_size=8", "ppo.micro_batch_tokens=4096")
+    assert limited["train"] == phases("ppo.micro_batch_size=2")["train"]
+    assert limited["score"].activations == phases("ppo.rollout_batch_size=2")["score"].activations
+    assert limited["generate"] == phases()["generate"]
+    assert (
+        phases("ppo.micro_batch_size=8", "ppo.micro_batch_tokens=100")["train"]
+        == phases("ppo.micro_batch_size=1")["train"]
+    )
+
+
+def test_logits_of_scoring() -> None:
+    """Three tensors of a chunk's logits where they exceed a layer's activations; four where end tokens are forbidden."""
+    size = paper()[1]
+
+    def scored(*overrides: str) -> Estimate:
+        recipe = paper("llama2_full", "lora", "model.max_length=64", "generation.max_new_tokens=32", *overrides)[0]
+        return memory._Stage(recipe, "ppo", size, "master").phases()[1]
+
+    chunk = 4 * memory.CHUNK * 32_000
+    assert (scored("ppo.rollout_batch_size=1").logits, scored("ppo.rollout_batch_size=1").activations) == (3 * chunk, 0)
+    assert scored("generation.min_new_tokens=2").logits == 4 * chunk
