@@ -75,7 +75,7 @@ def test_a_rollout_with_options(tmp_path: Path) -> None:
     assert all({tensor.device.type for tensor in rollout.tensors().values()} == {"cuda"} for rollout in SEEN)
 
 
-@pytest.mark.parametrize("mode", ["lora", "stochastic"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("stochastic", marks=pytest.mark.slow)])
 def test_evaluation(mode: str, tmp_path: Path) -> None:
     """Answers of seed-0, soup and policy to questions of two turns, and their scores."""
     questions = rehearsal.write_rows(tmp_path, "questions", [{"turns": ["owl wren", "crow"]}, {"turns": ["finch"]}])
