@@ -107,7 +107,7 @@ def test_models_are_back_after_an_error(make_watched: Any) -> None:
         assert device.there() == ["rm-3"]
         raise RuntimeError("a broken kernel")
 
-    trainer.reward.parts[0].reward.classifier.register_forward_pre_hook(fail)
+    trainer.reward.parts[0].reward.classifier.base_model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="a broken kernel"):
         roll_out(trainer)
     assert not device.there()

@@ -34,15 +34,13 @@ FOREACH = 4
 SAMPLED = 8
 """Memory for drawing a token, in tensors of float32 logits: 1 each for the model's logits, generate's copy of them,
 log-probs and probabilities; 2 each for the probabilities and their cumulative sums in float64."""
-SCORED = 4
-"""Memory for log-probs and entropies of a chunk, in tensors of float32 logits: 1 each for logits, log-probs,
-probabilities and the product of the last two. Masked log-probs and their mask add FORBIDDEN."""
-FORBIDDEN = 1.25
-"""More of it where end tokens are forbidden in a response's first tokens (min_new_tokens)."""
-LEARNED, LEARNED_BY_HEAD = 2.5, 3
+SCORED, FORBIDDEN = 3, 1
+"""Memory for log-probs and entropies of a chunk, in tensors of float32 logits. SCORED: 1 each for log-probs,
+probabilities and the product of both. FORBIDDEN: 1 more for log-probs with a mask, where end tokens are forbidden in a
+response's first tokens (min_new_tokens)."""
+LEARNED, LEARNED_BY_HEAD = 2, 3
 """Memory for log-probs with their gradient, in tensors of float32 logits. LEARNED, with a frozen head: logits and
-log-probs, and 0.5 for logits in bf16. LEARNED_BY_HEAD, with a trained head, in its backward: log-probs and the
-gradients of two operations."""
+log-probs. LEARNED_BY_HEAD, with a trained head, in its backward: log-probs and the gradients of two operations."""
 ANEW = 1.25
 """Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
 STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")

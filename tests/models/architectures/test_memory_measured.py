@@ -116,7 +116,10 @@ def trainer_of(mode: str, checkpointing: bool, folder: Path, tokenizer: Any, mon
 def test_the_plan_is_what_ppo_holds(
     mode: str, checkpointing: bool, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each phase's peak: the plan is at most 5% under it and 18% over it."""
+    """Each phase's peak: the plan is at most 6% under it and 18% over it.
+
+    The 6% are for float32 weights: here a layer's inputs are float32, but bf16 in a stage.
+    """
     trainer = trainer_of(mode, checkpointing, tmp_path, tokenizer, monkeypatch)
     live, peaks = Live(), dict[str, int]()
     frozen = [reference.model for reference in trainer.rollout_maker.references if reference.model is not None]
@@ -139,7 +142,7 @@ def test_the_plan_is_what_ppo_holds(
     monkeypatch.setattr(trainer, "create_optimizer", created)
     with live:
         trainer.train()
-    words = [f"model.max_length={2 * LENGTH}", f"generation.max_new_tokens={LENGTH}", f"ppo.batch_size={BATCH}",
+    words = [f"model.max_length={2 * LENGTH}", f"generation.max_new_tokens={LENGTH}", f"generation.min_new_tokens={LENGTH}", f"ppo.batch_size={BATCH}",
              f"ppo.micro_batch_size={MICRO}", f"ppo.gradient_checkpointing={str(checkpointing).lower()}"]  # fmt: skip
     job, _ = paper("llama2_full", "lora" if mode == "lora" else None, *words)
     size = Architecture.of(json.loads(trainer.rollout_maker.model.policy.config.to_json_string(use_diff=False)))
@@ -151,7 +154,7 @@ def test_the_plan_is_what_ppo_holds(
         parts = (phase.weights, phase.gradients, phase.optimizer, phase.activations, phase.kv_cache, phase.logits)
         found[phase.phase] = (sum(parts) - reward - states) / peaks[phase.phase]
     assert set(found) == set(peaks)
-    assert all(0.95 <= ratio <= 1.18 for ratio in found.values()), found
+    assert all(0.94 <= ratio <= 1.18 for ratio in found.values()), found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -172,5 +175,6 @@ def test_log_probs_hold_one_chunk_of_logits(frozen: bool, dtype: torch.dtype) ->
         with torch.no_grad(), live.phase("scored", peaks):
             token_logprobs(hidden, labels, forbidden, head, with_entropy=True)
     learned = memory.LEARNED if frozen else memory.LEARNED_BY_HEAD
-    assert (peaks["learned"] - before) / unit == pytest.approx(learned, abs=0.2)  # hidden states and gradients
-    assert (peaks["scored"] - before) / unit == pytest.approx(memory.SCORED, abs=0.3)
+    found = (peaks["learned"] - before) / unit  # hidden states and gradients among them
+    assert learned - 0.6 <= found <= learned + 0.2
+    assert (peaks["scored"] - before) / unit == pytest.approx(memory.SCORED + memory.FORBIDDEN, abs=0.3)

@@ -199,6 +199,8 @@ def test_tied_embeddings_a_value_adapter_and_a_resumed_run(
     check_resumed(reward / prefix)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_that_make_different_numbers_of_forward_passes(one: Any, tmp_path: Path) -> None:
     """DDP, with the rows of a micro-batch split by tokens: the gradients of all processes are added up once a step."""
     with launched("ddp", tmp_path, "split") as two:

@@ -32,7 +32,7 @@ def update(make_trainer: Any, tmp_path: Path) -> Any:
     def count(micro: int, tokens: int, **options: Any) -> int:
         settings = {
             "prompts": PROMPTS * 4, "batch_size": 64, "micro_batch_size": micro, "min_new_tokens": tokens, "max_new_tokens": tokens,
-            "max_steps": 1, "base": {"max_position_embeddings": 256}, "folder": tmp_path / f"{micro}-{tokens}",
+            "max_steps": 1, "base": {"max_position_embeddings": 256, "num_hidden_layers": 1}, "folder": tmp_path / f"{micro}-{tokens}",
         }  # fmt: skip
         return waits(make_trainer(**(settings | options)))
 
@@ -60,6 +60,7 @@ def test_each_optimizer_step_waits_once_and_each_epoch_shuffles_once(update: Any
         {"old_logprobs": "rollout"},
         {"bf16": True, "whiten_rewards": True, "kl_per": "token", "missing_eos_penalty": 1.0, "score_clip": 2.0},
         {"micro_batch_tokens": 128},
+        {"importance_sampling_correction": True},
         {"importance_sampling_correction": True, "importance_sampling_mode": "sequence_mask"},
     ],
     ids=lambda options: "-".join(options),
@@ -69,7 +70,7 @@ def test_no_kind_of_update_waits_for_micro_batches_or_tokens(
 ) -> None:
     if "reward" in options:
         head = torch.ones(1, 32)
-        reward = make_adapter(make_base(max_position_embeddings=256), "reward", 9)
+        reward = make_adapter(make_base(max_position_embeddings=256, num_hidden_layers=1), "reward", 9)
         adapters.save(reward, "reward", tmp_path / "reward", extra={SCORE_HEAD: head})
         options = options | {"reward": str(tmp_path / "reward")}
     options = options | {"prompts": PROMPTS, "batch_size": 16}
