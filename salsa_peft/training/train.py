@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,9 @@ class Resumable(Trainer):
     """Folder in which a checkpoint is being written; None between checkpoints."""
     resumed: dict[str, Any] | None = None
     """What `_save_progress` wrote into the checkpoint from which this training goes on; None from the start."""
+
+    began, earlier = 0.0, 0.0
+    """When this training began, from time.time(), and the seconds that it took before it was stopped."""
 
     @property
     def folder(self) -> Path:
@@ -202,6 +206,7 @@ class Resumable(Trainer):
     def _save_progress(self, folder: Path) -> None:
         """Save this process's sums of losses, metrics that are not logged yet, and TRL's counters."""
         progress = {
+            "seconds": self.earlier + time.time() - self.began,
             "loss": self._tr_loss.item(),
             "total_loss": self._total_loss_scalar,
             "logged_step": self._globalstep_last_logged,
@@ -217,8 +222,10 @@ class Resumable(Trainer):
 
     def restore_progress(self) -> None:
         """Restore what `_save_progress` saved, after Trainer has set its own sums to 0."""
+        self.began = time.time()
         if self.resumed is None:
             return
+        self.earlier = self.resumed["seconds"]
         self._tr_loss = torch.tensor(self.resumed["loss"], device=self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = (
             self.resumed[key] for key in ("total_loss", "logged_step")
@@ -248,6 +255,10 @@ class Resumable(Trainer):
         """Load the random state. Raises SalsaError for a pickle that holds more than tensors and numbers."""
         with no_pickles(checkpoint):
             super()._load_rng_state(checkpoint)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
+        """Log speeds of the whole training, as Trainer would without an interruption."""
+        return super()._finalize_training(trial, num_train_samples, start_time - self.earlier)
 
     def _run_epoch(self, **given: Any) -> None:  # type: ignore[override]
         """Train for an epoch; the first one after a resume starts at the checkpoint's place in the order of the rows.

@@ -210,7 +210,10 @@ class TestSigterm:
         assert [path.name for path in checkpoints.checkpoints(place)] == [f"checkpoint-{step}"]
         with pytest.MonkeyPatch.context() as patch:
             stop_at(-1 if step == 5 else step, patch)
+            before = json.loads((place / f"checkpoint-{step}" / "progress-0.json").read_text())["seconds"]
             same(folder, name, expected)
+        last = json.loads((place / "log.jsonl").read_text().splitlines()[-1])
+        assert last["train_runtime"] >= round(before, 4) > 0, "time before the stop counts"
 
 
 class TestCheckpoint:
