@@ -56,7 +56,10 @@ def test_nvidia_smi_is_read_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     answers("GPU-4f1a, NVIDIA H200, 143771\nGPU-77b2, NVIDIA A10, Inc., 23028\n")
-    both = [hardware.Gpu("NVIDIA H200", 143771 * 2**20), hardware.Gpu("NVIDIA A10, Inc.", 23028 * 2**20)]
+    both = [
+        hardware.Gpu("NVIDIA H200", 143771 * 2**20, hardware.GPUS["H200"][1].speed),
+        hardware.Gpu("NVIDIA A10, Inc.", 23028 * 2**20),
+    ]
     assert hardware.gpus() == both
     for words, seen in (
         ("1", both[1:]),
