@@ -155,7 +155,7 @@ def _check_dtype(recipe: Recipe) -> None:
     require(
         recipe.model.dtype != "float16" or not stages,
         f"model.dtype: float16 is only for runs that train nothing, but this run trains {', '.join(stages[:1])}."
-        " Gradients in float16 need a loss scaler, which PPO does not support. Set model.dtype=bfloat16 or float32",
+        " Gradients in float16 need a loss scaler, which is not supported. Set model.dtype=bfloat16 or float32",
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
@@ -203,20 +204,36 @@ def hidden_states(
         return decoder(input_ids=input_ids, use_cache=False, **options)[0]
 
 
+_SEARCH_LOCK = threading.RLock()
+
+
 @contextlib.contextmanager
 def _no_search_for_packed_rows() -> Iterator[None]:
-    """Context in which Transformers does not look for packed rows in position ids, for which it waits for the device."""
-    search = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = search
+    """Context in which Transformers does not look for packed rows in position ids, for which it waits for the device.
+
+    One thread at a time, so that the function is put back as it was.
+    """
+    with _SEARCH_LOCK:
+        search = masking_utils.find_packed_sequence_indices
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices = search
 
 
 def uses_flash_attention(model: Any) -> bool:
     """Whether a Transformers model computes attention with one of the flash-attn packages or kernels."""
     return is_flash_attention_requested(model.config.get_text_config(decoder=True))
+
+
+def autocast_for_flash_attention(model: Any) -> AbstractContextManager[Any]:
+    """Context of bf16 autocast for float32 weights with flash attention, which computes in 16 bits only.
+
+    It is for forwards outside of training and scoring, which have a context of their own.
+    """
+    needed = uses_flash_attention(model) and model.dtype == torch.float32
+    return torch.autocast(model.device.type, torch.bfloat16) if needed else contextlib.nullcontext()
 
 
 def packed_options(position_ids: torch.Tensor, starts: torch.Tensor, longest: int) -> dict[str, Any]:
@@ -261,8 +278,9 @@ def keeps_rows_apart(lm: Any) -> bool:
     positions = torch.cat([torch.arange(len(row), device=lm.device) for row in rows])
     starts = torch.tensor([0, len(rows[0]), len(positions)], device=lm.device)
     lm.eval()
-    alone = torch.cat([hidden_states(lm, row[None])[0] for row in rows])
-    packed = hidden_states(lm, torch.cat(rows)[None], **packed_options(positions, starts, len(rows[1])))[0]
+    with autocast_for_flash_attention(lm):
+        alone = torch.cat([hidden_states(lm, row[None])[0] for row in rows])
+        packed = hidden_states(lm, torch.cat(rows)[None], **packed_options(positions, starts, len(rows[1])))[0]
     lm.train(training)
     return bool((packed - alone).abs().max() <= 0.1 * alone.abs().max())
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from salsa_peft.models.architectures.memory import CHUNK
-from salsa_peft.models.base import causal_lm, hidden_states
+from salsa_peft.models.base import autocast_for_flash_attention, causal_lm, hidden_states
 from salsa_peft.utils.errors import require
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -81,7 +81,7 @@ def check_head(model: nn.Module) -> None:
     )
     probe, training = torch.tensor([[1, 2, 3]], device=lm.device), lm.training
     lm.eval()  # with dropout the logits of two forwards would differ
-    with torch.no_grad():
+    with torch.no_grad(), autocast_for_flash_attention(lm):
         states = hidden_states(lm, probe, torch.ones_like(probe))
         product = head(states).float().abs().max().item()
         for factor in (1.0, LARGE / product if product else 1.0):

@@ -68,6 +68,14 @@ def autocast(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast(lm.device.type, torch.bfloat16, enabled=enabled)
 
 
+def autocast_as(policy: nn.Module, reference: nn.Module | None) -> AbstractContextManager[Any]:
+    """Context in which a reference in float32, which moves towards a policy in bf16, computes as the policy does."""
+    coarse = reference is not None and causal_lm(policy).dtype == torch.bfloat16
+    if not coarse or causal_lm(reference).dtype != torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(causal_lm(policy).device.type, torch.bfloat16)
+
+
 def arguments(precision: str) -> dict[str, Any]:
     """TrainingArguments of a precision's optimizer. Raises SalsaError if torchao is needed and not installed."""
     chosen = PRECISIONS[precision]

@@ -19,6 +19,7 @@ from salsa_peft.data.chat.turn_ends import AssistantTurn
 from salsa_peft.models.base import hidden_states, packed_options
 from salsa_peft.models.batches import split_by_length, split_by_tokens
 from salsa_peft.models.logprobs import Head, TokenLogprobs, token_logprobs
+from salsa_peft.utils.errors import require
 
 
 class Responses(NamedTuple):
@@ -118,6 +119,7 @@ class Sequences:
         """Number of tokens of each prompt, and of each response."""
         self.lengths = [sum(pair) for pair in zip(self.prompts, self.responses, strict=True)]
         """Number of tokens of each sequence."""
+        require(all(self.lengths), "responses: a prompt and its response have no tokens together; leave such rows out")
 
     def batches(self, rows: Sequence[int], limit: int, tokens: int | None, *, packed: bool = False) -> list[list[int]]:
         """Split rows for forward passes of at most `limit` rows and `tokens` tokens. packed: without padding."""

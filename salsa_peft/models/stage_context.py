@@ -24,7 +24,14 @@ from salsa_peft.data.datasets import prompt_tokens
 from salsa_peft.models import precision, sharding
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.architectures import checks, memory
-from salsa_peft.models.base import causal_lm_class, device, load_base, load_classifier, resolve_dtype
+from salsa_peft.models.base import (
+    causal_lm_class,
+    device,
+    load_base,
+    load_classifier,
+    resolve_dtype,
+    use_autocast_from_the_start,
+)
 from salsa_peft.models.tokenizers import compare_tokenizer, load_tokenizer
 from salsa_peft.models.weights import cast_weights, save_checkpoint
 from salsa_peft.utils.console import progress_bar, say
@@ -73,6 +80,12 @@ class StageContext:
     def load_base(self) -> PreTrainedModel:
         """Load the base as a frozen causal language model."""
         return self._load(load_base, None, trained=False)
+
+    def load_moving(self) -> PreTrainedModel:
+        """Load the base as a frozen float32 model that moves towards a policy, and computes as the policy does."""
+        model: Any = self.load_base()
+        use_autocast_from_the_start(model)
+        return model.float()
 
     def empty_model(self) -> PreTrainedModel:
         """Make the base's model on the meta device, where weights have shapes but no values."""

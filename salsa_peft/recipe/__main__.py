@@ -110,7 +110,7 @@ def _gpu(text: str) -> Gpu:
         size = float(text)
     except ValueError:
         size = math.nan
-    if not 0 < size < 10_000:
+    if not 0 < size < 1_000:  # 5090 is the name of a GPU and no size
         raise argparse.ArgumentTypeError(
             f"{text} is neither a known GPU ({', '.join(GPUS)}) nor a memory size in GiB such as 24"
         )

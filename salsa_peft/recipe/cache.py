@@ -118,8 +118,11 @@ def with_commits(recipe: Recipe, *, record: bool) -> Recipe:
 def unknown_commits(recipe: Recipe) -> list[str]:
     """A line about the repositories on the Hub whose commits with_commits has not found; none if it has found all."""
     unknown = [one.name for one in repositories(recipe).values() if not COMMIT.match(one.revision or "")]
-    line = f"not known on the Hub or in its local cache: the commit of {', '.join(dict.fromkeys(unknown))}"
-    return [f"{line}; a change there will not be noticed"] if unknown else []
+    names = ", ".join(dict.fromkeys(unknown))
+    line = (
+        f"the commit of {names} is unknown (not on the Hub and not in its local cache): a change there is not noticed"
+    )
+    return [line] if unknown else []
 
 
 def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:
@@ -172,13 +175,18 @@ def why_new(parts: dict[str, Any], results: Path) -> str:
     old, new = _flat(before.get("key_parts") or {}), _flat(parts)
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if not old or not changed:
-        return "outdated: the finished result is of an earlier version of salsa-peft"
+        return "outdated: the finished result was made by an earlier version of salsa-peft"
     changed.sort(key=lambda name: ORDER.index(name[0]))
     kind, name = changed[0]
-    values = " → ".join(short(found.get((kind, name), "none")).strip("'") for found in (old, new))
+    values = " → ".join(_shown(found.get((kind, name), "none")) for found in (old, new))
     words = {"inputs": f"its input {name} has changed", "files": "a file or folder that it reads has changed"}
     more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     return f"outdated: {words.get(kind, f'{name} {values}')}{more}"
+
+
+def _shown(value: Any) -> str:
+    """A value as in a recipe: null, true and false, and text without quotes."""
+    return short(value).strip("'") if not (value is None or isinstance(value, bool)) else json.dumps(value)
 
 
 ORDER = ("stage", "versions", "slice", "files", "inputs")

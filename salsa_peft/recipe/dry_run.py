@@ -58,9 +58,10 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
         console.print(Text(f"{line}\n"))
     header = ["training", "batch", "steps", "a kill costs at most"]
     _print(console, header, [[*row, kill_cost(recipe, row[0].split(",")[0])] for row in _training_rows(recipe)])
-    points = "one point of landscape, " if recipe.landscape is not None else ""
-    whole = "and the whole of any other stage but judge, which keeps every reply"
-    console.print(Text(f"a kill costs at most {points}one batch of answers of evaluate, {whole}\n"))
+    points = "landscape one point, " if recipe.landscape is not None else ""
+    replies = "" if recipe.evaluate.judge is None else "judge the replies that it waits for, "
+    rest = f"{points}evaluate one batch of answers, {replies}every other stage all its work"
+    console.print(Text(f"elsewhere a kill costs at most: {rest}\n"))
     _print_memory(console, loaded, gpu)
     header, rows, notes = hours.table(recipe, plan, gpu)
     if rows:

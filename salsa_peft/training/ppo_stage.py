@@ -68,7 +68,7 @@ def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple
         return model, references
     model, frozen = context.load_trainable(seeds[0]), []
     for reference in wanted:
-        own = context.load_base() if reference.sync_every is None else context.load_base().float()
+        own = context.load_base() if reference.sync_every is None else context.load_moving()
         load_reference(own, reference, context, job.inputs)
         sync = {"sync_every": reference.sync_every, "mixup_alpha": reference.mixup_alpha}
         frozen.append(freeze(model, own, reference.label)._replace(**sync))  # type: ignore[arg-type]
@@ -118,9 +118,10 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.ppo.skipped,
     }
-    for limit in (trainer.micro_batch_limit, trainer.rollout_maker.micro_batch_limit):
+    maker = trainer.rollout_maker
+    for limit in (trainer.micro_batch_limit, maker.scoring_limit, maker.micro_batch_limit):
         if limit.rows < limit.configured:  # halved after an out-of-memory error
-            facts[limit.option] = limit.rows
+            facts[limit.option] = min(limit.rows, facts.get(limit.option, limit.rows))
     if not trainer.is_world_process_zero():
         return facts
     context.write_fingerprint(job.folder)

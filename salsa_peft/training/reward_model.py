@@ -78,7 +78,8 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
             found = {"seed": seed, **train(job, trainer, folder), **facts}
             if trainer.is_world_process_zero():
                 write_atomic(metrics, json.dumps(found, indent=2))
-                checkpoints.remove_all(folder)
+        if trainer is None or trainer.is_world_process_zero():
+            checkpoints.remove_all(folder)  # also those of a member that was finished just before a kill
         members.append(read_json(metrics) if finished else found)
     names = [f"seed-{seed}" for seed in seeds]
     if trainer.is_world_process_zero():

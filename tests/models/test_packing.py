@@ -6,6 +6,7 @@ anywhere. Of flash attention everything but its kernel is Transformers' own code
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flash_kernel
@@ -14,10 +15,14 @@ import torch
 import transformers
 from flash_kernel import use_flash
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import flash_attention
 
 from salsa_peft.models.base import has_only_attention, hidden_states, keeps_rows_apart, packs_rows
+from salsa_peft.models.logprobs import check_head
 from salsa_peft.models.responses import Sequences, last_states, pad_responses
+from salsa_peft.training.ppo.checks import check_noise
 
+TARGET_DTYPE = flash_attention.get_target_dtype
 SIZES: dict[str, Any] = {
     "vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -135,6 +140,25 @@ def test_states_under_flash_attention(kind: str, sequences: Sequences, flash: No
             expected = last_states(plain, sequences.forward_batch([2, 0, 3, 1]))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     check_states(plain, sequences, packed=False)
+
+
+def test_probes_of_float32_weights_run_in_16_bits(flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention refuses float32, in which full weights are trained under autocast."""
+    checked, kernel = [], flash_kernel.kernel
+
+    @functools.wraps(kernel)  # Transformers reads its arguments' names
+    def half(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        checked.append(q.dtype)
+        return kernel(q, *args, **options)
+
+    monkeypatch.setattr(flash_kernel, "kernel", half)
+    flash_kernel.install(monkeypatch)
+    monkeypatch.setattr(flash_attention, "get_target_dtype", TARGET_DTYPE)
+    model = flash_model("llama", {})
+    assert model.dtype == torch.float32 and packs_rows(model)
+    check_head(model)
+    check_noise(model)
+    assert set(checked) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", RECURRENT)

@@ -132,15 +132,16 @@ def test_ppo_evaluation_landscape_and_measures_compute_the_same_numbers(
     assert not torch.equal(rollout.scores, rollout.scores.bfloat16().float()), "the score head is float32"
 
 
+@pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "chosen"), [("float32", "master"), ("bfloat16", "master"), pytest.param("bfloat16", "stochastic", marks=TORCHAO)]
 )  # fmt: skip
 def test_trained_full_weights_compute_what_frozen_ones_do(
-    make_context: Any, tmp_path: Path, dtype: str, chosen: str
+    make_context: Any, tmp_path: Path, dtype: str, chosen: str, moving: bool
 ) -> None:
     """Float32 masters under autocast, a reference of the same weights in bf16, and evaluation: equal to the bit, and the KL is 0."""
     context = make_context(dtype, None, precision=chosen)
-    reference, base = context.load_base(), context.load_base()
+    reference, base = context.load_moving() if moving else context.load_base(), context.load_base()
     save_checkpoint(base, tmp_path / "seed", context.tokenizer)  # as a seed is saved in `dtype`
     policy = context.load_trainable(tmp_path / "seed")
     assert {weight.dtype for weight in policy.parameters()} == {precision.PRECISIONS[chosen].weights}

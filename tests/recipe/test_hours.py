@@ -158,7 +158,9 @@ def test_the_table_before_and_after_a_run(tmp_path: Path) -> None:
     assert part[1][0][-2:] == ["12:31; the rest 16:40 at the measured pace", "8:20 (1 of 3)"]
     without = hours.table(recipe, plan_of(tmp_path, {"seed-0": 500.0}), None)
     assert without[1][0][-2:] == ["25:00 at the measured pace", "8:20 (1 of 3)"]
-    assert without[2][-1].startswith("hours: this machine lists no GPU; --gpu with H200, H100")
+    assert without[2][-1].startswith(
+        "no hours, because this machine has no GPU; name a GPU to plan for: --gpu H200, H100"
+    )
     done = hours.table(recipe, plan_of(tmp_path, {f"seed-{n}": 300.0 for n in range(3)}), H100)
     assert done[1][0][-2:] == ["12:31", "15:00"]
 
@@ -170,7 +172,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     plan = capsys.readouterr().out
     assert "A100-80, 80 GiB" in plan and "35% of A100-80's 312 TFLOP/s" in plan and "sft, 3 units" in plan
     assert salsa_run(["llama2_full", "--dry-run", "--gpu", "24"]) == 0
-    assert "hours: the speed of --gpu is not known; --gpu with H200" in capsys.readouterr().out
+    assert (
+        "no hours, because the speed of --gpu is not known; name a GPU to plan for: --gpu H200"
+        in capsys.readouterr().out
+    )
     here = Gpu("NVIDIA H200", 140 * 2**30, Speed(989e12, 4.8e12))
     monkeypatch.setattr(hardware, "gpus", lambda: [here])
     assert salsa_run(["llama2_full", "--dry-run"]) == 0

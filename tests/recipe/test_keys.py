@@ -160,7 +160,7 @@ class TestWhy:
         run = tmp_path / "run"
         (run / "sft" / "seed-0" / "0123456789ab").mkdir(parents=True)
         (run / "sft" / "seed-0" / "0123456789ab" / "manifest.json").write_text('{"key": "0123", "files": {}}')
-        said = "outdated: the finished result is of an earlier version of salsa-peft"
+        said = "outdated: the finished result was made by an earlier version of salsa-peft"
         assert self.why(units(), run, "sft/seed-0") == said
         assert self.why(units(), run, "sft/seed-1") == "new"
 

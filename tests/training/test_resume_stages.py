@@ -151,6 +151,8 @@ def test_a_reward_model_that_was_trained_is_not_trained_again(whole: Any, name: 
     first = (place / "seed-0" / "metrics.json").stat().st_mtime_ns
     assert [path.name for path in checkpoints.checkpoints(place / "seed-1")] == ["checkpoint-3"]
     assert not checkpoints.checkpoints(place / "seed-0")
+    (place / "seed-0" / "checkpoint-9").mkdir()  # as after a kill just before it is removed
+    (place / "seed-0" / "checkpoint-9" / "trained.pt").write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch:
         stop_at(3, patch, seed=1)  # where it goes on
         with pytest.raises(Stopped):

@@ -181,7 +181,7 @@ class PPOOptions:
             (self.rollout_compile, "rollout_compile: a compiled step records no log-probs"),
             (
                 self.old_logprobs == "rollout",
-                "old_logprobs rollout: these are the sampler's already, so every ratio is 1",
+                "old_logprobs rollout: the old log-probs are then the sampler's, so that every ratio is 1",
             ),
         ):
             require(

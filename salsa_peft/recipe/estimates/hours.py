@@ -143,8 +143,8 @@ def _notes(found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
     notes = []
     if any(one.planned.at_most for units in found.values() for one in units):
         notes.append(
-            "at most: a response counts generation.max_new_tokens tokens, and a sequence of data that is not in a local"
-            " JSONL file model.max_length"
+            "at most: every response is counted as generation.max_new_tokens tokens, and every sequence that is not in a"
+            " local JSONL file as model.max_length tokens"
         )
     if gpu is not None and gpu.speed is not None:
         flops, bandwidth = gpu.speed
@@ -153,8 +153,8 @@ def _notes(found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
             f" {BANDWIDTH_SHARE:.0%} of its {bandwidth / 1e12:.2f} TB/s in decoding; neither share has been measured"
         )
     else:
-        here = "this machine lists no GPU" if gpu is None else f"the speed of {gpu.name} is not known"
-        notes.append(f"hours: {here}; --gpu with {', '.join(GPUS)} plans for one")
+        here = "this machine has no GPU" if gpu is None else f"the speed of {gpu.name} is not known"
+        notes.append(f"no hours, because {here}; name a GPU to plan for: --gpu {', '.join(GPUS)}")
     return notes
 
 

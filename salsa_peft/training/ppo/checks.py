@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids, tokenizer_notes
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, keep_4bit_layout
+from salsa_peft.models.base import autocast_for_flash_attention, causal_lm, keep_4bit_layout
 from salsa_peft.models.logprobs import check_head, head_of
 from salsa_peft.models.precision import require_float32, uses_autocast
 from salsa_peft.models.tokenizers import PREPARED_TOKENIZERS
@@ -134,7 +134,8 @@ def check_noise(model: PeftModel | PreTrainedModel) -> None:
     """
     lm = causal_lm(model)
     probe, training, logits = torch.tensor([[1, 2, 3]], device=lm.device), lm.training, []
-    with torch.no_grad(), torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), autocast_for_flash_attention(lm):
         for mode in (False, True):
             lm.train(mode)
             logits.append(lm(input_ids=probe, use_cache=False).logits.float())

@@ -22,6 +22,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, packs_rows
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
+from salsa_peft.models.precision import autocast_as
 from salsa_peft.models.responses import (
     ForwardBatch,
     Responses,
@@ -101,8 +102,10 @@ class RolloutMaker:
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
         self.device_contexts = place_frozen_models(references, reward, args)
         world = accelerator.num_processes
-        self.micro_batch_limit = MicroBatchLimit(
-            args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", single_process=world == 1
+        rows = args.rollout_batch_size or -(-args.batch_size // world)
+        # two, because an out-of-memory error in scoring, whose batches have few rows, does not limit sampling
+        self.micro_batch_limit, self.scoring_limit = (
+            MicroBatchLimit(rows, "rollout_batch_size", single_process=world == 1) for _ in range(2)
         )
         self.scale = RunningScale()
 
@@ -128,7 +131,7 @@ class RolloutMaker:
             sequences = Sequences(responses, args.min_new_tokens)
             given = recorded if args.old_logprobs == "rollout" else None
             largest = max(map(len, self._score_batches(sequences)))
-            logprobs, entropy, values, kl = self.micro_batch_limit.run(lambda: self._score(sequences, given), largest)
+            logprobs, entropy, values, kl = self.scoring_limit.run(lambda: self._score(sequences, given), largest)
             scores = self._reward_scores(responses, sequences, [prompt.row for prompt in prompts])
         made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         named = {"score": scores, "log-prob": logprobs, "value": values, "KL": kl}
@@ -215,8 +218,9 @@ class RolloutMaker:
 
     def _score_batches(self, sequences: Sequences) -> list[list[int]]:
         """Row indices of each forward pass in which this process scores."""
-        limit, tokens, packed = self.micro_batch_limit.rows, self.args.micro_batch_tokens, packs_rows(self.model.policy)
-        return sequences.batches(self._own_rows(sequences.lengths), limit, tokens, packed=packed)
+        limit, packed = min(self.scoring_limit.rows, self.micro_batch_limit.rows), packs_rows(self.model.policy)
+        rows, tokens = self._own_rows(sequences.lengths), self.args.micro_batch_tokens
+        return sequences.batches(rows, limit, tokens, packed=packed)
 
     def _reward_scores(self, responses: Responses, sequences: Sequences, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""
@@ -260,7 +264,8 @@ class RolloutMaker:
         args, head, totals = self.args, self.head(), [torch.zeros_like(own) for own in logprobs]
         for reference, on_device in zip(self.references, self.device_contexts, strict=True):
             model, reference_head = self.model.policy, head
-            with on_device(), self.accelerator.autocast(), lora.active(self.model.policy, reference.adapter):
+            computed = autocast_as(self.model.policy, reference.model)
+            with on_device(), self.accelerator.autocast(), computed, lora.active(self.model.policy, reference.adapter):
                 if reference.model is not None:
                     model, reference_head = reference.model, self.head(reference.model)
                 packed = packs_rows(model)

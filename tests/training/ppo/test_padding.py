@@ -100,7 +100,9 @@ def test_a_forward_pass_of_few_rows_that_does_not_fit_is_split(written: Any) -> 
     trainer.model.policy.get_base_model().model.register_forward_pre_hook(small_card, with_kwargs=True)
     trainer.train()
     assert refused == {False: [4], True: [4]}
-    assert trainer.micro_batch_limit.rows == trainer.rollout_maker.micro_batch_limit.rows == 2
+    maker = trainer.rollout_maker
+    assert trainer.micro_batch_limit.rows == maker.scoring_limit.rows == 2
+    assert maker.micro_batch_limit.rows == 8  # sampling goes on as before
 
 
 ROWS = [(3, 1), (30, 7), (1, 1), (5, 1), (33, 2), (2, 30), (17, 9), (8, 30)]
