@@ -70,10 +70,10 @@ def autocast(model: nn.Module) -> AbstractContextManager[Any]:
 
 def autocast_as(policy: nn.Module, reference: nn.Module | None) -> AbstractContextManager[Any]:
     """Context in which a reference in float32, which moves towards a policy in bf16, computes as the policy does."""
-    coarse = reference is not None and causal_lm(policy).dtype == torch.bfloat16
-    if not coarse or causal_lm(reference).dtype != torch.float32:
+    lm = causal_lm(policy)
+    if reference is None or (lm.dtype, causal_lm(reference).dtype) != (torch.bfloat16, torch.float32):
         return contextlib.nullcontext()
-    return torch.autocast(causal_lm(policy).device.type, torch.bfloat16)
+    return torch.autocast(lm.device.type, torch.bfloat16)
 
 
 def arguments(precision: str) -> dict[str, Any]:

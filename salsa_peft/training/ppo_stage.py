@@ -110,7 +110,7 @@ def run(job: Job) -> dict[str, Any]:
         if not recipe.sharded:
             cast_weights(model, trainer.saved_dtype)
     trainer.save_model(str(job.folder))
-    facts = {
+    facts: dict[str, Any] = {
         "reference": ", ".join(reference.label for reference in references),
         "kl_coef": {"start": trainer.args.kl_coef, "end": trainer.ppo.kl_coef},
         "updates": trainer.ppo.update,
