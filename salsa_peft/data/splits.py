@@ -63,8 +63,8 @@ def split_by_prompt(prompts: Sequence[Hashable], held_out: int) -> Split:
 def _nearest(sizes: Mapping[Hashable, int], wanted: int, pairs: int) -> set[Hashable]:
     """The prompts whose pairs are nearest to `wanted` in number, from 1 to pairs − 1: a subset sum, exactly.
 
-    sizes: prompt → number of its pairs. Bit n of `reached` says that the prompts so far have a subset of n pairs. A number
-    above `wanted` that cannot lose a prompt without falling below it exceeds it by less than the largest prompt.
+    sizes: prompt → number of its pairs. Bit n of `reached` says that the prompts so far have a subset of n pairs. Numbers
+    above `wanted` plus the largest prompt's are left out: without one of their prompts they would be nearer.
     """
     limit = min(pairs - 1, wanted + max(sizes.values()))
     reached, last = 1, {}

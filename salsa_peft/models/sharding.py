@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.trainer import SCHEDULER_NAME
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -134,12 +136,15 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = Tru
     return module.load_state_dict(cut, strict=strict)
 
 
-def save_sharded_optimizer(accelerator: Accelerator, optimizer: Any, model: Any, folder: str) -> None:
-    """Save the optimizer's shards under FSDP or DeepSpeed.
+def save_optimizer_and_scheduler(trainer: Any, folder: str) -> None:
+    """Save the optimizer's shards under FSDP or DeepSpeed, and the schedule, in Trainer's files.
 
     Trainer's own method would also save all weights, which the checkpoint has already.
     """
+    accelerator = trainer.accelerator
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine_of(accelerator).save_checkpoint(folder, exclude_frozen_parameters=True)
     else:
-        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, trainer.optimizer, trainer.model, folder)
+    if trainer.args.should_save:
+        torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)

@@ -23,7 +23,6 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME
 
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import forward
@@ -195,13 +194,10 @@ class Resumable(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save optimizer and scheduler. With sharded weights, the weights are not saved a second time."""
-        if not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            sharding.save_optimizer_and_scheduler(self, output_dir)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        sharding.save_sharded_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
-        assert self.lr_scheduler is not None
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_progress(self, folder: Path) -> None:
         """Save this process's sums of losses, metrics that are not logged yet, and TRL's counters."""

@@ -21,6 +21,7 @@ from salsa_peft.models.base import has_only_attention, hidden_states, keeps_rows
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.models.responses import Sequences, last_states, pad_responses
 from salsa_peft.training.ppo.checks import check_noise
+from salsa_peft.utils.errors import SalsaError
 
 TARGET_DTYPE = flash_attention.get_target_dtype
 SIZES: dict[str, Any] = {
@@ -159,6 +160,13 @@ def test_probes_of_float32_weights_run_in_16_bits(flash: None, monkeypatch: pyte
     check_head(model)
     check_noise(model)
     assert set(checked) == {torch.bfloat16}
+
+
+def test_a_row_without_tokens_is_refused() -> None:
+    """It has no last token, and would get the score of the row before it."""
+    responses = pad_responses([[3], []], [[4, 2], []], 0, (2,), torch.device("cpu"))
+    with pytest.raises(SalsaError, match="no tokens together"):
+        Sequences(responses)
 
 
 @pytest.mark.parametrize("kind", RECURRENT)

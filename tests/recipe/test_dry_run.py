@@ -120,6 +120,7 @@ def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     for words, line in (
         (["--gpu", "24"], "--gpu needs --dry-run"),
         (["--dry-run", "--gpu", "big"], "big is neither a known GPU (H200,"),
+        (["--dry-run", "--gpu", "5090"], "5090 is neither a known GPU (H200,"),
     ):
         with pytest.raises(SystemExit) as caught:
             salsa_run(["llama2_full", *words])

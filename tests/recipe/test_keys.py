@@ -134,6 +134,8 @@ class TestWhy:
         assert self.why(changed, run, "data/demonstrations") is None
         assert self.why(changed, run, "sft/seed-0") == "outdated: sft.learning_rate 0.0002 → 0.5"
         assert self.why(changed, run, "reward") == "outdated: its input sft/seed-0 has changed"
+        words = units("sft.gradient_checkpointing=true")
+        assert self.why(words, run, "sft/seed-0") == "outdated: sft.gradient_checkpointing false → true"
         both = units("sft.learning_rate=0.5", "sft.weight_decay=0.25")
         assert self.why(both, run, "sft/seed-0") == "outdated: sft.learning_rate 0.0002 → 0.5 (and 1 more)"
         with (tmp_path / "demonstrations.jsonl").open("a") as file:

@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from salsa_peft.config.options.guards import parse_guards
@@ -418,13 +418,10 @@ class SalsaPPOTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save optimizer and scheduler. With sharded weights, the weights are not saved a second time."""
-        if not self.sharded:
+        if self.sharded:
+            sharding.save_optimizer_and_scheduler(self, output_dir)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        sharding.save_sharded_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
-        assert self.lr_scheduler is not None
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and scheduler, then apply learning rates that differ from the checkpoint's."""
