@@ -90,7 +90,12 @@ class PPOOptions:
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount factor γ (TRL's default)."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """λ of generalized advantage estimation (TRL's default)."""
+    """λ of generalized advantage estimation, for the policy's advantages (TRL's default)."""
+    lam_value: Annotated[float, Field(ge=0, le=1)] | None = None
+    """λ of the returns that the critic learns (VC-PPO, arXiv 2503.01491, has 1). None: the λ of the advantages."""
+    lam_length_alpha: Positive | None = None
+    """α of a length-dependent λ for the policy's advantages, λ = 1 − 1 / (α · response length), at least 0, in place of
+    `lam` (VAPO, arXiv 2504.05118, with α 0.05 for answers of thousands of tokens). None: `lam`."""
     cliprange: Positive = 0.2
     """Clip range ε of the probability ratio in the policy loss (TRL's default)."""
     cliprange_value: Positive = 0.2
@@ -188,6 +193,11 @@ class PPOOptions:
                 not (self.corrects_sampling and conflict),
                 f"{prefix}importance_sampling_correction: true does not work with {why}. Set it to false",
             )
+        require(
+            self.lam_length_alpha is None or self.lam == PPOOptions.lam,
+            f"{prefix}lam: {self.lam:g} has no effect with lam_length_alpha, from which the policy's λ is computed; remove"
+            " one of the two (lam_value is the critic's λ)",
+        )
         require(
             self.kl_coef_min <= self.kl_coef,
             f"{prefix}kl_coef: {self.kl_coef:g} is below kl_coef_min {self.kl_coef_min:g}; change one of the two",

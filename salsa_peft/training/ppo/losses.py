@@ -62,22 +62,36 @@ class Advantages(NamedTuple):
     returns: Tensor
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Advantages:
-    """Generalized advantage estimation (Schulman et al., 2016) over the response.
+def discounted_sums(terms: Tensor, decay: float | Tensor) -> Tensor:
+    """Sums over the rest of the row, S_t = x_t + decay · S_{t+1}, of terms (B, T). decay: a number, or one per row (B,)."""
+    sums = torch.empty_like(terms)
+    later = torch.zeros_like(terms[:, 0])
+    for t in reversed(range(terms.shape[1])):
+        later = terms[:, t] + decay * later
+        sums[:, t] = later
+    return sums
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float | Tensor,
+        lam_value: float | Tensor | None = None) -> Advantages:  # fmt: skip
+    """Generalized advantage estimation (Schulman et al., 2016) over the response, with a λ of its own for the critic.
 
     δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1}, returns = A + V; the value after the last token is 0. rewards,
-    values, mask: (B, T). In each row of the mask the True values are consecutive, beginning at the first token.
+    values, mask: (B, T). In each row of the mask the True values are consecutive, beginning at the first token. lam: λ
+    of the advantages, for all responses or for each (B,). lam_value: λ of the returns (decoupled GAE: VC-PPO, arXiv
+    2503.01491); None: lam.
     """
-    zeros = torch.zeros_like(rewards[:, 0])
-    advantages = torch.zeros_like(rewards)
-    values = torch.where(mask, values, torch.zeros_like(values))
-    next_advantage, next_value = zeros, zeros
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, zeros)
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
-    return Advantages(advantages, torch.where(mask, advantages + values, torch.zeros_like(values)))
+    values = torch.where(mask, values, 0.0)
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    deltas = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    advantages = discounted_sums(deltas, gamma * lam)
+    to_returns = advantages if lam_value is None else discounted_sums(deltas, gamma * lam_value)
+    return Advantages(advantages, to_returns + values)
+
+
+def length_dependent_lam(mask: Tensor, alpha: float) -> Tensor:
+    """λ of each response (B,), 1 − 1 / (α · length), at least 0 (VAPO, arXiv 2504.05118). mask: (B, T)."""
+    return (1 - 1 / (alpha * mask.sum(-1))).clamp(min=0.0)
 
 
 def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, mode: str) -> Tensor:

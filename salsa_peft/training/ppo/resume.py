@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 ROLLOUT, REFERENCES = "rollout.safetensors", "references.safetensors"
 REQUIRED = (
     "seed", "batch_size", "num_mini_batches", "num_ppo_epochs", "max_new_tokens", "min_new_tokens", "temperature",
-    "kl_estimator", "kl_per", "kl_control", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "value",
-    "whiten_rewards", "missing_eos_penalty", "score_clip", "normalize_scores", "optim", "optim_args", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon",
+    "kl_estimator", "kl_per", "kl_control", "gamma", "lam", "lam_value", "lam_length_alpha", "cliprange",
+    "cliprange_value", "vf_coef", "value", "whiten_rewards", "missing_eos_penalty", "score_clip", "normalize_scores",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 """Options that must match on resume."""
 CHANGEABLE = (

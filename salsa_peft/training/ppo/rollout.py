@@ -143,7 +143,9 @@ class RolloutMaker:
         rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
         if args.whiten_rewards:
             rewards = losses.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = losses.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        alpha = args.lam_length_alpha
+        lam = args.lam if alpha is None else losses.length_dependent_lam(mask, alpha)
+        advantages, returns = losses.gae(rewards, values, mask, gamma=args.gamma, lam=lam, lam_value=args.lam_value)
         advantages = losses.whiten(advantages, mask)
         self.model.train()
         rollout = Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)

@@ -54,6 +54,40 @@ class TestGAE:
                 assert found.advantages[b, t].item() == pytest.approx(expected, abs=1e-5)
                 assert found.returns[b, t].item() == pytest.approx(expected + v[t] if t < length else 0.0, abs=1e-5)
 
+    @PROPERTY
+    @given(LENGTHS, st.integers(0, 999), st.floats(0, 1), st.floats(0, 1), st.sampled_from(POISON))
+    def test_the_critics_lambda_is_decoupled(
+        self, lengths: list[int], seed: int, gamma: float, lam_value: float, poison: float
+    ) -> None:
+        """The advantages with each response's own λ, the returns with the critic's: two double sums over the same δ."""
+        mask, (rewards, values) = mask_of(lengths), draw(lengths, seed, 2)
+        lams = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed))
+        found = losses.gae(
+            poisoned(rewards, mask, poison), poisoned(values, mask, poison), mask, gamma=gamma, lam=lams, lam_value=lam_value
+        )  # fmt: skip
+        for b, length in enumerate(lengths):
+            r, v = rewards[b].tolist(), [*values[b, :length].tolist(), 0.0]
+            delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
+            for t in range(length):
+                rest = range(t, length)
+                advantage = sum((gamma * lams[b].item()) ** (k - t) * delta[k] for k in rest)
+                target = sum((gamma * lam_value) ** (k - t) * delta[k] for k in rest) + v[t]
+                assert found.advantages[b, t].item() == pytest.approx(advantage, abs=1e-5)
+                assert found.returns[b, t].item() == pytest.approx(target, abs=1e-5)
+            assert not found.advantages[b, length:].any() and not found.returns[b, length:].any()
+
+    def test_the_critics_lambda_by_hand(self) -> None:
+        """γ = 1, rewards (0, 3), values (1, 2): δ = (1, 1). λ = 0: advantages (1, 1). λ = 1: returns (1 + 1 + 1, 1 + 2)."""
+        table = torch.ones(1, 2).bool()
+        found = losses.gae(torch.tensor([[0.0, 3]]), torch.tensor([[1.0, 2]]), table, gamma=1.0, lam=0.0, lam_value=1.0)
+        assert found.advantages.tolist() == [[1.0, 1.0]]
+        assert found.returns.tolist() == [[3.0, 3.0]]
+
+    def test_the_length_dependent_lambda_by_hand(self) -> None:
+        """α = ½: lengths 1, 2, 4, 10 give 1 − 2 → 0, 1 − 1 = 0, 1 − ½, 1 − 1/5."""
+        mask = torch.arange(10) < torch.tensor([1, 2, 4, 10])[:, None]
+        torch.testing.assert_close(losses.length_dependent_lam(mask, 0.5), torch.tensor([0.0, 0.0, 0.5, 0.8]))
+
 
 class TestWhiten:
     def test_by_hand(self) -> None:

@@ -50,15 +50,15 @@ def plain_advantages(
         rewards.append([-beta * kl / share for kl in rollout.kl[row, :length].tolist()])
         rewards[-1][-1] += scores[row]
     for row, given in enumerate(whitened(rewards, False) if args.whiten_rewards else rewards):
-        values = [*rollout.values[row, : lengths[row]].tolist(), 0.0]
-        delta = [given[t] + args.gamma * values[t + 1] - values[t] for t in range(lengths[row])]
-        advantages.append(
-            [
-                sum((args.gamma * args.lam) ** (k - t) * delta[k] for k in range(t, lengths[row]))
-                for t in range(lengths[row])
-            ]
-        )
-        returns.append([a + v for a, v in zip(advantages[-1], values, strict=False)])
+        length, values = lengths[row], [*rollout.values[row, : lengths[row]].tolist(), 0.0]
+        delta = [given[t] + args.gamma * values[t + 1] - values[t] for t in range(length)]
+        lam = args.lam if args.lam_length_alpha is None else max(0.0, 1 - 1 / (args.lam_length_alpha * length))
+        sums = [
+            [sum((args.gamma * decay) ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
+            for decay in (lam, lam if args.lam_value is None else args.lam_value)
+        ]
+        advantages.append(sums[0])
+        returns.append([a + v for a, v in zip(sums[1], values, strict=False)])
     return whitened(advantages, True), returns
 
 
@@ -67,6 +67,9 @@ def plain_advantages(
     [
         {},
         {"gamma": 0.7, "lam": 0.4},
+        {"lam": 0.4, "lam_value": 1.0},
+        {"lam_length_alpha": 0.3, "lam_value": 0.8},
+        {"lam_length_alpha": 0.3},
         {"whiten_rewards": True},
         {"kl_per": "token"},
         {"score_clip": 1.0},
