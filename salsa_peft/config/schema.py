@@ -197,6 +197,11 @@ class PPO(PPOOptions, Training):
     eval_limit: Count = 64
     """Number of prompts of eval_prompts that are used: the first ones."""
 
+    @property
+    def prompts_per_update(self) -> int:
+        """Number of prompts in a rollout batch."""
+        return self.batch_size // self.responses_per_prompt
+
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError for indivisible batch sizes, contradictory options, or an update cut by max_steps."""
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)

@@ -186,10 +186,13 @@ def _check_mode(recipe: Recipe) -> None:
     for key, found, unset in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
-        ("ppo.value", recipe.ppo.value, "head"),
         ("ppo.rollout_options.sync", sync, "merged"),
     ):
         require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
+    require(
+        recipe.ppo.value != "adapter",
+        "ppo.value: adapter needs adapters; add --lora, or set ppo.value=head, none or group",
+    )
 
 
 def _check_sharded(recipe: Recipe) -> None:
@@ -271,7 +274,7 @@ def _check_reward(recipe: Recipe) -> None:
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
     require(
-        recipe.ppo.value == "head" or recipe.reward.trained,
+        recipe.ppo.value != "adapter" or recipe.reward.trained,
         "ppo.value: `adapter` is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
         " or add adapter to reward.model",
     )

@@ -10,6 +10,9 @@ from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.config.options.rollout import check_rollout_options
 from salsa_peft.utils.errors import require
 
+CRITIC_OPTIONS = ("lam", "lam_value", "lam_length_alpha", "vf_coef", "cliprange_value", "value_head_learning_rate")
+"""Options that have no effect without a critic (value none or group), where λ is 1."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class Sampling:
@@ -62,9 +65,13 @@ class PPOOptions:
     """Upper bound of the importance ratio (TRL's default). None: no bound."""
     importance_sampling_clip_min: Annotated[float, Field(gt=0, le=1)] | None = None
     """Lower bound of the importance ratio. None: no bound (TRL's default)."""
-    value: Literal["head", "adapter"] = "head"
-    """Value model. head: a linear head on the policy's trunk. adapter: a separate adapter with a head, both
-    initialized from the reward adapter."""
+    value: Literal["head", "adapter", "none", "group"] = "head"
+    """Critic. head: a linear head on the policy's trunk. adapter: a separate adapter with a head, both
+    initialized from the reward adapter. none: no critic; an advantage is the return minus the batch's mean return.
+    group: no critic; num_generations responses to each prompt, and an advantage is the return minus the mean return of
+    the prompt's other responses (RLOO's leave-one-out baseline). docs/ppo.md compares them."""
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    """Number of responses to one prompt with `value: group` (TRL's name). batch_size counts responses."""
     logged_completions: Annotated[int, Field(ge=0)] = 4
     """Number of responses of each rollout batch that are written to completions.jsonl."""
     shown_every: Count | None = 10
@@ -127,6 +134,16 @@ class PPOOptions:
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property
+    def has_critic(self) -> bool:
+        """Whether a value function is trained."""
+        return self.value in ("head", "adapter")
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """Number of responses in a rollout batch to each of its prompts."""
+        return self.num_generations if self.value == "group" else 1
+
+    @property
     def corrects_sampling(self) -> bool:
         """Whether the policy loss is multiplied by importance weights."""
         if self.importance_sampling_correction is None:
@@ -142,6 +159,8 @@ class PPOOptions:
         count, on = self.num_mini_batches, f"{processes} processes"
         of = f"num_mini_batches {count}" + (f" × {on}" if processes > 1 else "")
         require_multiple(f"{prefix}batch_size", batch_size, count * processes, of)
+        group = self.responses_per_prompt
+        require_multiple(f"{prefix}batch_size", batch_size, group, f"num_generations {group}")
         local, share = batch_size // processes, batch_size // (count * processes)
         micro = micro_batch_size or share
         require(
@@ -160,6 +179,7 @@ class PPOOptions:
     def check_options(self, prefix: str) -> None:
         """Raise SalsaError for options that contradict one another. `prefix` starts the keys in messages."""
         parse_guards(self.guards, f"{prefix}guards")
+        self._check_critic(prefix)
         backend = self.rollout_backend
         check_rollout_options(prefix, backend, self.rollout_options)
         require(
@@ -194,15 +214,30 @@ class PPOOptions:
                 f"{prefix}importance_sampling_correction: true does not work with {why}. Set it to false",
             )
         require(
-            self.lam_length_alpha is None or self.lam == PPOOptions.lam,
-            f"{prefix}lam: {self.lam:g} has no effect with lam_length_alpha, from which the policy's λ is computed; remove"
-            " one of the two (lam_value is the critic's λ)",
-        )
-        require(
             self.kl_coef_min <= self.kl_coef,
             f"{prefix}kl_coef: {self.kl_coef:g} is below kl_coef_min {self.kl_coef_min:g}; change one of the two",
         )
         require(
             self.kl_coef_max is None or self.kl_coef <= self.kl_coef_max,
             f"{prefix}kl_coef: {self.kl_coef:g} is above kl_coef_max {self.kl_coef_max or 0:g}; change one of the two",
+        )
+
+    def _check_critic(self, prefix: str) -> None:
+        """Raise SalsaError for options of the critic or of groups that would have no effect."""
+        for name in () if self.has_critic else CRITIC_OPTIONS:
+            found, default = getattr(self, name), getattr(PPOOptions, name)
+            require(
+                found == default,
+                f"{prefix}{name}: {found} has no effect with value {self.value}, which has no critic; set"
+                f" {prefix}{name}={'null' if default is None else default}, or value=head",
+            )
+        require(
+            self.value == "group" or self.num_generations == PPOOptions.num_generations,
+            f"{prefix}num_generations: {self.num_generations} has no effect with value {self.value}; remove it, or set"
+            " value=group",
+        )
+        require(
+            self.lam_length_alpha is None or self.lam == PPOOptions.lam,
+            f"{prefix}lam: {self.lam:g} has no effect with lam_length_alpha, from which the policy's λ is computed; remove"
+            " one of the two (lam_value is the critic's λ)",
         )

@@ -126,6 +126,11 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         return self.batch_size // self.num_mini_batches
 
     @property
+    def prompts_per_update(self) -> int:
+        """Number of prompts in a rollout batch, of all processes together."""
+        return self.batch_size // self.responses_per_prompt
+
+    @property
     def micro_steps(self) -> int:
         """Number of forward and backward passes of one process for a rollout batch."""
         return self.steps_per_update * self.gradient_accumulation_steps
@@ -142,7 +147,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
             " (num_ppo_epochs × num_mini_batches)",
         )
         if self.max_steps < 1:
-            self.max_steps = math.ceil(self.num_train_epochs * (prompts // self.batch_size)) * steps
+            self.max_steps = math.ceil(self.num_train_epochs * (prompts // self.prompts_per_update)) * steps
 
 
 def _mapping(name: str, value: Any) -> Any:

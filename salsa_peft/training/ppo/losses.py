@@ -94,6 +94,25 @@ def length_dependent_lam(mask: Tensor, alpha: float) -> Tensor:
     return (1 - 1 / (alpha * mask.sum(-1))).clamp(min=0.0)
 
 
+def batch_baseline(returns: Tensor, mask: Tensor) -> Tensor:
+    """Baseline (B, T) that is the mean of the returns (B, T) over the mask at each of its tokens; 0 outside."""
+    return torch.where(mask, returns.sum() / mask.sum(), 0.0)
+
+
+def leave_one_out_baseline(returns: Tensor, mask: Tensor, group: int) -> Tensor:
+    """Baseline (B, T): the mean return, at the same position, of the other responses to the prompt; 0 outside the mask.
+
+    As RLOO (Ahmadian et al., 2024), whose return is the same at each token of a response, since only the last one has a
+    reward. Where another response has ended, its return at its last token counts. returns, mask: (B, T), with the
+    `group` responses to a prompt one after another.
+    """
+    places = torch.arange(returns.shape[1], device=returns.device)
+    reached = torch.minimum(places, mask.sum(-1, keepdim=True) - 1)
+    groups = returns.gather(1, reached).view(-1, group, returns.shape[1])
+    others = (groups.sum(1, keepdim=True) - groups) / (group - 1)
+    return torch.where(mask, others.view_as(returns), 0.0)
+
+
 def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, mode: str) -> Tensor:
     """Ratios π/q (B, T) of the policy as it is scored, π, to the sampler, q; 1 outside the mask.
 
@@ -135,21 +154,23 @@ class PPOLoss(NamedTuple):
     ratio: Tensor
 
 
-def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor,
+def ppo_loss(logprobs: Tensor, values: Tensor | None, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor,
              returns: Tensor, *, tokens: int, cliprange: float, cliprange_value: float, vf_coef: float,
              weights: Tensor | None = None) -> PPOLoss:  # fmt: skip
     """PPO's clipped losses (Schulman et al., 2017) of the n response tokens of a micro-batch. All tensors are (n,).
 
     policy = mean of w · max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =
     policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the whole minibatch,
-    so that the gradients of its micro-batches add up to the minibatch's gradient. weights: the importance weights w,
-    which have no gradient; None: 1.
+    so that the gradients of its micro-batches add up to the minibatch's gradient. values: None without a critic, and
+    then the value loss is 0. weights: the importance weights w, which have no gradient; None: 1.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
-    value_unclipped, value_clipped = (values - returns).square(), (near - returns).square()
+    value_unclipped = value_clipped = torch.zeros_like(returns)
+    if values is not None:
+        near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
+        value_unclipped, value_clipped = (values - returns).square(), (near - returns).square()
     per_token = torch.maximum(unclipped, clipped)
     policy = (per_token if weights is None else weights.detach() * per_token).sum() / tokens
     value = 0.5 * torch.maximum(value_unclipped, value_clipped).sum() / tokens

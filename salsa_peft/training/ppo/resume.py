@@ -234,10 +234,12 @@ class RunCheckpoints:
 def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
     """The REQUIRED options as name → value, and whether value_head_learning_rate is set.
 
-    With that option the value head has its own parameter group in the optimizer's state.
+    With that option the value head has its own parameter group in the optimizer's state. num_generations counts only
+    where it has an effect, because older checkpoints lack it.
     """
     own = args.value_head_learning_rate is not None
-    return {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
+    found = {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
+    return found | ({"num_generations": args.num_generations} if args.value == "group" else {})
 
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:

@@ -106,9 +106,10 @@ class SalsaPPOTrainer(Trainer):
         self.encoder = PromptEncoder.of([causal_lm(model), *frozen], args, processing_class)
         prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
         require(
-            len(prompts) >= args.batch_size,
+            len(prompts) >= args.prompts_per_update,
             f"train_dataset: {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}) are fewer than"
-            f" batch_size = {args.batch_size}. Lower batch_size, add prompts, or allow longer prompts",
+            f" batch_size{' / num_generations' * (args.value == 'group')} = {args.prompts_per_update}. Lower batch_size,"
+            " add prompts, or allow longer prompts",
         )
         args.set_max_steps(len(prompts))
         eval_prompts = None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
@@ -151,7 +152,9 @@ class SalsaPPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """DataLoader of rollout batches' prompts, each batch repeated for its micro-steps; for all processes."""
         prompts: Any = self.train_dataset
-        batches = RolloutBatches(len(prompts), self.args.batch_size, self.args.micro_steps, self.args.seed)
+        args = self.args
+        copies = args.responses_per_prompt
+        batches = RolloutBatches(len(prompts), args.prompts_per_update, args.micro_steps, args.seed, copies)
         return RolloutLoader(prompts, batch_sampler=batches, collate_fn=list)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -159,6 +162,7 @@ class SalsaPPOTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         rate = self.args.value_head_learning_rate
         if rate is not None and len(optimizer.param_groups) <= 2:
+            assert self.model.value_head is not None  # or the options would have been refused
             head = list(self.model.value_head.parameters())
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if all(p is not other for other in head)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, loss_of, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, Keeping, loss_of, plain_logprobs, roll_out
 
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.training.ppo.state import minibatches
@@ -27,7 +27,9 @@ def rows_of(trainer: SalsaPPOTrainer) -> list[dict[str, float]]:
 
 
 def with_values(trainer: SalsaPPOTrainer) -> SalsaPPOTrainer:
-    """A value head that is not zero."""
+    """A value head, if there is one, that is not zero."""
+    if trainer.model.value_head is None:
+        return trainer
     trainer.model.value_head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     return trainer
 
@@ -50,6 +52,11 @@ def plain_advantages(
         rewards.append([-beta * kl / share for kl in rollout.kl[row, :length].tolist()])
         rewards[-1][-1] += scores[row]
     for row, given in enumerate(whitened(rewards, False) if args.whiten_rewards else rewards):
+        if not args.has_critic:
+            returns.append(
+                [sum(args.gamma ** (k - t) * given[k] for k in range(t, lengths[row])) for t in range(lengths[row])]
+            )
+            continue
         length, values = lengths[row], [*rollout.values[row, : lengths[row]].tolist(), 0.0]
         delta = [given[t] + args.gamma * values[t + 1] - values[t] for t in range(length)]
         lam = args.lam if args.lam_length_alpha is None else max(0.0, 1 - 1 / (args.lam_length_alpha * length))
@@ -59,7 +66,21 @@ def plain_advantages(
         ]
         advantages.append(sums[0])
         returns.append([a + v for a, v in zip(sums[1], values, strict=False)])
+    if not args.has_critic:
+        advantages = without_critic(returns, args.num_generations if args.value == "group" else None)
     return whitened(advantages, True), returns
+
+
+def without_critic(returns: list[list[float]], group: int | None) -> list[list[float]]:
+    """The returns minus their mean over all tokens, or minus the mean of the prompt's other responses at that place."""
+    if group is None:
+        mean = statistics.fmean(x for row in returns for x in row)
+        return [[x - mean for x in row] for row in returns]
+    found = []
+    for b, row in enumerate(returns):
+        others = [returns[o] for o in range(b - b % group, b - b % group + group) if o != b]
+        found.append([x - statistics.fmean(o[min(t, len(o) - 1)] for o in others) for t, x in enumerate(row)])
+    return found
 
 
 @pytest.mark.parametrize(
@@ -70,6 +91,10 @@ def plain_advantages(
         {"lam": 0.4, "lam_value": 1.0},
         {"lam_length_alpha": 0.3, "lam_value": 0.8},
         {"lam_length_alpha": 0.3},
+        {"value": "none"},
+        {"value": "none", "gamma": 0.8, "whiten_rewards": True},
+        {"value": "group"},
+        {"value": "group", "num_generations": 2, "gamma": 0.8, "kl_per": "token", "normalize_scores": True},
         {"whiten_rewards": True},
         {"kl_per": "token"},
         {"score_clip": 1.0},
@@ -332,20 +357,6 @@ def test_the_log_of_an_update(make_trainer: Any) -> None:
     lines = (Path(str(trainer.args.output_dir)) / "completions.jsonl").read_text().splitlines()
     assert [json.loads(line)["kl"] for line in lines] == pytest.approx(kl[:3].tolist())
     assert [json.loads(line)["score"] for line in lines] == pytest.approx(score[:3].tolist())
-
-
-class Keeping:
-    """A RolloutMaker that keeps what it makes."""
-
-    def __init__(self, maker: Any, kept: list[Rollout]) -> None:
-        self._maker, self._kept = maker, kept
-
-    def __call__(self, *args: Any) -> Rollout:
-        self._kept.append(self._maker(*args))
-        return self._kept[-1]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._maker, name)
 
 
 class TestModels:

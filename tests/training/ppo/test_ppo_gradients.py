@@ -38,6 +38,15 @@ def test_the_gradient_is_that_of_the_plain_formula(make_trainer: Any, micro: int
     assert len(gradients(trainer)) == (23 if full else 30)  # 21 weights, or 28 factors, and the value head's two
 
 
+@pytest.mark.parametrize("value", ["none", "group"])
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_gradient_without_a_critic(make_trainer: Any, value: str, full: bool) -> None:
+    """The policy's term alone; nothing but the policy trains."""
+    trainer = make_trainer(micro_batch_size=2, value=value, full=full)
+    check_gradients(trainer, 2)
+    assert len(gradients(trainer)) == (21 if full else 28) and trainer.model.value_head is None
+
+
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 80, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 SCALED = {
