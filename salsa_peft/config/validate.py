@@ -205,6 +205,7 @@ def _check_sharded(recipe: Recipe) -> None:
         ("reward.seeds", short(seeds), len(seeds) == 1 or not recipe.reward.trained, f"[{seeds[0]}]"),
         ("ppo.rollout_backend", ppo.rollout_backend, ppo.rollout_backend == "hf", "hf"),
         ("ppo.rollout_compile", str(ppo.rollout_compile).lower(), not ppo.rollout_compile, "false"),
+        ("ppo.value_warmup_updates", ppo.value_warmup_updates, not ppo.value_warmup_updates, "0"),
         *((key, optim, not optim.startswith("paged"), "adamw_torch_fused") for key, optim in optims.items()),
     ):
         require(

@@ -47,6 +47,7 @@ class PolicyWithValueHead(nn.Module):
             nn.init.zeros_(self.value_head.bias)
             if start is not None:
                 self.value_head.weight.data.copy_(start)
+        self.starts_at_zero = critic and start is None
         self.toggle = lora.Toggle(policy) if isinstance(policy, PeftModel) else None
         if causal_lm(policy).is_activation_checkpointing:  # set by the user, and would not restore the active adapter
             self.activation_checkpointing_enable()
@@ -68,6 +69,18 @@ class PolicyWithValueHead(nn.Module):
         assert hidden is not None and self.value_head is not None
         # a copy, because FSDP2's hooks need an output that is no view; a cast, because ZeRO-3 holds the head in bf16
         return apply_scalar_head(self.value_head, hidden).to(torch.float32, copy=True)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of the policy, without those of the value adapter and the value head."""
+        policy, name = self.policy, self.value_adapter
+        own = set() if name is None else {id(parameter) for parameter in lora.parameters(policy, name)}
+        return [parameter for parameter in policy.parameters() if parameter.requires_grad and id(parameter) not in own]
+
+    def shift_values(self, shift: Tensor) -> None:
+        """Add a number () to all values, through the value head's bias."""
+        assert self.value_head is not None
+        bias = sharding.whole(self.value_head.bias.detach())
+        sharding.load(self.value_head, {"bias": bias + shift}, strict=False)
 
     def _states(self, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> Tensor:
         return hidden_states(self.policy, input_ids, **options).flatten(0, 1)[before]

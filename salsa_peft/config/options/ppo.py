@@ -10,7 +10,8 @@ from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.config.options.rollout import check_rollout_options
 from salsa_peft.utils.errors import require
 
-CRITIC_OPTIONS = ("lam", "lam_value", "lam_length_alpha", "vf_coef", "cliprange_value", "value_head_learning_rate")
+CRITIC_OPTIONS = ("lam", "lam_value", "lam_length_alpha", "vf_coef", "cliprange_value", "value_head_learning_rate",
+                  "value_warmup_updates")  # fmt: skip
 """Options that have no effect without a critic (value none or group), where λ is 1."""
 
 
@@ -110,7 +111,12 @@ class PPOOptions:
     vf_coef: NonNegative = 0.1
     """Weight of the value loss (TRL's default)."""
     value_head_learning_rate: Positive | None = None
-    """Learning rate of the value head, whose weights start at zero. None: learning_rate."""
+    """Learning rate of the value head, whose weights start at zero, and its bias at the first rollout batch's mean return
+    (not under DeepSpeed). None: learning_rate."""
+    value_warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Number of updates, the first ones, in which only the critic is trained, without the values' clip range, and the
+    policy and β stay as they are (VC-PPO's value pretraining). They are updates of the run like others: they count in
+    num_train_epochs, max_steps and the learning rate's schedule. Not for sharded weights."""
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance without shifting the mean (TRL's default)."""
     max_ratio: Positive = 10.0
@@ -231,6 +237,11 @@ class PPOOptions:
                 f"{prefix}{name}: {found} has no effect with value {self.value}, which has no critic; set"
                 f" {prefix}{name}={'null' if default is None else default}, or value=head",
             )
+        require(
+            self.vf_coef > 0 or not self.value_warmup_updates,
+            f"{prefix}value_warmup_updates: {self.value_warmup_updates} has no effect with vf_coef 0, with which the critic"
+            " is not trained; set value_warmup_updates=0",
+        )
         require(
             self.value == "group" or self.num_generations == PPOOptions.num_generations,
             f"{prefix}num_generations: {self.num_generations} has no effect with value {self.value}; remove it, or set"

@@ -138,7 +138,8 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     def set_max_steps(self, prompts: int) -> None:
         """If max_steps is not set, compute it from num_train_epochs, as a whole number of updates.
 
-        Raises SalsaError if max_steps is set and ends within an update. prompts: number of prompts.
+        Raises SalsaError if max_steps is set and ends within an update, or if the policy would not be trained. prompts:
+        number of prompts.
         """
         steps = self.steps_per_update
         require(
@@ -148,6 +149,12 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         )
         if self.max_steps < 1:
             self.max_steps = math.ceil(self.num_train_epochs * (prompts // self.prompts_per_update)) * steps
+        updates = self.max_steps // steps
+        require(
+            self.value_warmup_updates < updates,
+            f"value_warmup_updates: {self.value_warmup_updates} must be less than {updates}, the number of updates of the"
+            " run, or the policy would not be trained",
+        )
 
 
 def _mapping(name: str, value: Any) -> Any:

@@ -156,11 +156,11 @@ class PPOLoss(NamedTuple):
 
 def ppo_loss(logprobs: Tensor, values: Tensor | None, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor,
              returns: Tensor, *, tokens: int, cliprange: float, cliprange_value: float, vf_coef: float,
-             weights: Tensor | None = None) -> PPOLoss:  # fmt: skip
+             policy_coef: float = 1.0, weights: Tensor | None = None) -> PPOLoss:  # fmt: skip
     """PPO's clipped losses (Schulman et al., 2017) of the n response tokens of a micro-batch. All tensors are (n,).
 
     policy = mean of w · max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =
-    policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the whole minibatch,
+    policy_coef · policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the whole minibatch,
     so that the gradients of its micro-batches add up to the minibatch's gradient. values: None without a critic, and
     then the value loss is 0. weights: the importance weights w, which have no gradient; None: 1.
     """
@@ -181,7 +181,7 @@ def ppo_loss(logprobs: Tensor, values: Tensor | None, old_logprobs: Tensor, old_
             (value_clipped > value_unclipped).float().sum() / tokens,
             ratio.sum() / tokens,
         )
-    return PPOLoss(policy + vf_coef * value, policy.detach(), value.detach(), *shown)
+    return PPOLoss(policy_coef * policy + vf_coef * value, policy.detach(), value.detach(), *shown)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, responses: int, least: float = 0.0,

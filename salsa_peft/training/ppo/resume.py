@@ -234,12 +234,13 @@ class RunCheckpoints:
 def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
     """The REQUIRED options as name → value, and whether value_head_learning_rate is set.
 
-    With that option the value head has its own parameter group in the optimizer's state. num_generations counts only
-    where it has an effect, because older checkpoints lack it.
+    With that option the value head has its own parameter group in the optimizer's state. num_generations and
+    value_warmup_updates count only where they have an effect, because older checkpoints lack them.
     """
     own = args.value_head_learning_rate is not None
     found = {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
-    return found | ({"num_generations": args.num_generations} if args.value == "group" else {})
+    found["num_generations"] = args.num_generations if args.value == "group" else None
+    return found | {"value_warmup_updates": args.value_warmup_updates or None}
 
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from salsa_peft.models.responses import (
 )
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale
-from salsa_peft.models.sharding import gather_weights, gathered
+from salsa_peft.models.sharding import engine_of, gather_weights, gathered
 from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import Backend
@@ -149,11 +149,25 @@ class RolloutMaker:
         rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
         if args.whiten_rewards:
             rewards = losses.whiten(rewards, mask, shift_mean=False)
+        if update == 1 and values is not None and self.model.starts_at_zero:
+            values = self._start_value_head(values, rewards, mask)
         credit = assign_credit(rewards, values, mask, args)
         self.model.train()
         advantages = losses.whiten(credit.advantages, mask)
         rollout = Rollout(responses, logprobs, credit.values, kl, entropy, scores, advantages, credit.returns)
         return with_importance_weights(rollout, recorded[0], args) if args.corrects_sampling and recorded else rollout
+
+    def _start_value_head(self, values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+        """Set the value head's bias so that the mean value of a batch is its mean return. Returns the values (B, T).
+
+        Not under DeepSpeed, whose optimizer holds its own copy of the weights: there the values do not change.
+        """
+        if engine_of(self.accelerator) is not None:
+            return values
+        errors = losses.discounted_sums(rewards, self.args.gamma) - values
+        shift = torch.where(mask, errors, 0.0).sum() / mask.sum()
+        self.model.shift_values(shift)
+        return torch.where(mask, values + shift, 0.0)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
         """Sample responses to prompts, with the same seeds in every call. Returns responses and scores (B,)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -263,7 +264,13 @@ class SalsaPPOTrainer(Trainer):
             return forward_and_backward(micro_batch.rows)
 
         largest = max(map(len, self._forward_batches(micro_batch.sequences, micro_batch.rows)))
-        return self.micro_batch_limit.run(run, largest)
+        loss = self.micro_batch_limit.run(run, largest)
+        if self.ppo.trains_critic_only(
+            self.args
+        ):  # without gradient, neither the norm nor the optimizer counts a weight
+            for parameter in self.model.policy_parameters():
+                parameter.grad = None
+        return loss
 
     def _forward_batches(self, sequences: Sequences, rows: list[int]) -> list[list[int]]:
         """Split the rows of a micro-batch for forward passes with little padding.
@@ -291,14 +298,14 @@ class SalsaPPOTrainer(Trainer):
             table.flatten()[batch.cells]
             for table in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         )
-        weights = rollout.importance_weights
+        weights, warmup = rollout.importance_weights, self.ppo.trains_critic_only(args)
         with self.accelerator.autocast():  # as in the rollout, so that the first ratio is 1
             states, values = model(batch.input_ids, batch.before, batch.options)
             logprobs = response_logprobs(states, batch, self.rollout_maker.head()).logprobs
         return losses.ppo_loss(
             logprobs, values, old_logprobs, old_values, advantages, returns, tokens=micro_batch.tokens,
-            cliprange=args.cliprange, cliprange_value=args.cliprange_value, vf_coef=args.vf_coef,
-            weights=None if weights is None else weights.flatten()[batch.cells],
+            cliprange=args.cliprange, cliprange_value=math.inf if warmup else args.cliprange_value, vf_coef=args.vf_coef,
+            policy_coef=float(not warmup), weights=None if weights is None else weights.flatten()[batch.cells],
         )  # fmt: skip
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
@@ -347,7 +354,7 @@ class SalsaPPOTrainer(Trainer):
             if self.is_world_process_zero():
                 say(alarm.message)
         self.log({**row, "lr": self._get_learning_rate(), "seconds": time.perf_counter() - ppo.started})
-        if args.kl_control == "adaptive":
+        if args.kl_control == "adaptive" and not ppo.trains_critic_only(args):
             ppo.kl_coef = losses.adapt_kl_coef(
                 ppo.kl_coef, row["objective/kl"], target=args.kl_target, horizon=args.kl_horizon,
                 responses=args.batch_size, least=args.kl_coef_min, most=args.kl_coef_max,

@@ -31,7 +31,7 @@ from salsa_peft.training.ppo.checks import check_sharding
 from salsa_peft.utils.errors import SalsaError
 
 CONFIGS = ROOT / "recipes" / "accelerate"
-PLAIN = {"rollout_backend": "hf", "rollout_compile": False, "micro_batch_tokens": None}
+PLAIN = {"rollout_backend": "hf", "rollout_compile": False, "micro_batch_tokens": None, "value_warmup_updates": 0}
 """Options that sharded weights allow."""
 
 
@@ -203,11 +203,12 @@ def test_tied_embeddings_a_value_adapter_and_a_resumed_run(
 @pytest.mark.timeout(600)
 def test_processes_that_make_different_numbers_of_forward_passes(one: Any, tmp_path: Path) -> None:
     """DDP, with the rows of a micro-batch split by tokens: the gradients of all processes are added up once a step. And a run
-    without a critic, whose groups two processes sample together."""
-    with launched("ddp", tmp_path, "split", "group") as two:
-        expected, grouped = one("split"), one("group")
+    without a critic, whose groups two processes sample together; and one whose critic trains first."""
+    with launched("ddp", tmp_path, "split", "group", "warmup") as two:
+        expected, grouped, warmed = one("split"), one("group"), one("warmup")
         finish(two)
     check_equal(grouped, tmp_path / "group", "MULTI_CPU", updates=8)
+    check_equal(warmed, tmp_path / "warmup", "MULTI_CPU")
     first, second = json.loads((tmp_path / "split" / "world.json").read_text())["forwards"]
     assert first != second and min(first, second) > 0
     check_equal(expected, tmp_path / "split", "MULTI_CPU")
@@ -275,6 +276,7 @@ def sharded(**options: Any) -> Any:
         ),
         ({}, {"rollout_backend": "vllm"}, "rollout_backend: vllm does not work with sharded weights"),
         ({}, {"rollout_compile": True}, "rollout_backend: hf, compiled, does not work with sharded weights"),
+        ({}, {"value_warmup_updates": 2}, "value_warmup_updates: 2 does not work with sharded weights"),
         ({}, {"micro_batch_tokens": 64}, "micro_batch_tokens: 64 does not work with sharded weights"),
     ],
 )

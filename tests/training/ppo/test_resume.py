@@ -106,8 +106,16 @@ def test_every_checkpoint_leads_to_the_same_end(make_run: Any, tmp_path: Path, f
         assert digests(again) == expected, step
 
 
-@pytest.mark.parametrize("options", [{"value": "none"}, {"value": "group", "num_train_epochs": 0.25}], ids=str)
-def test_without_a_critic(make_run: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"value": "none"},
+        {"value": "group", "num_train_epochs": 0.25},
+        {"value_warmup_updates": 1, "num_train_epochs": 1},
+    ],
+    ids=str,
+)
+def test_other_critics(make_run: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     """From within an update and from its end; another size of the groups is refused."""
     first = make_run("a", save_steps=1, save_total_limit=None, **options)
     first.train()
@@ -119,7 +127,12 @@ def test_without_a_critic(make_run: Any, tmp_path: Path, options: dict[str, Any]
         again = make_run(f"from-{step}", save_strategy="no", **options)
         again.train(resume_from_checkpoint=True)
         assert digests(again) == expected, step
-    if options["value"] == "group":
+    if "value_warmup_updates" in options:
+        with pytest.raises(
+            SalsaError, match="value_warmup_updates was 1 and is None now, so this run cannot be resumed"
+        ):
+            make_run("a", num_train_epochs=1).train(resume_from_checkpoint=True)
+    if options.get("value") == "group":
         with pytest.raises(SalsaError, match="num_generations was 4 and is 2 now, so this run cannot be resumed"):
             make_run("a", **options, num_generations=2).train(resume_from_checkpoint=True)
 
