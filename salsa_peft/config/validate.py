@@ -265,7 +265,7 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
 
 
 def _check_reward(recipe: Recipe) -> None:
-    """Raise SalsaError if a part of the reward is unusable, or ppo.value lacks its reward adapter."""
+    """Raise SalsaError if a part of the reward is unusable."""
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)
@@ -274,11 +274,6 @@ def _check_reward(recipe: Recipe) -> None:
                 check_columns("reward.model", part.value, ["prompt"], "the toy data's prompts")
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
-    require(
-        recipe.ppo.value != "adapter" or recipe.reward.trained,
-        "ppo.value: `adapter` is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
-        " or add adapter to reward.model",
-    )
 
 
 def _check_classifier(part: RewardPart, recipe: Recipe) -> None:

@@ -112,21 +112,22 @@ def with_value_head(
     """Add a value head to a policy, and freeze all adapters except the policy's and the value adapter.
 
     policy: the policy's adapter; None for full weights. value: PPO's option `value`. With "adapter", a value adapter is
-    added too; it and the value head start as copies of the reward adapter and its score head. With "none" and "group"
-    there is no value head. Raises SalsaError for "adapter" if the policy has full weights or the reward has no reward
-    adapter.
+    added too. It and the value head start as copies of the reward adapter and its score head or, if the reward has no
+    reward adapter on this base, as a copy of the policy's adapter with a head of zeros. With "none" and "group" there is
+    no value head. Raises SalsaError for "adapter" if the policy has full weights.
     """
-    name, start = None, adapter_in(reward) if value == "adapter" else None
+    name, start = None, None
     if value == "adapter":
-        if not isinstance(model, PeftModel) or start is None:
-            adapted = isinstance(model, PeftModel)
-            cause = f"the reward is a {type(reward).__name__}" if adapted else "the policy has full weights"
+        if not isinstance(model, PeftModel) or policy is None:
             raise SalsaError(
-                "value: adapter needs a reward adapter on the policy's base, because the value adapter starts as its"
-                f" copy, but {cause}. Set value: head"
+                "value: adapter needs a policy that is an adapter, but this policy has full weights. Set value to head,"
+                " none or group"
             )
-        name = lora.unused_name(model, VALUE_ADAPTER)
-        lora.attach(model, start.folder, name, trainable=True)
+        name, start = lora.unused_name(model, VALUE_ADAPTER), adapter_in(reward)
+        if start is None:
+            lora.duplicate(model, policy, name)
+        else:
+            lora.attach(model, start.folder, name, trainable=True)
     for adapter in model.peft_config if isinstance(model, PeftModel) else ():
         lora.set_trainable(model, adapter, adapter in (policy, name))
     critic = value in ("head", "adapter")

@@ -67,8 +67,8 @@ class PPOOptions:
     importance_sampling_clip_min: Annotated[float, Field(gt=0, le=1)] | None = None
     """Lower bound of the importance ratio. None: no bound (TRL's default)."""
     value: Literal["head", "adapter", "none", "group"] = "head"
-    """Critic. head: a linear head on the policy's trunk. adapter: a separate adapter with a head, both
-    initialized from the reward adapter. none: no critic; an advantage is the return minus the batch's mean return.
+    """Critic. head: a linear head on the policy's trunk. adapter: a separate adapter with a head, which start
+    as copies of the reward adapter and its head or, without a reward adapter, of the policy's adapter. none: no critic; an advantage is the return minus the batch's mean return.
     group: no critic; num_generations responses to each prompt, and an advantage is the return minus the mean return of
     the prompt's other responses (RLOO's leave-one-out baseline). docs/ppo.md compares them."""
     num_generations: Annotated[int, Field(ge=2)] = 4

@@ -112,6 +112,7 @@ def test_every_checkpoint_leads_to_the_same_end(make_run: Any, tmp_path: Path, f
         {"value": "none"},
         {"value": "group", "num_train_epochs": 0.25},
         {"value_warmup_updates": 1, "num_train_epochs": 1},
+        {"value": "adapter", "num_train_epochs": 1},
     ],
     ids=str,
 )
