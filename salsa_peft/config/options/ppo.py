@@ -67,10 +67,10 @@ class PPOOptions:
     importance_sampling_clip_min: Annotated[float, Field(gt=0, le=1)] | None = None
     """Lower bound of the importance ratio. None: no bound (TRL's default)."""
     value: Literal["head", "adapter", "none", "group"] = "head"
-    """Critic. head: a linear head on the policy's trunk. adapter: a separate adapter with a head, which start
-    as copies of the reward adapter and its head or, without a reward adapter, of the policy's adapter. none: no critic; an advantage is the return minus the batch's mean return.
-    group: no critic; num_generations responses to each prompt, and an advantage is the return minus the mean return of
-    the prompt's other responses (RLOO's leave-one-out baseline). docs/ppo.md compares them."""
+    """Critic (docs/ppo.md compares the kinds). head: a linear head on the policy's trunk. adapter: a separate adapter with
+    a head; it starts from the reward adapter or, without one, from the policy's. none: no critic; an advantage is the
+    return minus the batch's mean return. group: no critic; num_generations responses to each prompt, and an advantage is
+    the return minus the mean return of the prompt's other responses (RLOO's leave-one-out baseline)."""
     num_generations: Annotated[int, Field(ge=2)] = 4
     """Number of responses to one prompt with `value: group` (TRL's name). batch_size counts responses."""
     logged_completions: Annotated[int, Field(ge=0)] = 4

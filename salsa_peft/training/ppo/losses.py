@@ -160,9 +160,9 @@ def ppo_loss(logprobs: Tensor, values: Tensor | None, old_logprobs: Tensor, old_
     """PPO's clipped losses (Schulman et al., 2017) of the n response tokens of a micro-batch. All tensors are (n,).
 
     policy = mean of w · max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =
-    policy_coef · policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the whole minibatch,
-    so that the gradients of its micro-batches add up to the minibatch's gradient. values: None without a critic, and
-    then the value loss is 0. weights: the importance weights w, which have no gradient; None: 1.
+    policy_coef · policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the
+    whole minibatch, so that the gradients of its micro-batches add up to the minibatch's gradient. values: None without
+    a critic; the value loss is then 0. weights: the importance weights w, which have no gradient; None: 1.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()

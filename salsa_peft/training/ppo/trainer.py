@@ -265,9 +265,8 @@ class SalsaPPOTrainer(Trainer):
 
         largest = max(map(len, self._forward_batches(micro_batch.sequences, micro_batch.rows)))
         loss = self.micro_batch_limit.run(run, largest)
-        if self.ppo.trains_critic_only(
-            self.args
-        ):  # without gradient, neither the norm nor the optimizer counts a weight
+        if self.ppo.trains_critic_only(self.args):
+            # the gradient's norm and the optimizer leave out weights without gradient
             for parameter in self.model.policy_parameters():
                 parameter.grad = None
         return loss
