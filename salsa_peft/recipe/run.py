@@ -54,7 +54,7 @@ STAGES = {
     "evaluate": Stage("salsa_peft.evaluation.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.evaluation.judges.stage:run", units.judge_units),
     "report": Stage("salsa_peft.recipe.small_stages:report", units.report_units),
-    "hub": Stage("salsa_peft.report.hub:run", units.hub_units),
+    "hub": Stage("salsa_peft.report.publish.hub:run", units.hub_units),
 }
 REPORT = "report.html"
 

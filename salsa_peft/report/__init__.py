@@ -1,1 +1,1 @@
-"""Reports on finished runs as HTML, Markdown and figures, and publication of results on the Hub."""
+"""Reports on finished runs as HTML, Markdown and figures; report/publish has the publication of results on the Hub."""
