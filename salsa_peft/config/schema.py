@@ -21,6 +21,7 @@ from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import DPO, GRPO, KTO, RLOO
 from salsa_peft.config.references import Reference, SoupSection, parse_reference
 from salsa_peft.config.rewards import RewardPart, parse_reward
+from salsa_peft.utils.errors import require
 
 
 def _source(value: Any) -> Any:
@@ -197,6 +198,11 @@ class PPO(PPOOptions, Training):
     eval_limit: Count = 64
     """Number of prompts of eval_prompts that are used: the first ones."""
 
+    @property
+    def prompts_per_update(self) -> int:
+        """Number of prompts in a rollout batch."""
+        return self.batch_size // self.responses_per_prompt
+
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError for indivisible batch sizes, contradictory options, or an update cut by max_steps."""
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
@@ -205,6 +211,12 @@ class PPO(PPOOptions, Training):
         if self.max_steps > 0:  # an update that is cut short would be in no log
             of = f"{steps}, the number of optimizer steps in one update (num_ppo_epochs × num_mini_batches)"
             require_multiple(f"{section}.max_steps", self.max_steps, steps, of)
+            updates = self.max_steps // steps
+            require(
+                self.value_warmup_updates < updates,
+                f"{section}.value_warmup_updates: {self.value_warmup_updates} must be less than {updates}, the number of"
+                f" updates ({section}.max_steps = {self.max_steps}), or no policy would be trained",
+            )
 
 
 @dataclass(config=STRICT, kw_only=True)

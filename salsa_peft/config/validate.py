@@ -186,10 +186,13 @@ def _check_mode(recipe: Recipe) -> None:
     for key, found, unset in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
-        ("ppo.value", recipe.ppo.value, "head"),
         ("ppo.rollout_options.sync", sync, "merged"),
     ):
         require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
+    require(
+        recipe.ppo.value != "adapter",
+        "ppo.value: adapter needs adapters; add --lora, or set ppo.value=head, none or group",
+    )
 
 
 def _check_sharded(recipe: Recipe) -> None:
@@ -202,6 +205,7 @@ def _check_sharded(recipe: Recipe) -> None:
         ("reward.seeds", short(seeds), len(seeds) == 1 or not recipe.reward.trained, f"[{seeds[0]}]"),
         ("ppo.rollout_backend", ppo.rollout_backend, ppo.rollout_backend == "hf", "hf"),
         ("ppo.rollout_compile", str(ppo.rollout_compile).lower(), not ppo.rollout_compile, "false"),
+        ("ppo.value_warmup_updates", ppo.value_warmup_updates, not ppo.value_warmup_updates, "0"),
         *((key, optim, not optim.startswith("paged"), "adamw_torch_fused") for key, optim in optims.items()),
     ):
         require(
@@ -261,7 +265,7 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
 
 
 def _check_reward(recipe: Recipe) -> None:
-    """Raise SalsaError if a part of the reward is unusable, or ppo.value lacks its reward adapter."""
+    """Raise SalsaError if a part of the reward is unusable."""
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)
@@ -270,11 +274,6 @@ def _check_reward(recipe: Recipe) -> None:
                 check_columns("reward.model", part.value, ["prompt"], "the toy data's prompts")
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
-    require(
-        recipe.ppo.value == "head" or recipe.reward.trained,
-        "ppo.value: `adapter` is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
-        " or add adapter to reward.model",
-    )
 
 
 def _check_classifier(part: RewardPart, recipe: Recipe) -> None:

@@ -71,7 +71,7 @@ def _check_rows(recipe: Recipe) -> None:
         ("preferences", "reward", reward.trained),
         ("prompts", "ppo", "ppo" in algorithms),
     ):
-        source, batch = getattr(recipe.data, key), getattr(recipe, stage).batch_size
+        source, batch, of = getattr(recipe.data, key), getattr(recipe, stage).batch_size, f"{stage}.batch_size"
         rows = number_of_rows(recipe, key)
         if rows is None or not used:
             continue
@@ -80,11 +80,13 @@ def _check_rows(recipe: Recipe) -> None:
             usable, why = max(1, round(rows * sft.subset)), f" (sft.subset {sft.subset:g})"
         elif key == "preferences":
             usable, why = rows - reward.held_out_rows(rows), f" (reward.held_out {reward.held_out:g})"
+        elif key == "prompts" and recipe.ppo.value == "group":
+            batch, of = recipe.ppo.prompts_per_update, f"{of} / num_generations"
         found = f"toy.{key}: {rows} rows" if source is None else f"data.{key}: {Path(source.path).name} has {rows} rows"
         require(
             usable >= batch,
-            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows or"
-            f" lower {stage}.batch_size",
+            f"{found}, {usable} of them for training{why}, which is less than {of} = {batch}; add rows or lower"
+            f" {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
         rows = number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")

@@ -666,6 +666,10 @@ def test_rows_that_fill_no_batch_are_refused_at_once(load, tmp_path):
                 "ppo.batch_size=16",
                 f"data.prompts: {file} has 9 rows, 9 of them for training, which is less than ppo.batch_size = 16",
             ),
+            (
+                "ppo={value: group, batch_size: 40}",
+                "less than ppo.batch_size / num_generations = 10; add rows or lower ppo.batch_size",
+            ),
             ("data.preferences.limit=8", f"data.preferences: {file} has 8 rows"),
         ):
             assert line in said(load, *given, more), (file, more)

@@ -88,6 +88,10 @@ def test_work_of_ppo() -> None:
     assert found.scored - work(recorded, "ppo", "salsa").scored == whole
     several, _ = paper("llama2_full", None, *given, "policies.salsa.reference=[soup, seed-0]")
     assert work(several, "ppo", "salsa").scored - found.scored == whole
+    for value, forwards in (("none", 1), ("group", 1), ("adapter", 2)):
+        other, _ = paper("llama2_full", "lora", *given, f"ppo.value={value}")
+        head, _ = paper("llama2_full", "lora", *given)
+        assert work(other, "ppo", "salsa").trained == forwards * work(head, "ppo", "salsa").trained, value
     small, _ = paper("llama2_full", None, *given, "ppo.rollout_batch_size=2")
     assert work(small, "ppo", "salsa").bytes - found.bytes == 1024 * 3 * 2 * N
 

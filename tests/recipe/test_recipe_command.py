@@ -198,6 +198,9 @@ def test_the_plans_updates_are_rollout_batches(here, capsys):
     assert "about 4 updates (40 rows × 2 epochs)" in capsys.readouterr().out
     assert salsa_run([*plan, "--set", "ppo.max_steps=16"]) == 0
     assert "2 updates (max_steps = 16 optimizer steps)" in capsys.readouterr().out
+    assert salsa_run([*plan, "--set", "ppo.value=group"]) == 0
+    said = capsys.readouterr().out
+    assert "16 responses to 4 prompts = 2 minibatches" in said and "about 20 updates (40 rows × 2 epochs)" in said
 
 
 def test_local_paths_are_in_no_slice(here):

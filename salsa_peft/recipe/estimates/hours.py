@@ -204,7 +204,7 @@ class _Units:
         if section.max_steps > 0:
             updates = section.max_steps // section.steps_per_update
         elif data.number is not None:
-            updates = math.ceil(data.number // section.batch_size * section.num_train_epochs)
+            updates = math.ceil(data.number // section.prompts_per_update * section.num_train_epochs)
         else:
             return None
         rows, forwards = updates * section.batch_size, 1 + (section.value == "adapter")
