@@ -178,8 +178,8 @@ def _check_columns(where: str, kind: str, path: str) -> None:
 MAX_CHECKED_BYTES = 300_000_000
 """Size of the largest local file or folder whose rows are all checked, which takes a few seconds."""
 STAGE_DATA = {
-    "data/demonstrations": ("demonstrations",), "data/preferences": ("preferences",), "soup": ("held_out",), "ppo": ("prompts",), "rloo": ("prompts",),
-    "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
+    "data/demonstrations": ("demonstrations",), "data/preferences": ("preferences",), "soup": ("held_out",), "reward_quality": ("prompts",),
+    "ppo": ("prompts",), "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
 """Stage or unit → kinds of data that it reads."""
 MAX_HUB_ROWS = 1000

@@ -119,10 +119,11 @@ def test_rows_and_lengths_of_the_data(tmp_path: Path) -> None:
 
 
 def test_work_of_answers() -> None:
-    """MT-Bench's 80 questions of two turns for each of five models; for each point of the line, scales and plane."""
+    """MT-Bench’s 80 questions of two turns for each of five models; for each point of the line, scales and plane; 4 responses to each of 64 prompts."""
     recipe, _ = paper("llama2_full", None, "evaluate.prompts={mt_bench: lighteval/mt-bench}")
     assert work(recipe, "evaluate").generated == 5 * 160 * 1024
     assert len(plane_weights(4)) == 33
+    assert work(recipe, "reward_quality").generated == 64 * 4 * 1024
     assert work(recipe, "landscape").generated == (9 + 5 + 33) * 160 * 1024
 
 

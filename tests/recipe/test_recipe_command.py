@@ -155,14 +155,14 @@ def test_the_plan(here, capsys):
         "adapter.r                     –                             16",
     ):
         assert " ".join(line.split()) in " ".join(out.split()), line  # whatever the columns' widths
-    assert out.count("to do") == 14
+    assert out.count("to do") == 15
     assert (
         salsa_run(["tiny.yaml", "--lora", "--dry-run", "--stages", "toy,data,sft/seed-1", "--set", "sft.max_steps=3"])
         == 0
     )
     out = capsys.readouterr().out
     assert out.count("to do") == 4
-    assert out.count("left out") == 10
+    assert out.count("left out") == 11
     assert "3 steps (max_steps)" in out
 
 
@@ -171,9 +171,11 @@ def test_units_name_what_they_read(here):
         "tiny.yaml", lora="lora", overrides=["evaluate.models=[base, seed-1]", "landscape.plane=[0,1,2]"]
     )
     units = {unit.id: unit for stage in recipe.STAGES.values() for unit in stage.units(loaded.recipe, stage.run)}
-    assert units["ppo/ppo"].inputs == ("toy", "sft/seed-0", "reward")
-    assert units["ppo/mkl"].inputs == ("toy", "sft/seed-0", "reward", "sft/seed-1")
-    assert units["ppo/a75"].inputs == ("toy", "sft/seed-0", "reward", "sft/seed-2")
+    assert units["reward_quality"].inputs == ("toy", "sft/seed-0", "reward")
+    measured = ("toy", "sft/seed-0", "reward", "reward_quality")
+    assert units["ppo/ppo"].inputs == measured
+    assert units["ppo/mkl"].inputs == (*measured, "sft/seed-1")
+    assert units["ppo/a75"].inputs == (*measured, "sft/seed-2")
     assert units["soup"].inputs == ("sft/seed-0", "sft/seed-1")
     assert units["landscape"].inputs == ("toy", "reward", "sft/seed-0", "sft/seed-1", "sft/seed-2")
     assert units["evaluate"].inputs == (

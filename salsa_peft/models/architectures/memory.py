@@ -43,7 +43,7 @@ LEARNED, LEARNED_BY_HEAD = 2, 3
 log-probs. LEARNED_BY_HEAD, with a trained head, in its backward: log-probs and the gradients of two operations."""
 ANEW = 1.25
 """Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
-STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
+STAGES = ("sft", "reward", "reward_quality", "ppo", "landscape", "evaluate")
 Precision = Literal["master", "stochastic"]
 
 
@@ -78,7 +78,12 @@ def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None 
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages of a recipe that load the base on a GPU."""
     by_ppo = any(policy.algorithm == "ppo" for policy in recipe.policies.values())
-    optional = {"reward": recipe.reward.trained, "ppo": by_ppo, "landscape": recipe.landscape is not None}
+    optional = {
+        "reward": recipe.reward.trained,
+        "reward_quality": recipe.measures_reward,
+        "ppo": by_ppo,
+        "landscape": recipe.landscape is not None,
+    }
     return [stage for stage in STAGES if optional.get(stage, True)]
 
 
@@ -181,7 +186,7 @@ class _Stage:
             model, reward = (float(self.width * (self.size.parameters - head)) for head in (0, self.size.head))
             return [model] * len(members) + [reward] * rewards + classifiers, 0.0 if self.trains else model
         rank = self.recipe.adapter.r if self.recipe.adapter else 0
-        answering = len(self.recipe.policies) + 2 if self.stage == "evaluate" else 0
+        answering = {"evaluate": len(self.recipe.policies) + 2, "reward_quality": 1}.get(self.stage, 0)
         stacked = len(self.recipe.sft.seeds) if self.stage == "landscape" else 0
         ranks = [rank * count for count in (*members, stacked) if count] + [rank] * (rewards + answering)
         return [4.0 * self.adapter(one) for one in ranks] + classifiers, self.base()

@@ -73,7 +73,12 @@ def unit_work(recipe: Recipe, unit: Unit) -> Planned | None:
         return units.sft(int(unit.name.removeprefix("seed-")))
     if unit.stage == "ppo":
         return units.ppo(unit.name)
-    stages = {"reward": units.reward, "landscape": units.landscape, "evaluate": units.evaluate}
+    stages = {
+        "reward": units.reward,
+        "reward_quality": units.reward_quality,
+        "landscape": units.landscape,
+        "evaluate": units.evaluate,
+    }
     return stages[unit.stage]() if unit.stage in stages else None
 
 
@@ -197,6 +202,14 @@ class _Units:
             return None
         trained = self.costs.training(2 * rows * data.tokens, section.gradient_checkpointing)
         return Planned((trained + self.costs.scoring(2 * held_out * data.tokens)) * len(section.seeds), data.at_most)
+
+    def reward_quality(self) -> Planned:
+        """Several responses to some of the prompts, and their scores."""
+        section, data = self.recipe.reward, self._data("prompts")
+        asked = section.quality_prompts if data.number is None else min(section.quality_prompts, data.number)
+        rows = asked * section.quality_responses
+        work = self.costs.generating(rows, self.recipe.generation.batch_size, data.tokens, self.response)
+        return Planned(work + self._rewards(rows * (data.tokens + self.response)), True)
 
     def ppo(self, name: str) -> Planned | None:
         """Each update: sampling; scoring by policy, references and rewards; num_ppo_epochs of training."""
