@@ -24,7 +24,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.training import checkpoints, reference_sync
-from salsa_peft.training.ppo.guards import GuardMonitor
+from salsa_peft.training.ppo.guards.monitor import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles
 from salsa_peft.training.ppo.rollout import Rollout, on_cpu
 from salsa_peft.training.ppo.state import PPOState

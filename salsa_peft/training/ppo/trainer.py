@@ -37,7 +37,8 @@ from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
 from salsa_peft.training.ppo.config import SalsaPPOConfig
-from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
+from salsa_peft.training.ppo.guards.checks import KLCoefBounds
+from salsa_peft.training.ppo.guards.monitor import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
