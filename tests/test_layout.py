@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -96,6 +97,21 @@ def test_a_fault_is_found(files: dict[str, str], fault: str, tmp_path: Path) -> 
     (found,) = faults(tmp_path)
     circle = "imports in a circle: "
     assert set(found.removeprefix(circle).split(" → ")) == set(fault.removeprefix(circle).split(" → "))
+
+
+def test_quantisation_is_spelt_in_one_way() -> None:
+    """As in most of the texts. Names that users or other libraries type stay: model.quantization, quantized_base."""
+    american = re.compile(r"(?<![\w.=-])(?:un|de|re)?quantiz[a-z]*(?![\w(=:-])", re.IGNORECASE)
+    files = [
+        *PACKAGE.rglob("*.py"),
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").rglob("*.yaml"),
+    ]
+    assert [(path.name, word) for path in files for word in american.findall(path.read_text(encoding="utf-8"))] == []
+    assert american.findall(
+        "a quantized base, model.quantization, `quantized_base`, quantize_4bit, --quantized-base"
+    ) == ["quantized"]
 
 
 def test_the_top_of_the_repository() -> None:

@@ -72,7 +72,7 @@ class Model:
     weights (adapters, master weights) take part. float16 is for runs that train nothing.
     """
     quantization: Literal["nf4", "nf4-double"] | None = None
-    """4-bit quantization of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantizes the scales. Adapters only."""
+    """4-bit quantisation of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantises the scales. Adapters only."""
     attn_implementation: str | None = None
     """Attention implementation of Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto:
     flash_attention_2 on CUDA if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import unit_of
-from salsa_peft.config.options.rollout import MAX_RANKS
+from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
@@ -206,6 +206,7 @@ def _check_sharded(recipe: Recipe) -> None:
         ("ppo.rollout_backend", ppo.rollout_backend, ppo.rollout_backend == "hf", "hf"),
         ("ppo.rollout_compile", str(ppo.rollout_compile).lower(), not ppo.rollout_compile, "false"),
         ("ppo.value_warmup_updates", ppo.value_warmup_updates, not ppo.value_warmup_updates, "0"),
+        ("ppo.micro_batch_tokens", ppo.micro_batch_tokens, ppo.micro_batch_tokens is None, "null"),
         *((key, optim, not optim.startswith("paged"), "adamw_torch_fused") for key, optim in optims.items()),
     ):
         require(
@@ -240,6 +241,13 @@ def _check_lengths(recipe: Recipe) -> None:
         prompt is None or prompt + sampling.max_new_tokens <= limit,
         f"ppo.max_prompt_length: {prompt} must be at most {limit - sampling.max_new_tokens}, which is model.max_length"
         f" {limit} less generation.max_new_tokens {sampling.max_new_tokens}",
+    )
+    check_sampling(
+        recipe.ppo.rollout_backend,
+        recipe.ppo.rollout_options,
+        temperature=sampling.temperature,
+        min_new_tokens=sampling.min_new_tokens,
+        processes=recipe.num_processes,
     )
 
 

@@ -34,6 +34,8 @@ from salsa_peft.data.files import (
     rows_in,
 )
 from salsa_peft.data.questions import questions
+from salsa_peft.data.splits import prompt_digest, split_by_prompt
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short, short_path
 
@@ -178,8 +180,9 @@ def _check_columns(where: str, kind: str, path: str) -> None:
 MAX_CHECKED_BYTES = 300_000_000
 """Size of the largest local file or folder whose rows are all checked, which takes a few seconds."""
 STAGE_DATA = {
-    "data/demonstrations": ("demonstrations",), "data/preferences": ("preferences",), "soup": ("held_out",), "reward_quality": ("prompts",),
-    "ppo": ("prompts",), "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
+    "data/demonstrations": ("demonstrations",), "data/preferences": ("preferences",), "reward": ("preferences",), "soup": ("held_out",),
+    "reward_quality": ("prompts",), "ppo": ("prompts",), "dpo": ("preferences",), "kto": ("preferences",), "rloo": ("prompts",),
+    "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
 """Stage or unit → kinds of data that it reads."""
 MAX_HUB_ROWS = 1000
@@ -209,8 +212,36 @@ def check_every_row(recipe: Recipe, stages: Collection[str], hub: bool = False) 
             with contextlib.redirect_stderr(io.StringIO()):  # the stage prints the warnings
                 rows = reader(part)
             _check_functions(recipe, kind, part)
+            if kind == "preferences" and (not hub or limit == source.limit):  # else these are not all rows
+                _check_held_out(recipe, rows, stages)
             for stage in sorted({"rloo", "grpo"} & set(stages)) if kind == "prompts" else ():
                 datasets.check_no_template_options(rows, stage)
+
+
+def _check_held_out(recipe: Recipe, rows: list[dict[str, Any]], stages: Collection[str]) -> None:
+    """Raise SalsaError if no prompt can be held out of the pairs, or if too few pairs are left to train on.
+
+    Prints a line if more than twice as many pairs will be held out as the recipe says.
+    """
+    prompts = [prompt_digest(row) for row in rows]
+    for stage in [stage for stage in ("reward", *PREFERENCE_ALGORITHMS) if stage in stages]:
+        section = getattr(recipe, stage)
+        wanted = section.held_out_rows(len(rows))
+        held_out = len(split_by_prompt(prompts, wanted).held_out) if wanted < len(rows) else wanted
+        if stage == "reward":
+            require(
+                len(rows) - held_out >= section.batch_size,
+                f"data.preferences: {len(rows)} pairs, {held_out} of them held out (reward.held_out {section.held_out:g}),"
+                f" are too few for reward.batch_size = {section.batch_size}; add pairs or lower reward.batch_size",
+            )
+        else:
+            section.check_rows(len(rows), stage, held_out)
+        if held_out > 2 * wanted:
+            say(
+                f"data.preferences: {stage} holds out {held_out} of {len(rows)} pairs ({held_out / len(rows):.0%}) and not"
+                f" {wanted} ({stage}.held_out {section.held_out:g}), because all pairs of a prompt stay together and there"
+                f" are {len(set(prompts))} prompts; pairs of more prompts bring it nearer"
+            )
 
 
 def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:

@@ -99,6 +99,8 @@ def run(job: Job) -> dict[str, Any]:
         eval_dataset=evaluation_prompts(job),
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
+    trainer.how_to_resume = "the same command continues from it"
+    trainer.checkpoints.remedy = checkpoints.start_again(job.unit.id)
     remove_printer(trainer)
     (checkpoint,) = broadcast_object_list(
         [checkpoints.newest_of(job.folder, job.unit.id) if trainer.is_world_process_zero() else None]

@@ -88,7 +88,11 @@ def test_the_console_script_is_the_same_commands(here, capsys):
     free = r"[\d.]+ [GM]iB free"  # other processes write meanwhile
     assert re.sub(free, "", capsys.readouterr().out) == re.sub(free, "", first)
     assert cli.main(["report", "tiny.yaml", "--lora"]) == 2
-    assert "--stages: report needs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "report needs results that are not finished: toy (new), data/demonstrations (new), sft/seed-0"
+    )
+    assert said.endswith("; run the recipe first: salsa run tiny.yaml --lora\n") and "--stages" not in said
     done, _ = shell("run", "tiny.yaml", "--lora", "--dry-run", module="salsa_peft.cli.main")
     assert done.returncode == 0
     assert re.sub(free, "", done.stdout).startswith(re.sub(free, "", first))

@@ -116,7 +116,7 @@ def table(recipe: Recipe, plan: Plan, gpu: Gpu | None) -> tuple[list[str], list[
         measured = _time(sum(done)) + (f" ({len(done)} of {count})" if len(done) < count else "") if done else "–"
         rows.append([f"{stage}, {count} unit{'s' * (count > 1)}", *tokens, _planned(units), measured])
     header = ["time", "trained", "scored", "generated", "planned", "measured"]
-    return header, rows, _notes(found, gpu) if rows else []
+    return header, rows, _notes(recipe, found, gpu) if rows else []
 
 
 class _Timed(NamedTuple):
@@ -140,10 +140,11 @@ def _planned(units: list[_Timed]) -> str:
     left = [one for one in units if one.measured is None]
     if pace is None or not left:
         return text
-    return f"{text}; the rest {_time(pace * sum(one.planned.work.operations for one in left))} at the measured pace"
+    rest = _time(pace * sum(one.planned.work.operations for one in left))
+    return f"{text}; at the measured pace {rest} for {len(left)} unfinished unit{'s' * (len(left) > 1)}"
 
 
-def _notes(found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
+def _notes(recipe: Recipe, found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
     """What the table assumes, and how to get hours if there are none."""
     notes = []
     if any(one.planned.at_most for units in found.values() for one in units):
@@ -157,6 +158,10 @@ def _notes(found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
             f"hours assume {MFU:.0%} of {gpu.name}'s {flops / 1e12:.0f} TFLOP/s (bf16) in training and scoring, and"
             f" {BANDWIDTH_SHARE:.0%} of its {bandwidth / 1e12:.2f} TB/s in decoding; neither share has been measured"
         )
+        if recipe.model.quantization is not None:
+            notes.append(
+                "hours do not include the dequantisation of the 4-bit base, which every forward and backward pass repeats"
+            )
     else:
         here = "this machine has no GPU" if gpu is None else f"the speed of {gpu.name} is not known"
         notes.append(f"no hours, because {here}; name a GPU to plan for: --gpu {', '.join(GPUS)}")

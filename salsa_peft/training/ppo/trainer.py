@@ -125,6 +125,7 @@ class SalsaPPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self.saved_dtype: torch.dtype | None = None  # in which save_model saves full weights; None: as trained
+        self.how_to_resume = "train(resume_from_checkpoint=True) continues from it"
         self._set_up_engine(model)
 
     def _set_up_engine(self, model: PeftModel | PreTrainedModel) -> None:
@@ -220,7 +221,7 @@ class SalsaPPOTrainer(Trainer):
         if not self.stop.terminated:
             raise SalsaError(f"{self.stop.alarm}; {saved}")
         if self.is_world_process_zero():
-            say(f"SIGTERM: {saved}; train(resume_from_checkpoint=True) continues from it")
+            say(f"SIGTERM: {saved}; {self.how_to_resume}")
         raise SystemExit(128 + signal.SIGTERM)
 
     # one micro-step
