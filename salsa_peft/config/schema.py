@@ -16,6 +16,7 @@ from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.config.options.search import Search
+from salsa_peft.config.options.synthetic import Synthetic
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import DPO, GRPO, KTO, PREFERENCE_ALGORITHMS, RLOO
@@ -79,7 +80,7 @@ class Model:
     max_length: Count = 1024
     """Maximum number of tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
-    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
+    """chatml, zephyr, plain, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -100,7 +101,7 @@ class Adapter:
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
-    """Training data. None: the toy data (section `toy`). data/row_formats.py lists the accepted columns."""
+    """Training data. None: that of the sections `synthetic` or `toy`. data/row_formats.py lists the accepted columns."""
 
     demonstrations: DataSource | None = None
     """SFT: rows with `messages`, `prompt` and `completion`, or another accepted set of columns."""
@@ -333,6 +334,8 @@ class Recipe:
     """Sizes of the toy model and the toy data. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)
     """Training data."""
+    synthetic: Synthetic | None = None
+    """Demonstrations and preferences that the base writes and a function judges. None: no such data."""
     sft: SFT = dataclasses.field(default_factory=SFT)
     """Supervised fine-tuning of one model per seed."""
     reward: Reward = dataclasses.field(default_factory=Reward)

@@ -37,6 +37,7 @@ def check(recipe: Recipe) -> None:
     _check_existing_seeds(recipe)
     recipe.reward.check("reward", recipe.num_processes)
     _check_reward(recipe)
+    _check_synthetic(recipe)
     recipe.ppo.check("ppo", recipe.num_processes)
     for algorithm in ALGORITHMS:
         getattr(recipe, algorithm).check(algorithm)
@@ -282,6 +283,26 @@ def _check_reward(recipe: Recipe) -> None:
                 check_columns("reward.model", part.value, ["prompt"], "the toy data's prompts")
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
+        require(
+            part.weight != 0 or part.name not in ("reward", "gold" if recipe.toy is not None else "reward"),
+            f"reward.model: a part of weight 0 is a measure of its own in the evaluation, which has another measure named"
+            f" {part.name}; give the part another name: {{model: …, weight: 0, name: …}}",
+        )
+
+
+def _check_synthetic(recipe: Recipe) -> None:
+    """Raise SalsaError for a `synthetic` section without effect, or with an unusable function."""
+    section, data = recipe.synthetic, recipe.data
+    if section is None:
+        return
+    require(
+        data.demonstrations is None or data.preferences is None,
+        "synthetic: has no effect, because data.demonstrations and data.preferences are given; remove one of the three",
+    )
+    check_function("synthetic.function", section.function)
+    check_signature("synthetic.function", section.function)
+    if data.prompts is None and recipe.toy is not None:
+        check_columns("synthetic.function", section.function, ["prompt"], "the toy data's prompts")
 
 
 def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
@@ -367,12 +388,13 @@ def _check_required(recipe: Recipe) -> None:
     """Raise SalsaError if a recipe without a `toy` section lacks its base, chat template or data."""
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
     pairs = recipe.reward.trained or {*PREFERENCE_ALGORITHMS} & algorithms
-    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts"
+    synthetic = recipe.synthetic is not None
+    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts" or synthetic
     given: dict[str, object] = {
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
-        "data.demonstrations": recipe.data.demonstrations or None not in (recipe.sft.from_ or [None]),
-        "data.preferences": recipe.data.preferences or not pairs,
+        "data.demonstrations": recipe.data.demonstrations or synthetic or None not in (recipe.sft.from_ or [None]),
+        "data.preferences": recipe.data.preferences or synthetic or not pairs,
         "data.prompts": recipe.data.prompts or not prompts,
         "data.held_out": recipe.data.held_out or recipe.soup.measure_source != "held_out",
         "evaluate.prompts": recipe.evaluate.prompts,

@@ -43,6 +43,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "toy": Stage("salsa_peft.recipe.small_stages:toy", units.toy_units),
+    "synthetic": Stage("salsa_peft.evaluation.synthetic:run", units.synthetic_units, resumes=True),
     "data": Stage("salsa_peft.recipe.small_stages:data", units.data_units),
     "sft": Stage("salsa_peft.training.sft:run", units.sft_units, resumes=True, trains=True),
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, resumes=True, trains=True),

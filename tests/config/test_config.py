@@ -266,14 +266,14 @@ REFUSED = [
     (
         "model.chat_template=chatm",
         [
-            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr"
+            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, plain, zephyr"
         ],
     ),
     (
         "model.chat_template=x.jinja",
         [
             "model.chat_template: ",
-            "/x.jinja' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr",
+            "/x.jinja' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, plain, zephyr",
         ],
     ),
     ("toy=null", ["model.base: is required; add it (or add a `toy` section, which builds a tiny model and toy data)"]),

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bundled_recipes import RECIPES
 
 import salsa_peft
 from salsa_peft.cli import main as cli
@@ -254,7 +255,7 @@ def test_lazy_names():
 
 def test_bundled_recipes_and_presets_parse():
     assert "lora" in parsing.bundled_names("adapters")
-    for name in parsing.bundled_names("recipes"):
+    for name in RECIPES:
         for preset in parsing.bundled_names("adapters"):
             assert parsing.load_recipe(name, lora=preset, overrides=[]).recipe.name
         assert parsing.load_recipe(name, lora=None, overrides=[]).recipe.mode == "full"

@@ -74,6 +74,7 @@ def unit_work(recipe: Recipe, unit: Unit) -> Planned | None:
     if unit.stage == "ppo":
         return units.ppo(unit.name)
     stages = {
+        "synthetic": units.synthetic,
         "reward": units.reward,
         "reward_quality": units.reward_quality,
         "landscape": units.landscape,
@@ -187,6 +188,14 @@ class _Units:
     def __init__(self, recipe: Recipe, size: Architecture) -> None:
         self.recipe, self.costs = recipe, Costs(recipe, size)
         self.longest, self.response = recipe.model.max_length, recipe.generation.max_new_tokens
+
+    def synthetic(self) -> Planned | None:
+        """The base's answers to the prompts."""
+        section, data = self.recipe.synthetic, self._data("prompts")
+        if section is None or data.number is None:
+            return None
+        rows = min(data.number, section.limit or data.number) * section.num_generations
+        return Planned(self.costs.generating(rows, self.recipe.generation.batch_size, data.tokens, self.response), True)
 
     def sft(self, position: int) -> Planned | None:
         """Each demonstration once in every epoch."""
