@@ -19,7 +19,8 @@ from salsa_peft.data.check import number_of_rows
 from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
-from salsa_peft.recipe.cache import Plan, unknown_commits
+from salsa_peft.recipe.cache import Plan
+from salsa_peft.recipe.commits import unknown_commits
 from salsa_peft.recipe.estimates import disk, hours
 from salsa_peft.recipe.hardware import Gpu
 

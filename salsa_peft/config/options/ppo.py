@@ -124,7 +124,7 @@ class PPOOptions:
     target_kl: Positive | None = None
     """Target of approxkl, in nats per token: above 1.5 · target_kl the update ends early (TRL 0.8). None: off."""
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Name of a guard → off | warn | stop, or {action, limit}. training/ppo/guards.py describes the guards."""
+    """Name of a guard → off | warn | stop, or {action, limit}. training/ppo/guards/ describes them."""
     missing_eos_penalty: NonNegative | None = None
     """Penalty that is subtracted from the score of a response without EOS or end-of-turn token (TRL). None: off."""
     score_clip: Positive | None = None

@@ -24,7 +24,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.training import checkpoints, reference_sync
-from salsa_peft.training.ppo.guards import GuardMonitor
+from salsa_peft.training.ppo.guards.monitor import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles
 from salsa_peft.training.ppo.rollout import Rollout, on_cpu
 from salsa_peft.training.ppo.state import PPOState
@@ -85,6 +85,8 @@ class RunCheckpoints:
     """Folder in which a checkpoint is being written; None between checkpoints."""
     saved_step: int | None = None
     """Step of this run's newest checkpoint in output_dir."""
+    remedy: str = checkpoints.NEW_RUN
+    """What to do if the run cannot be resumed, for messages."""
     owns_folder: bool = False
     """Whether this run has claimed output_dir, so that the checkpoints in it are its own."""
     identity: dict[str, Any] | None = None
@@ -191,7 +193,7 @@ class RunCheckpoints:
 
         Raises SalsaError if the checkpoint's settings, prompts or models are not those of this run.
         """
-        saved = checkpoints.read_state(checkpoint, self.settings())
+        saved = checkpoints.read_state(checkpoint, self.settings(), self.remedy)
         has_rollout = (checkpoint / ROLLOUT).is_file()
         device = self.accelerator.device
         rollout = Rollout.of(lora.read_tensors(checkpoint / ROLLOUT), device) if has_rollout else None

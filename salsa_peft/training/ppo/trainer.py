@@ -37,7 +37,8 @@ from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
 from salsa_peft.training.ppo.config import SalsaPPOConfig
-from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
+from salsa_peft.training.ppo.guards.checks import KLCoefBounds
+from salsa_peft.training.ppo.guards.monitor import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
@@ -124,6 +125,7 @@ class SalsaPPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self.saved_dtype: torch.dtype | None = None  # in which save_model saves full weights; None: as trained
+        self.how_to_resume = "train(resume_from_checkpoint=True) continues from it"
         self._set_up_engine(model)
 
     def _set_up_engine(self, model: PeftModel | PreTrainedModel) -> None:
@@ -219,7 +221,7 @@ class SalsaPPOTrainer(Trainer):
         if not self.stop.terminated:
             raise SalsaError(f"{self.stop.alarm}; {saved}")
         if self.is_world_process_zero():
-            say(f"SIGTERM: {saved}; train(resume_from_checkpoint=True) continues from it")
+            say(f"SIGTERM: {saved}; {self.how_to_resume}")
         raise SystemExit(128 + signal.SIGTERM)
 
     # one micro-step

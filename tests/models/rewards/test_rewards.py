@@ -483,6 +483,7 @@ class TestSum:
         reward = rewards.WeightedReward([(one, 2.0, "one"), (other, -0.5, "other"), (silent, 0.0, "silent")])
         assert reward(*answered).tolist() == [0.0, 4.0, 2.0]
         figures = {"rewards/one/mean": (6.0, 3), "rewards/other/mean": (12.0, 2), "rewards/silent/mean": (21.0, 3)}
+        figures["objective/held_out_score"] = (21.0, 3)
         assert reward.take_metrics() == figures
         assert reward.take_metrics() == {}
         reward(*answered)

@@ -427,7 +427,12 @@ def test_the_log_of_an_update(make_trainer: Any) -> None:
         "objective/non_score_reward": -0.1 * kl.mean().item(), "objective/rlhf_reward": (score - 0.1 * kl).mean().item(),
         "objective/entropy": rollout.entropy.sum(-1).mean().item(), "objective/response_length": statistics.fmean(r.lengths.tolist()),
         "objective/empty_share": statistics.fmean(map(float, r.empty.tolist())), "val/num_eos_tokens": int(r.finished.sum()),
+        "objective/kl_per_token": (kl.sum() / r.lengths.sum()).item(),
     }  # fmt: skip
+    texts = [tuple(ids[mask].tolist()) for ids, mask in zip(r.response_ids, r.response_mask, strict=True)]
+    expected["objective/distinct_share"] = len(set(texts)) / 8
+    expected["objective/commonest_share"] = max(map(texts.count, texts)) / 8
+    assert "objective/between_prompt_share" not in row and "objective/held_out_score" not in row
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     errors = (rollout.returns - rollout.values)[r.response_mask]
     spread = rollout.returns[r.response_mask].var(unbiased=False)

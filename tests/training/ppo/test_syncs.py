@@ -13,7 +13,7 @@ from plain_ppo import PROMPTS
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
 
-BESIDES = 23
+BESIDES = 24
 """Waits of an update of one optimizer step without those of decoding; the responses go to the host for reward and logs."""
 
 
