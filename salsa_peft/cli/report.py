@@ -4,6 +4,7 @@ The pages are made in report/page.py and report/joined.py.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = next((place for place, word in enumerate(words) if _is_run(word)), None)
     if at is not None and "--output-dir" not in words:
         words = [*words[:at], os.path.join(words[at], "recipe.yaml"), *words[at + 1 :], "--output-dir", words[at]]
-    return run_recipe([*words, "--stages", "report", "--force", "report"], prog="salsa report")
+    command = f"salsa run {shlex.join(words)}"
+    return run_recipe([*words, "--stages", "report", "--force", "report"], prog="salsa report", report_of=command)
 
 
 def _names(words: Sequence[str]) -> list[str] | None:

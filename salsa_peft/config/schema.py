@@ -16,11 +16,13 @@ from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.config.options.search import Search
+from salsa_peft.config.options.synthetic import Synthetic
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import DPO, GRPO, KTO, PREFERENCE_ALGORITHMS, RLOO
 from salsa_peft.config.references import Reference, SoupSection, parse_reference
 from salsa_peft.config.rewards import RewardPart, parse_reward
+from salsa_peft.utils.errors import require
 
 
 def _source(value: Any) -> Any:
@@ -71,14 +73,14 @@ class Model:
     weights (adapters, master weights) take part. float16 is for runs that train nothing.
     """
     quantization: Literal["nf4", "nf4-double"] | None = None
-    """4-bit quantization of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantizes the scales. Adapters only."""
+    """4-bit quantisation of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantises the scales. Adapters only."""
     attn_implementation: str | None = None
     """Attention implementation of Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto:
     flash_attention_2 on CUDA if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""
     max_length: Count = 1024
     """Maximum number of tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
-    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
+    """chatml, zephyr, plain, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -99,7 +101,7 @@ class Adapter:
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
-    """Training data. None: the toy data (section `toy`). data/row_formats.py lists the accepted columns."""
+    """Training data. None: that of the sections `synthetic` or `toy`. data/row_formats.py lists the accepted columns."""
 
     demonstrations: DataSource | None = None
     """SFT: rows with `messages`, `prompt` and `completion`, or another accepted set of columns."""
@@ -205,6 +207,11 @@ class PPO(PPOOptions, Training):
     eval_limit: Count = 64
     """Number of prompts of eval_prompts that are used: the first ones."""
 
+    @property
+    def prompts_per_update(self) -> int:
+        """Number of prompts in a rollout batch."""
+        return self.batch_size // self.responses_per_prompt
+
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError for indivisible batch sizes, contradictory options, or an update cut by max_steps."""
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
@@ -213,6 +220,12 @@ class PPO(PPOOptions, Training):
         if self.max_steps > 0:  # an update that is cut short would be in no log
             of = f"{steps}, the number of optimizer steps in one update (num_ppo_epochs × num_mini_batches)"
             require_multiple(f"{section}.max_steps", self.max_steps, steps, of)
+            updates = self.max_steps // steps
+            require(
+                self.value_warmup_updates < updates,
+                f"{section}.value_warmup_updates: {self.value_warmup_updates} must be less than {updates}, the number of"
+                f" updates ({section}.max_steps = {self.max_steps}), or no policy would be trained",
+            )
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -321,6 +334,8 @@ class Recipe:
     """Sizes of the toy model and the toy data. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)
     """Training data."""
+    synthetic: Synthetic | None = None
+    """Demonstrations and preferences that the base writes and a function judges. None: no such data."""
     sft: SFT = dataclasses.field(default_factory=SFT)
     """Supervised fine-tuning of one model per seed."""
     reward: Reward = dataclasses.field(default_factory=Reward)

@@ -165,7 +165,7 @@ def test_every_file_of_a_finished_run_by_every_damage(go: Any, damage: str, tall
         assert (code, made) == (0, [unit, *after] if first else [unit]), (name, err)
         assert cached == ([one for one in UNITS if one not in made] if first else [])
         assert [line for line in err.splitlines() if name in line and " … " in line] == [
-            f"{unit} … {why}: {name}: running again"
+            f"{unit} … {why}: {name}: starting again"
         ]
         assert contents(RUN) == expected
     tally(tries=len(FILES), finished_unit_files=len(FILES), damages=len(DAMAGES))
@@ -191,7 +191,7 @@ def test_a_manifest_that_is_none(go: Any, damage: str) -> None:
         DAMAGES[damage](path)
     code, made, _, err = go()
     assert code == 0 and made == ["soup", *AFTER["soup"]]
-    assert "soup … unfinished: running again" in err and contents(RUN) == expected
+    assert "soup … unfinished: starting again" in err and contents(RUN) == expected
     assert go()[1] == []
 
 
@@ -264,10 +264,12 @@ def test_what_an_unfinished_policy_was_begun_from(go: Any, damage: str) -> None:
             RUN.resolve(),
         )
         runs.write_begun(step["ppo/salsa"], step)
+        (place / "checkpoint-1").mkdir(exist_ok=True)
+        (place / "checkpoint-1" / "weights").write_text("")
         if damaged:
             DAMAGES[damage](place / "begun.json")
         _, made, _, err = go()
-        assert made[0] == "ppo/salsa" and ("unfinished: running again" if damaged else "unfinished: resuming") in err
+        assert made[0] == "ppo/salsa" and ("unfinished: starting again" if damaged else "unfinished: resuming") in err
         assert (place / "left.txt").exists() is not damaged
         if damage != "longer" or not damaged:
             (place / "left.txt").unlink(missing_ok=True)

@@ -132,7 +132,8 @@ def test_a_change_redoes_what_depends_on_it(go, change, made):
 
 def test_a_stage_reads_models_at_the_recipes_revisions(go):
     """In its own process; the commands' process has none left afterwards."""
-    assert go("--set", "revisions={me/seed: v1}", "--stages", "toy")[0] == 0
+    said = ("--set", "revisions={me/seed: v1}", "--set", "evaluate.models=[me/seed]")
+    assert go(*said, "--stages", "toy")[0] == 0
     assert manifest("toy")["facts"]["pinned"] == {"me/seed": "v1"} and hub.PINNED == {}
 
 
@@ -178,8 +179,8 @@ def test_stages(go):
     assert code == 2
     assert made == []
     assert err.count("\n") == 1
-    assert "--stages: ppo/" in err
-    assert "has no usable result (new)" in err
+    assert "--stages: ppo/ppo needs results that are not finished: toy (new), data/demonstrations (new)" in err
+    assert "sft/seed-0 (new), reward (new), soup (new); add toy,data,sft,reward,soup\n" in err
     assert not Path("runs").exists()
     assert go("--stages", "toy,data,sft")[1] == UNITS[:5]
     made = ["reward", "reward_quality", "soup", "ppo/salsa"]

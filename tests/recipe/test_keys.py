@@ -113,6 +113,14 @@ def test_what_a_new_version_makes_again(units: Any, tmp_path: Path, monkeypatch:
         assert changed <= differ and not same & differ, library
 
 
+def test_guards_stand_in_no_key(units: Any) -> None:
+    """A policy that a guard stopped is resumed with other guards, and finished ones stay."""
+    before, after = units("ppo.guards={length: stop}"), units("ppo.guards.collapse=warn")
+    assert {name for name, one in before.items() if one.key_fields != after[name].key_fields} == set()
+    lower = units("ppo.kl_coef=0.01")
+    assert {name for name, one in before.items() if one.key_fields != lower[name].key_fields} == {"ppo/ppo"}
+
+
 class TestWhy:
     """An outdated result is named with the first thing that differs; without a finished result a unit is new."""
 

@@ -43,7 +43,7 @@ LEARNED, LEARNED_BY_HEAD = 2, 3
 log-probs. LEARNED_BY_HEAD, with a trained head, in its backward: log-probs and the gradients of two operations."""
 ANEW = 1.25
 """Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
-STAGES = ("sft", "reward", "reward_quality", "ppo", "landscape", "evaluate")
+STAGES = ("synthetic", "sft", "reward", "reward_quality", "ppo", "landscape", "evaluate")
 Precision = Literal["master", "stochastic"]
 
 
@@ -84,6 +84,7 @@ def stages_of(recipe: Recipe) -> list[str]:
         "ppo": by_ppo,
         "landscape": recipe.landscape is not None,
     }
+    optional["synthetic"] = recipe.synthetic is not None
     return [stage for stage in STAGES if optional.get(stage, True)]
 
 
@@ -178,7 +179,10 @@ class _Stage:
 
     def roles(self) -> tuple[list[float], float]:
         """Bytes of each frozen model or adapter (references, rewards, …), and of the frozen shared base."""
-        ppo, kinds = self.stage == "ppo", [] if self.stage in ("sft", "reward") else self.recipe.reward.parts
+        ppo, kinds = (
+            self.stage == "ppo",
+            [] if self.stage in ("synthetic", "sft", "reward") else self.recipe.reward.parts,
+        )
         rewards = sum(part.kind == "adapter" for part in kinds)
         classifiers = [self.classifier(part.value) for part in kinds if part.kind == "classifier"]
         members = self.references() if ppo else []

@@ -74,6 +74,7 @@ def unit_work(recipe: Recipe, unit: Unit) -> Planned | None:
     if unit.stage == "ppo":
         return units.ppo(unit.name)
     stages = {
+        "synthetic": units.synthetic,
         "reward": units.reward,
         "reward_quality": units.reward_quality,
         "landscape": units.landscape,
@@ -116,7 +117,7 @@ def table(recipe: Recipe, plan: Plan, gpu: Gpu | None) -> tuple[list[str], list[
         measured = _time(sum(done)) + (f" ({len(done)} of {count})" if len(done) < count else "") if done else "–"
         rows.append([f"{stage}, {count} unit{'s' * (count > 1)}", *tokens, _planned(units), measured])
     header = ["time", "trained", "scored", "generated", "planned", "measured"]
-    return header, rows, _notes(found, gpu) if rows else []
+    return header, rows, _notes(recipe, found, gpu) if rows else []
 
 
 class _Timed(NamedTuple):
@@ -140,10 +141,11 @@ def _planned(units: list[_Timed]) -> str:
     left = [one for one in units if one.measured is None]
     if pace is None or not left:
         return text
-    return f"{text}; the rest {_time(pace * sum(one.planned.work.operations for one in left))} at the measured pace"
+    rest = _time(pace * sum(one.planned.work.operations for one in left))
+    return f"{text}; at the measured pace {rest} for {len(left)} unfinished unit{'s' * (len(left) > 1)}"
 
 
-def _notes(found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
+def _notes(recipe: Recipe, found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
     """What the table assumes, and how to get hours if there are none."""
     notes = []
     if any(one.planned.at_most for units in found.values() for one in units):
@@ -157,6 +159,10 @@ def _notes(found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
             f"hours assume {MFU:.0%} of {gpu.name}'s {flops / 1e12:.0f} TFLOP/s (bf16) in training and scoring, and"
             f" {BANDWIDTH_SHARE:.0%} of its {bandwidth / 1e12:.2f} TB/s in decoding; neither share has been measured"
         )
+        if recipe.model.quantization is not None:
+            notes.append(
+                "hours do not include the dequantisation of the 4-bit base, which every forward and backward pass repeats"
+            )
     else:
         here = "this machine has no GPU" if gpu is None else f"the speed of {gpu.name} is not known"
         notes.append(f"no hours, because {here}; name a GPU to plan for: --gpu {', '.join(GPUS)}")
@@ -182,6 +188,14 @@ class _Units:
     def __init__(self, recipe: Recipe, size: Architecture) -> None:
         self.recipe, self.costs = recipe, Costs(recipe, size)
         self.longest, self.response = recipe.model.max_length, recipe.generation.max_new_tokens
+
+    def synthetic(self) -> Planned | None:
+        """The base's answers to the prompts."""
+        section, data = self.recipe.synthetic, self._data("prompts")
+        if section is None or data.number is None:
+            return None
+        rows = min(data.number, section.limit or data.number) * section.num_generations
+        return Planned(self.costs.generating(rows, self.recipe.generation.batch_size, data.tokens, self.response), True)
 
     def sft(self, position: int) -> Planned | None:
         """Each demonstration once in every epoch."""
@@ -217,7 +231,7 @@ class _Units:
         if section.max_steps > 0:
             updates = section.max_steps // section.steps_per_update
         elif data.number is not None:
-            updates = math.ceil(data.number // section.batch_size * section.num_train_epochs)
+            updates = math.ceil(data.number // section.prompts_per_update * section.num_train_epochs)
         else:
             return None
         rows, forwards = updates * section.batch_size, 1 + (section.value == "adapter")
