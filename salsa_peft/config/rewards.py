@@ -133,7 +133,10 @@ def check_function(where: str, value: str) -> None:
         f"{where}: the module {module} {place} has no {name}",
     )
     for missing in _not_installed(tree, file):
-        raise SalsaError(f"{where}: {short_path(str(file))} imports {missing}, which is not installed")
+        raise SalsaError(
+            f"{where}: {short_path(str(file))} imports {missing}, which is not installed; install its package (often"
+            f" `pip install {missing}`)"
+        )
 
 
 def check_signature(where: str, value: str) -> None:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import policy_id
+from salsa_peft.config.options.toy import TOY_PROMPTS, TOY_WORDS
+from salsa_peft.config.options.trl import ALGORITHMS
+from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
 from salsa_peft.evaluation import comparisons
+from salsa_peft.models.rewards.quality import METRICS
 from salsa_peft.report.format import Row
 from salsa_peft.utils import manifests
 from salsa_peft.utils.files import read_json, read_json_lines
@@ -19,7 +23,16 @@ from salsa_peft.utils.fingerprints import FINGERPRINT
 
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb", "planned_seconds")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
-NOT_THE_RECIPE = ("name", "description", "threads", "report_to", "landscape", "num_processes", "accelerate")
+NOT_THE_RECIPE = (
+    "name",
+    "description",
+    "replicates",
+    "threads",
+    "report_to",
+    "landscape",
+    "num_processes",
+    "accelerate",
+)
 """Keys of the recipe in which replicates may differ; these keys affect neither policies nor answers."""
 
 
@@ -38,6 +51,8 @@ class PolicyReport:
     algorithm: str = "ppo"
     facts: dict[str, Any] = field(default_factory=dict)
     """Metrics of a stage that trains with one of TRL's algorithms; {} for ppo."""
+    references: int = 1
+    """Number of references; the KLs to several are averaged (MKL)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,8 @@ class ReportInput:
     """evaluation.json with `pairs` (comparisons.pairs) added to each set, and the key `search` added."""
     answers: list[dict[str, Any]]
     """The rows of answers.jsonl."""
+    reward_quality: dict[str, Any] | None = None
+    """metrics.json of the reward_quality stage; None without it."""
     verdicts: dict[str, Any] | None = None
     """verdicts.json; None without a judge."""
     judgments: list[dict[str, Any]] = field(default_factory=list)
@@ -77,6 +94,12 @@ class ReportInput:
     """Number of questions of each set that are shown: the first ones, whatever their outcome."""
     limit: int | None = None
     """generation.max_new_tokens: an answer of this length was truncated. None: unknown."""
+    controls: dict[str, str] = field(default_factory=dict)
+    """Name of each model in evaluate.controls → the label of its reference."""
+    toy: bool = False
+    """Whether base and data are made by the run (section `toy`), so that replicates have their own."""
+    explained: dict[str, str] = field(default_factory=dict)
+    """Explanations of this run's measures and sets of questions, by name."""
 
 
 def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> ReportInput:
@@ -102,10 +125,15 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         seeds={name: read_json(folder / "metrics.json") for name, folder in sft.items()},
         reward=_reward(recipe, inputs),
         soup=soup_rows(read_json(soup / "soup.json")),
-        policies={name: _policy(folder) for name in recipe.policies if (folder := inputs.get(policy_id(recipe, name)))},
+        policies={
+            name: _policy(folder, len(policy.references(name)))
+            for name, policy in recipe.policies.items()
+            if (folder := inputs.get(policy_id(recipe, name)))
+        },
         landscape=read_json(landscape / "landscape.json") if landscape else None,
         evaluation=_with_pairs(recipe, read_json(evaluation / "evaluation.json"), answers, verdicts),
         answers=answers,
+        reward_quality=read_json(inputs["reward_quality"] / METRICS) if "reward_quality" in inputs else None,
         verdicts=verdicts,
         judgments=read_json_lines(judge / "judgments.jsonl") if judge else [],
         fingerprint=read_json(soup / FINGERPRINT).get("base") if (soup / FINGERPRINT).exists() else None,
@@ -114,7 +142,16 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         temperature=_temperature(recipe, answers),
         samples=recipe.evaluate.samples,
         limit=recipe.generation.max_new_tokens,
+        toy=recipe.toy is not None,
+        controls={name: parse_reference("", of)[0].label for name, of in recipe.evaluate.controls.items()},
+        explained=_explained(recipe),
     )
+
+
+def _explained(recipe: Recipe) -> dict[str, str]:
+    """Explanations of the toy data's gold reward and of its sets of questions; {} for other data."""
+    own = recipe.evaluate.prompts  # instead of the toy data's sets
+    return {name: text for name, text in TOY_WORDS.items() if recipe.toy and not (own and name in TOY_PROMPTS)}
 
 
 def _with_pairs(
@@ -144,6 +181,11 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     """Hash of the recipe without its training seeds, which replicates share, and these seeds as text."""
     parts = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in NOT_THE_RECIPE}
     seeds = {name: parts[name].pop("seeds") for name in ("sft", "reward")} | {"ppo": [parts["ppo"].pop("seed")]}
+    used = {policy.algorithm for policy in recipe.policies.values()}
+    for name in ("toy", *ALGORITHMS):
+        seed = None if parts[name] is None else parts[name].pop("seed")
+        if seed is not None and (name == "toy" or name in used):
+            seeds[name] = [seed]
     parts["evaluate"].pop("samples")
     parts["counts"] = [len(of) for of in seeds.values()]
     text = json.dumps(parts, sort_keys=True, default=str)
@@ -151,13 +193,13 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     return hashlib.sha256(text.encode()).hexdigest()[:12], in_words
 
 
-def _policy(folder: Path) -> PolicyReport:
+def _policy(folder: Path, references: int) -> PolicyReport:
     facts = read_json(folder / "policy.json")
     reference, beta, algorithm = facts.pop("reference"), facts.pop("kl_coef")["start"], facts.pop("algorithm", "ppo")
     if algorithm != "ppo":
-        return PolicyReport(reference, beta, [], [], algorithm, facts)
+        return PolicyReport(reference, beta, [], [], algorithm, facts, references)
     metrics, completions = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
-    return PolicyReport(reference, beta, metrics, completions)
+    return PolicyReport(reference, beta, metrics, completions, references=references)
 
 
 def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def with_library(found: dict[str, Unit], name: str) -> set[str]:
     return {unit for unit, one in found.items() if name in one.libraries}
 
 
-TEXT = {"data/demonstrations", "data/preferences", "ppo/ppo", "dpo/dpo", "kto/kto", "rloo/rloo", "grpo/grpo", "landscape", "evaluate"}  # fmt: skip
+TEXT = {"data/demonstrations", "data/preferences", "ppo/ppo", "dpo/dpo", "kto/kto", "rloo/rloo", "grpo/grpo", "reward_quality", "landscape", "evaluate"}  # fmt: skip
 TRL = {"dpo/dpo", "kto/kto", "rloo/rloo", "grpo/grpo"}
 DATA = {"data/demonstrations", "data/preferences"}
 
@@ -70,12 +70,12 @@ DATA = {"data/demonstrations", "data/preferences"}
         ("lora", ("evaluate.judge={kind: local, model: me/judge}",), "jinja2", {*TEXT, "judge"}),
         ("lora", ("evaluate.judge={kind: function, model: 'judges:j'}",), "jinja2", TEXT),
         ("lora", (), "datasets", {*DATA, *TRL}),
-        ("lora", ("data.prompts=me/prompts",), "datasets", {*DATA, *TRL, "ppo/ppo"}),
+        ("lora", ("data.prompts=me/prompts",), "datasets", {*DATA, *TRL, "reward_quality", "ppo/ppo"}),
         ("lora", ("evaluate.prompts={in: me/prompts}",), "datasets", {*DATA, *TRL, "landscape", "evaluate"}),
         ("lora", (), "accelerate", set(TRAINED)),
         ("lora", ("sft.from=[me/a, null]",), "accelerate", {*TRAINED} - {"sft/seed-0"}),
         ("lora", (), "bitsandbytes", set()),
-        ("qlora", (), "bitsandbytes", {*TRAINED, "landscape", "evaluate"}),
+        ("qlora", (), "bitsandbytes", {*TRAINED, "reward_quality", "landscape", "evaluate"}),
         ("lora", ("reward.optim=paged_adamw_8bit",), "bitsandbytes", {"reward"}),
         ("lora", (), "torchao", set()),
         (None, (), "torchao", set(TRAINED)),

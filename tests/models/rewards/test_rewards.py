@@ -762,10 +762,6 @@ class TestRecipe:
                 r"reward\.model: 2 parts have the name rm; give each its own name: \{model: …, name: …\}",
             ),
             ("reward: {modl: adapter}", "reward.modl: unknown key; did you mean model"),
-            (
-                "reward: own_score:f\nppo: {value: adapter}",
-                r"ppo\.value: `adapter` is initialized from the reward adapter, but reward\.model trains none; set ppo\.value=head, or add adapter to reward\.model",
-            ),
         ],
     )
     def test_refusals(self, load: Any, text: str, line: str) -> None:
