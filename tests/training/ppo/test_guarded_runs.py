@@ -63,7 +63,7 @@ def trainer_of(
     seed: int = 0,
     **options: Any,
 ) -> SalsaPPOTrainer:
-    """PPO from the base, which is the reference, with a LoRA adapter. share: what the reward stage measured."""
+    """PPO from the base, which is the reference, with a LoRA adapter. share: what reward_quality measured."""
     torch.manual_seed(seed)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(world), config)
