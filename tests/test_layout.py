@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from bundled_recipes import RECIPES
 from paths import ROOT
 
 from salsa_peft.config.load import load_recipe
@@ -98,13 +100,28 @@ def test_a_fault_is_found(files: dict[str, str], fault: str, tmp_path: Path) -> 
     assert set(found.removeprefix(circle).split(" → ")) == set(fault.removeprefix(circle).split(" → "))
 
 
+def test_quantisation_is_spelt_in_one_way() -> None:
+    """As in most of the texts. Names that users or other libraries type stay: model.quantization, quantized_base."""
+    american = re.compile(r"(?<![\w.=-])(?:un|de|re)?quantiz[a-z]*(?![\w(=:-])", re.IGNORECASE)
+    files = [
+        *PACKAGE.rglob("*.py"),
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").rglob("*.yaml"),
+    ]
+    assert [(path.name, word) for path in files for word in american.findall(path.read_text(encoding="utf-8"))] == []
+    assert american.findall(
+        "a quantized base, model.quantization, `quantized_base`, quantize_4bit, --quantized-base"
+    ) == ["quantized"]
+
+
 def test_the_top_of_the_repository() -> None:
     """No folder or file that README does not know."""
     top = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.name not in ("runs", "dist", "build")}  # fmt: skip
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if tracked:
         top = {name.split("/")[0] for name in tracked} - {".gitignore", ".pre-commit-config.yaml", ".ci"}
-    assert top == {"salsa_peft", "adapters", "recipes", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}  # fmt: skip
+    assert top == {"salsa_peft", "adapters", "recipes", "examples", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}  # fmt: skip
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert [name for name in ORDER if f"`{name}/`" not in page] == []
 
@@ -118,7 +135,7 @@ def test_readmes_commands_are_what_ci_runs() -> None:
     assert "python -m pytest" in ci
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [ROOT / "recipes" / f"{name}.yaml" for name in RECIPES], ids=lambda path: path.stem)
 def test_a_recipe_says_what_lora_changes_and_is_found_by_name(path: Path) -> None:
     """In every mode it parses: test_recipes.py."""
     loaded = load_recipe(str(path), lora="lora", overrides=[])
@@ -141,6 +158,7 @@ def test_the_wheel_carries_recipes_adapters_and_templates(tmp_path: Path) -> Non
         if path.is_file()
     }
     data |= {f"salsa_peft/_adapters/{path.name}" for path in (ROOT / "adapters").iterdir()}
+    data |= {f"salsa_peft/examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}  # ../examples of a recipe
     data |= {f"salsa_peft/report/templates/{path.name}" for path in (PACKAGE / "report" / "templates").iterdir()}
     code = {f"salsa_peft/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")} | {
         "salsa_peft/py.typed",

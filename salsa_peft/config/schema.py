@@ -16,11 +16,13 @@ from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.config.options.search import Search
+from salsa_peft.config.options.synthetic import Synthetic
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.config.options.training import Training
-from salsa_peft.config.options.trl import DPO, GRPO, KTO, RLOO
+from salsa_peft.config.options.trl import DPO, GRPO, KTO, PREFERENCE_ALGORITHMS, RLOO
 from salsa_peft.config.references import Reference, SoupSection, parse_reference
 from salsa_peft.config.rewards import RewardPart, parse_reward
+from salsa_peft.utils.errors import require
 
 
 def _source(value: Any) -> Any:
@@ -71,14 +73,14 @@ class Model:
     weights (adapters, master weights) take part. float16 is for runs that train nothing.
     """
     quantization: Literal["nf4", "nf4-double"] | None = None
-    """4-bit quantization of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantizes the scales. Adapters only."""
+    """4-bit quantisation of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantises the scales. Adapters only."""
     attn_implementation: str | None = None
     """Attention implementation of Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto:
     flash_attention_2 on CUDA if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""
     max_length: Count = 1024
     """Maximum number of tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
-    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
+    """chatml, zephyr, plain, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -99,7 +101,7 @@ class Adapter:
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
-    """Training data. None: the toy data (section `toy`). data/row_formats.py lists the accepted columns."""
+    """Training data. None: that of the sections `synthetic` or `toy`. data/row_formats.py lists the accepted columns."""
 
     demonstrations: DataSource | None = None
     """SFT: rows with `messages`, `prompt` and `completion`, or another accepted set of columns."""
@@ -148,10 +150,18 @@ class Reward(Training):
     """Peak learning rate. Paper A.2."""
     weight_decay: NonNegative = 0.001
     """AdamW's weight decay. Paper A.2."""
+    center_rewards_coefficient: NonNegative | None = 0.01
+    """Weight of (R(chosen) + R(rejected))² in the loss, which keeps the scores of every prompt near 0 (TRL's field and
+    recommended value; Eisenstein et al., 2023, eq. 2). Without it, most of the score's variance may lie between prompts,
+    and PPO's critic has to learn it first. null: no such term, as in the paper and in TRL's default."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
     """Seeds of the data order, one per reward model. Several models are averaged (WARM, Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Fraction of the pairs that is not trained on but used for the accuracy in the metrics."""
+    quality_prompts: Annotated[int, Field(ge=0)] = 64
+    """Number of PPO's prompts, drawn at random, on which the stage reward_quality measures the reward. 0: no such stage."""
+    quality_responses: Annotated[int, Field(ge=2)] = 4
+    """Number of responses that seed-0 gives to each of these prompts."""
 
     def held_out_rows(self, pairs: int) -> int:
         """Number of pairs that are held out of `pairs` pairs, at least one if `pairs` is not 0."""
@@ -197,6 +207,11 @@ class PPO(PPOOptions, Training):
     eval_limit: Count = 64
     """Number of prompts of eval_prompts that are used: the first ones."""
 
+    @property
+    def prompts_per_update(self) -> int:
+        """Number of prompts in a rollout batch."""
+        return self.batch_size // self.responses_per_prompt
+
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError for indivisible batch sizes, contradictory options, or an update cut by max_steps."""
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
@@ -205,6 +220,12 @@ class PPO(PPOOptions, Training):
         if self.max_steps > 0:  # an update that is cut short would be in no log
             of = f"{steps}, the number of optimizer steps in one update (num_ppo_epochs × num_mini_batches)"
             require_multiple(f"{section}.max_steps", self.max_steps, steps, of)
+            updates = self.max_steps // steps
+            require(
+                self.value_warmup_updates < updates,
+                f"{section}.value_warmup_updates: {self.value_warmup_updates} must be less than {updates}, the number of"
+                f" updates ({section}.max_steps = {self.max_steps}), or no policy would be trained",
+            )
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -212,8 +233,8 @@ class Policy:
     """A policy, whose training starts from seed-0."""
 
     reference: Any
-    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | path of
-    an adapter (full weights: of a checkpoint) | a list of these, whose KLs are averaged."""
+    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | {stretched:
+    {soup, seed}} | path of an adapter (full weights: of a checkpoint) | a list of these, whose KLs are averaged."""
     kl_coef: NonNegative | None = None
     """Initial KL coefficient β. None: kl_coef of the algorithm's section."""
     algorithm: Literal["ppo", "dpo", "kto", "rloo", "grpo"] = "ppo"
@@ -243,6 +264,9 @@ class Landscape:
     """Values of α on the line."""
     scales: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
     """Values of λ of control models base + λ·δ, where δ is the delta of the line's first seed. An empty list: none."""
+    norm_controls: bool = False
+    """Measure two more control models: the first seed's delta scaled to the norm of the midpoint's, which joins the
+    values of λ, and the midpoint's delta scaled to the norm of the first seed's."""
     plane: list[int] | None = None
     """Three positions in sft.seeds, whose weights span the plane. None: no plane."""
     resolution: Count = 4
@@ -269,6 +293,8 @@ class Evaluate:
     temperature: Literal["category"] | NonNegative = "category"
     """Temperature of the answers. category: FastChat's temperatures for MT-Bench categories (0 for math, 0.7 for
     writing …) and generation.temperature for all other questions. A number: for all questions; 0 is greedy decoding."""
+    controls: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Name of each further model to evaluate → its reference, such as {shrunk: {seed: 0, scale: 0.6}}."""
     judge: Annotated[Judge | None, BeforeValidator(as_judge)] = None
     """Judge that compares the answers of `pairs`. None: only scores are compared."""
     samples: Count = 20
@@ -287,6 +313,9 @@ class Recipe:
     """Free text, shown in the report."""
     report_to: list[str] = dataclasses.field(default_factory=list)
     """Where PPO logs its metrics besides metrics.jsonl, as in TrainingArguments: tensorboard, trackio, wandb …"""
+    replicates: Count = 1
+    """Number of times that the whole recipe is trained, each time with other seeds of everything: toy data and base, SFT,
+    reward model and policies. The results are in the folders replicate-0, replicate-1 … of the run."""
     threads: Count | None = None
     """Number of CPU threads of each stage. None: PyTorch's default."""
     precision: Literal["auto", "master", "stochastic"] = "auto"
@@ -313,6 +342,8 @@ class Recipe:
     """Sizes of the toy model and the toy data. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)
     """Training data."""
+    synthetic: Synthetic | None = None
+    """Demonstrations and preferences that the base writes and a function judges. None: no such data."""
     sft: SFT = dataclasses.field(default_factory=SFT)
     """Supervised fine-tuning of one model per seed."""
     reward: Reward = dataclasses.field(default_factory=Reward)
@@ -355,6 +386,18 @@ class Recipe:
         if self.adapter is None:
             return "full"
         return "lora" if self.model.quantization is None else "qlora"
+
+    @property
+    def measures_reward(self) -> bool:
+        """Whether the reward is measured on seed-0's responses, for the policies that learn from it."""
+        algorithms = {policy.algorithm for policy in self.policies.values()}
+        return self.reward.quality_prompts > 0 and not algorithms <= {*PREFERENCE_ALGORITHMS}
+
+    @property
+    def judges_best_of_n(self) -> bool:
+        """Whether the judge compares seed-0's best of n responses by the reward with one response."""
+        judge = self.evaluate.judge
+        return judge is not None and judge.kind != "reward" and self.measures_reward
 
     @property
     def model_revisions(self) -> dict[str, str]:

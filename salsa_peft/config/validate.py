@@ -11,7 +11,7 @@ from pathlib import Path
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import unit_of
-from salsa_peft.config.options.rollout import MAX_RANKS
+from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
@@ -37,6 +37,7 @@ def check(recipe: Recipe) -> None:
     _check_existing_seeds(recipe)
     recipe.reward.check("reward", recipe.num_processes)
     _check_reward(recipe)
+    _check_synthetic(recipe)
     recipe.ppo.check("ppo", recipe.num_processes)
     for algorithm in ALGORITHMS:
         getattr(recipe, algorithm).check(algorithm)
@@ -186,10 +187,13 @@ def _check_mode(recipe: Recipe) -> None:
     for key, found, unset in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
-        ("ppo.value", recipe.ppo.value, "head"),
         ("ppo.rollout_options.sync", sync, "merged"),
     ):
         require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
+    require(
+        recipe.ppo.value != "adapter",
+        "ppo.value: adapter needs adapters; add --lora, or set ppo.value=head, none or group",
+    )
 
 
 def _check_sharded(recipe: Recipe) -> None:
@@ -202,6 +206,8 @@ def _check_sharded(recipe: Recipe) -> None:
         ("reward.seeds", short(seeds), len(seeds) == 1 or not recipe.reward.trained, f"[{seeds[0]}]"),
         ("ppo.rollout_backend", ppo.rollout_backend, ppo.rollout_backend == "hf", "hf"),
         ("ppo.rollout_compile", str(ppo.rollout_compile).lower(), not ppo.rollout_compile, "false"),
+        ("ppo.value_warmup_updates", ppo.value_warmup_updates, not ppo.value_warmup_updates, "0"),
+        ("ppo.micro_batch_tokens", ppo.micro_batch_tokens, ppo.micro_batch_tokens is None, "null"),
         *((key, optim, not optim.startswith("paged"), "adamw_torch_fused") for key, optim in optims.items()),
     ):
         require(
@@ -237,6 +243,13 @@ def _check_lengths(recipe: Recipe) -> None:
         f"ppo.max_prompt_length: {prompt} must be at most {limit - sampling.max_new_tokens}, which is model.max_length"
         f" {limit} less generation.max_new_tokens {sampling.max_new_tokens}",
     )
+    check_sampling(
+        recipe.ppo.rollout_backend,
+        recipe.ppo.rollout_options,
+        temperature=sampling.temperature,
+        min_new_tokens=sampling.min_new_tokens,
+        processes=recipe.num_processes,
+    )
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
@@ -247,21 +260,21 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
     seeds = len(recipe.sft.seeds)
-    for member in reference.members:
+    for member in reference.seeds:
         require_seed(where, member, seeds)
     if reference.path is not None:
         what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
         hint = _suggestion(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
         require(
             "/" in reference.path,
-            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or the folder or Hub id (namespace/name)"
-            f" of {what}, not {short(reference.path)}{hint}",
+            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, {{stretched: …}}, or the folder or Hub id"
+            f" (namespace/name) of {what}, not {short(reference.path)}{hint}",
         )
         _check_weights(where, reference.path, recipe)
 
 
 def _check_reward(recipe: Recipe) -> None:
-    """Raise SalsaError if a part of the reward is unusable, or ppo.value lacks its reward adapter."""
+    """Raise SalsaError if a part of the reward is unusable."""
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)
@@ -270,11 +283,26 @@ def _check_reward(recipe: Recipe) -> None:
                 check_columns("reward.model", part.value, ["prompt"], "the toy data's prompts")
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
+        require(
+            part.weight != 0 or part.name not in ("reward", "gold" if recipe.toy is not None else "reward"),
+            f"reward.model: a part of weight 0 is a measure of its own in the evaluation, which has another measure named"
+            f" {part.name}; give the part another name: {{model: …, weight: 0, name: …}}",
+        )
+
+
+def _check_synthetic(recipe: Recipe) -> None:
+    """Raise SalsaError for a `synthetic` section without effect, or with an unusable function."""
+    section, data = recipe.synthetic, recipe.data
+    if section is None:
+        return
     require(
-        recipe.ppo.value == "head" or recipe.reward.trained,
-        "ppo.value: `adapter` is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
-        " or add adapter to reward.model",
+        data.demonstrations is None or data.preferences is None,
+        "synthetic: has no effect, because data.demonstrations and data.preferences are given; remove one of the three",
     )
+    check_function("synthetic.function", section.function)
+    check_signature("synthetic.function", section.function)
+    if data.prompts is None and recipe.toy is not None:
+        check_columns("synthetic.function", section.function, ["prompt"], "the toy data's prompts")
 
 
 def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
@@ -325,6 +353,15 @@ def _check_evaluate(recipe: Recipe) -> None:
         for reference in [] if model in recipe.policies else parse_reference(where, model):
             _check_reference(where, reference, recipe)
     evaluated = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
+    for name, control in recipe.evaluate.controls.items():
+        where = f"evaluate.controls.{name}"
+        _check_name("evaluate.controls", name)
+        taken = name in evaluated or name == "base" or SEED.match(name)
+        require(not taken, f"{where}: is the name of another model of the run; rename it")
+        references = parse_reference(where, control)
+        require(len(references) == 1, f"{where}: must be one model, not a list of {len(references)}; name each one")
+        _check_reference(where, references[0], recipe)
+    evaluated += recipe.evaluate.controls
     sweeps.check_search(recipe, evaluated)
     for name in recipe.search.questions if recipe.search is not None else ():
         _check_prompt_set(recipe, "search.questions", name)
@@ -344,6 +381,11 @@ def _check_hub(recipe: Recipe) -> None:
     """Raise SalsaError for results to push that do not exist, and for a base that others cannot load."""
     section, base = recipe.hub, recipe.model.base
     section.check("hub")
+    require(
+        not section.push or recipe.replicates == 1,
+        f"hub.push: does not work with replicates {recipe.replicates}, which would be pushed over one another; remove"
+        " hub.push, and push one of them with `salsa hub push RUN/replicate-0 ITEM`",
+    )
     for name in section.push:
         try:
             unit_of(recipe, name)
@@ -360,12 +402,13 @@ def _check_required(recipe: Recipe) -> None:
     """Raise SalsaError if a recipe without a `toy` section lacks its base, chat template or data."""
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
     pairs = recipe.reward.trained or {*PREFERENCE_ALGORITHMS} & algorithms
-    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts"
+    synthetic = recipe.synthetic is not None
+    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts" or synthetic
     given: dict[str, object] = {
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
-        "data.demonstrations": recipe.data.demonstrations or None not in (recipe.sft.from_ or [None]),
-        "data.preferences": recipe.data.preferences or not pairs,
+        "data.demonstrations": recipe.data.demonstrations or synthetic or None not in (recipe.sft.from_ or [None]),
+        "data.preferences": recipe.data.preferences or synthetic or not pairs,
         "data.prompts": recipe.data.prompts or not prompts,
         "data.held_out": recipe.data.held_out or recipe.soup.measure_source != "held_out",
         "evaluate.prompts": recipe.evaluate.prompts,

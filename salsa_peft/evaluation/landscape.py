@@ -21,17 +21,18 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
-from salsa_peft.evaluation.answers import Rewards, answer, fitting_questions
+from salsa_peft.evaluation.answers import HeldOut, Rewards, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.models.rewards.reward import recipe_reward
+from salsa_peft.models.rewards.reward import WeightedReward, recipe_reward
 from salsa_peft.models.stage_context import StageContext, seed_folders
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.console import progress_bar, say
+from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import append_checked_lines, read_checked_lines, write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
@@ -41,10 +42,14 @@ PARTIAL = "partial"
 """Folder of what an unfinished stage has measured so far."""
 
 
-def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward]:
-    """Name of a measure → its reward: the recipe's, and for generated toy data also the gold reward."""
+def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward | HeldOut]:
+    """Name of a measure → its reward: `reward`, each part of weight 0 by its own name, and the toy data's `gold`."""
     recipe = job.recipe
-    rewards = {"reward": recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)}
+    reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)
+    rewards: dict[str, Reward | HeldOut] = {"reward": reward}
+    if isinstance(reward, WeightedReward) and any(part.weight for part in reward.parts):
+        rewards["reward"] = WeightedReward([part for part in reward.parts if part.weight])
+        rewards |= {part.name: HeldOut(part.reward) for part in reward.parts if not part.weight}
     if recipe.toy is not None:
         from salsa_peft.data.toy_language import gold
 
@@ -61,10 +66,13 @@ def mean_scores(
     context: StageContext,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Answer every turn once; returns measure → mean score and its interval over questions."""
+    """Answer every turn once; returns measure → mean score and its interval over questions.
+
+    A measure that does not apply to one of the answers is left out.
+    """
     rows = answer(model, adapter, questions, rewards, context, seed)
-    of = clusters(rows)
-    return {name: asdict(mean_interval([row["scores"][name] for row in rows], of)) for name in rewards}
+    of, scored = clusters(rows), [name for name in rewards if all(name in row["scores"] for row in rows)]
+    return {name: asdict(mean_interval([row["scores"][name] for row in rows], of)) for name in scored}
 
 
 def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
@@ -120,7 +128,7 @@ def run(job: Job) -> dict[str, Any]:
     # 2. one model whose weights are set for each point
     context.check(job.inputs)
     seeds = seed_folders(job.inputs)
-    model, adapter, set_weights = adjustable_model(context, seeds)
+    model, adapter, set_weights, norm = adjustable_model(context, seeds)
     rewards = measures(job, model, context)
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
@@ -134,26 +142,73 @@ def run(job: Job) -> dict[str, Any]:
         say(f"{damaged}; their points are measured again")
     known = {_point(dict(weights)): scores for weights, scores in rows}
     keep = functools.partial(append_checked_lines, partial)
-    result = measure_points(points(section), score, job.unit.id, known, keep)
-    result |= {"questions": chosen, "n": len(asked), "sampling_seed": section.seed, "measures": list(rewards)}
+    figures = points(section)
+    if section.norm_controls:
+        add_norm_controls(figures, section, lambda weights: norm([weights.get(seed, 0.0) for seed in sorted(seeds)]))
+    result = measure_points(figures, score, job.unit.id, known, keep)
+    measured = [
+        point["scores"] for line in [*result["lines"], result["plane"] or {}] for point in line.get("points", [])
+    ]
+    names = [name for name in rewards if all(name in scores for scores in measured)]
+    result |= {"questions": chosen, "n": len(asked), "sampling_seed": section.seed, "measures": names}
     write_atomic(job.folder / "landscape.json", json.dumps(result, indent=2))
     return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(asked)}
 
 
+def add_norm_controls(
+    figures: dict[str, dict[str, Any]], section: Landscape, norm: Callable[[Mapping[int, float]], float]
+) -> None:
+    """Add the points of `norm_controls`: the line's first seed and its midpoint, each with the other's norm.
+
+    norm: the norm of Σ w δ, given seed → w. The scaled seed joins the control line `shrunk`; the scaled midpoint is the
+    only point of the line `stretched`, at its scale.
+    """
+    if section.line is None:
+        return
+    a, b = section.line
+    of_seed, of_midpoint = norm({a: 1.0}), norm({a: 0.5, b: 0.5})
+    require(
+        of_seed > 0 and of_midpoint > 0,
+        f"landscape.norm_controls: the delta of seed-{a} or of the midpoint is 0, which no scale changes; set"
+        " landscape.norm_controls=false",
+    )
+    shrink, stretch = of_midpoint / of_seed, of_seed / of_midpoint
+    ends = ["base", f"seed-{a}"]
+    shrunk = {"name": f"base – seed-{a} (shrunk, the control)", "parameter": "scale", "ends": ends, "kind": "shrunk"}
+    line = figures.setdefault("shrunk", {**shrunk, "points": []})
+    line["points"] = sorted([*line["points"], (shrink, {a: shrink})], key=lambda point: point[0])
+    line["soup_norm"] = shrink
+    figures["stretched"] = {
+        "name": f"base – midpoint of seed-{a} and seed-{b} (stretched, a control)",
+        "parameter": "scale",
+        "ends": ["base", "soup"],
+        "kind": "stretched",
+        "points": [(stretch, {a: stretch / 2, b: stretch / 2})],
+    }
+
+
 def adjustable_model(
     context: StageContext, seeds: Mapping[int, Path]
-) -> tuple[Any, str | None, Callable[[list[float]], None]]:
-    """A model, its adapter's name or None, and a function that sets its weights to base + Σ w δ."""
+) -> tuple[Any, str | None, Callable[[list[float]], None], Callable[[list[float]], float]]:
+    """A model, its adapter's name or None, and two functions of the seeds' weights.
+
+    The first sets the model to base + Σ w δ, the second returns the norm of Σ w δ.
+    """
     positions = sorted(seeds)
     if context.recipe.adapter is None:
         model: Any = context.load_base()
         folders = [*(seeds[position] for position in positions), context.folder]
         live = LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders])
-        return model, None, lambda weights: live.set([*weights, round(1 - math.fsum(weights), 12)])
+        return (
+            model,
+            None,
+            lambda weights: live.set([*weights, round(1 - math.fsum(weights), 12)]),
+            lambda weights: live.norm([*weights, -math.fsum(weights)]),
+        )
     stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])
     model = lora.attach(context.load_base(), seeds[positions[0]], "start")
     stacked.attach(model, POINT, [0.0] * len(positions))
-    return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights)
+    return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights), stacked.norm
 
 
 Point = tuple[tuple[int, float], ...]

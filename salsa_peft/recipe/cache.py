@@ -8,27 +8,25 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from salsa_peft.config.job import Unit
-from salsa_peft.config.paths import is_local
-from salsa_peft.config.schema import Recipe, Source
-from salsa_peft.data.files import at_commit, hub_repository
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import read_json, write_atomic
 from salsa_peft.utils.fingerprints import canonical_json, fingerprint, sha256
-from salsa_peft.utils.hub import COMMIT, Repository, resolve_commits
 from salsa_peft.utils.manifests import MANIFEST, changed_file, content_digest, read_manifest, versions
-from salsa_peft.utils.messages import short
+from salsa_peft.utils.messages import difference, listed
 
 BEGUN = "begun.json"
 TEMPORARY = re.compile(
     r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z|(.*/)?\.[^/]+\.tmp\Z"
 )
 """Pattern of files in a unit's folder that are not part of its result, such as checkpoints."""
+PROGRESS = re.compile(r"(seed-\d+/)?checkpoint-\d+/|seed-\d+/metrics\.json\Z|partial/")
+"""Pattern of files in an unfinished result from which its stage can go on: checkpoints, finished members, partial results."""
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 
 
@@ -47,6 +45,16 @@ class PlannedUnit:
 
 Plan = dict[str, PlannedUnit]
 """Unit id → planned unit, in the order of the stages."""
+
+
+class Change(NamedTuple):
+    """A difference between a unit's key and that of a finished result."""
+
+    kind: str
+    """The part of the key, one of ORDER."""
+    text: str
+    is_setting: bool
+    """Whether it is a setting that the finished result had too, with another value, or that the unit has no longer."""
 
 
 def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprints: dict[str, str]) -> str:
@@ -77,54 +85,6 @@ def key_parts(
     }
 
 
-def repositories(recipe: Recipe) -> dict[tuple[str, str], Repository]:
-    """The repositories on the Hub that a recipe names: (base, model, data or prompts; name) → repository."""
-    from salsa_peft.training.external_models import hub_models
-
-    base, revision = recipe.model.base, recipe.model.revision
-    sources = {("data", name): source for name, source in vars(recipe.data).items() if isinstance(source, Source)}
-    sources |= {("prompts", name): source for name, source in recipe.evaluate.prompts.items()}
-    found = {place: hub_repository(source) for place, source in sources.items()}
-    models = {("model", name): Repository("model", name, recipe.revisions.get(name)) for name in hub_models(recipe)}
-    bases = {} if base is None or is_local(base) else {("base", ""): Repository("model", base, revision)}
-    return bases | models | {place: one for place, one in found.items() if one is not None}
-
-
-def with_commits(recipe: Recipe, *, record: bool) -> Recipe:
-    """The recipe with the commits of its repositories on the Hub in place of branches, tags and missing revisions.
-
-    They are in the cache keys, so that what changes on the Hub is read again. A revision whose commit is not known stays.
-    record: as in resolve_commits.
-    """
-    wanted = repositories(recipe)
-    commits = resolve_commits(wanted.values(), record=record) if wanted else {}
-    found = {place: commits[one] for place, one in wanted.items() if one in commits}
-    data, prompts = recipe.data, recipe.evaluate.prompts
-    return replace(
-        recipe,
-        model=replace(recipe.model, revision=found.get(("base", ""), recipe.model.revision)),
-        revisions=recipe.revisions | {name: commit for (kind, name), commit in found.items() if kind == "model"},
-        data=replace(
-            data, **{name: at_commit(getattr(data, name), found[kind, name]) for kind, name in found if kind == "data"}
-        ),
-        evaluate=replace(
-            recipe.evaluate,
-            prompts=prompts
-            | {name: at_commit(prompts[name], found[kind, name]) for kind, name in found if kind == "prompts"},
-        ),
-    )
-
-
-def unknown_commits(recipe: Recipe) -> list[str]:
-    """A line about the repositories on the Hub whose commits with_commits has not found; none if it has found all."""
-    unknown = [one.name for one in repositories(recipe).values() if not COMMIT.match(one.revision or "")]
-    names = ", ".join(dict.fromkeys(unknown))
-    line = (
-        f"the commit of {names} is unknown (not on the Hub and not in its local cache): a change there is not noticed"
-    )
-    return [line] if unknown else []
-
-
 def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:
     """Write a result's last file, the manifest: key, digests of the inputs, hashes of the files, `facts`."""
     files = {}
@@ -141,18 +101,33 @@ def _digests(planned: PlannedUnit, plan: Plan) -> dict[str, str]:
     return {name: content_digest(read_manifest(plan[name].folder) or {"files": {}}) for name in planned.unit.inputs}
 
 
-def write_begun(planned: PlannedUnit, plan: Plan) -> None:
-    """Write a result's first file: the result's key and the digests of its inputs."""
-    write_atomic(planned.folder / BEGUN, json.dumps({"key": planned.key, "inputs": _digests(planned, plan)}))
+def write_begun(planned: PlannedUnit, plan: Plan, seconds: float = 0.0) -> None:
+    """Write a result's first file, when a process starts to make it: the result's key and the digests of its inputs.
+
+    seconds: those of earlier processes, whose work this one continues.
+    """
+    content = {"key": planned.key, "inputs": _digests(planned, plan), "seconds": seconds}
+    write_atomic(planned.folder / BEGUN, json.dumps(content))
 
 
-def has_same_inputs(planned: PlannedUnit, plan: Plan) -> bool:
-    """Whether a unit's unfinished result was started with the key and inputs that the unit has now."""
+def seconds_so_far(planned: PlannedUnit, plan: Plan) -> float | None:
+    """Seconds that an unfinished result has taken up to its newest checkpoint or partial result.
+
+    None if its stage cannot go on with it: it has neither, or the unit's key or inputs are others now. Both times are file
+    times, so that those of a copied folder do not matter.
+    """
+    begun = planned.folder / BEGUN
     try:
-        found = read_json(planned.folder / BEGUN)
+        found = read_json(begun)
     except SalsaError:
-        return False
-    return bool(found == {"key": planned.key, "inputs": _digests(planned, plan)})
+        return None
+    files = (path for path in planned.folder.rglob("*") if path.is_file())
+    saved = [path for path in files if PROGRESS.match(path.relative_to(planned.folder).as_posix())]
+    expected = {"key": planned.key, "inputs": _digests(planned, plan)}
+    if not saved or not isinstance(found, dict) or {name: found.get(name) for name in expected} != expected:
+        return None
+    earlier, newest = found.get("seconds", 0.0), max(path.stat().st_mtime for path in saved)
+    return earlier + max(0.0, newest - begun.stat().st_mtime) if isinstance(earlier, int | float) else None
 
 
 def remove_temporary_files(folder: Path) -> None:
@@ -163,30 +138,70 @@ def remove_temporary_files(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def finished(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and manifest of each finished result of a unit, the newest first. results: the folder with all its keys."""
+    for path in sorted(results.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        manifest = read_manifest(path.parent)
+        if manifest is not None:
+            yield path.parent, manifest
+
+
+def changes(manifest: dict[str, Any], parts: dict[str, Any]) -> list[Change]:
+    """The differences of a unit's key parts from those of a finished result, in the order of ORDER."""
+    old, new = _flat(manifest.get("key_parts") or {}), _flat(parts)
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    names.sort(key=lambda name: ORDER.index(name[0]))
+    words = {"inputs": "its input {} has changed", "files": "a file or folder that it reads has changed"}
+    found = []
+    for kind, name in names if old else []:
+        values = difference(*(_shown(one.get((kind, name), "none")) for one in (old, new)))
+        text = words[kind].format(name) if kind in words else f"{name} {values}"
+        found.append(Change(kind, text, kind == "slice" and (kind, name) in old))
+    return found
+
+
 def why_new(parts: dict[str, Any], results: Path) -> str:
     """Why a unit has no result of this key: the first difference from its newest finished result, or "new" without one.
 
     results: the folder with the unit's results of all keys.
     """
-    manifests = sorted(results.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
-    before = next((found for path in reversed(manifests) if (found := read_manifest(path.parent)) is not None), None)
-    if before is None:
+    newest = next(finished(results), None)
+    if newest is None:
         return "new"
-    old, new = _flat(before.get("key_parts") or {}), _flat(parts)
-    changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    if not old or not changed:
+    found = changes(newest[1], parts)
+    if not found:
         return "outdated: the finished result was made by an earlier version of salsa-peft"
-    changed.sort(key=lambda name: ORDER.index(name[0]))
-    kind, name = changed[0]
-    values = " → ".join(_shown(found.get((kind, name), "none")) for found in (old, new))
-    words = {"inputs": f"its input {name} has changed", "files": "a file or folder that it reads has changed"}
-    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-    return f"outdated: {words.get(kind, f'{name} {values}')}{more}"
+    return f"outdated: {found[0].text}" + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+
+
+def with_outdated(plan: Plan, asked: Collection[str]) -> tuple[Plan, str | None]:
+    """The plan for `asked`, with finished results that an upgrade has outdated, and a line that names these.
+
+    A result that was made with another setting stays outdated, for this reason. A setting that the result's version of
+    salsa-peft did not have is part of the upgrade.
+    """
+    found, causes, names = dict(plan), {}, []
+    for name in [name for name, planned in plan.items() if planned.why is not None and name not in asked]:
+        for folder, manifest in finished(plan[name].folder.parent):
+            differences = changes(manifest, plan[name].parts)
+            settings = [change.text for change in differences if change.is_setting]
+            if not settings and changed_file(folder, manifest) is None:
+                found[name] = replace(plan[name], folder=folder, why=None)
+                names.append(name)
+                causes |= {change.text: None for change in differences if change.kind != "inputs"}
+                break
+            if settings:
+                found[name] = replace(plan[name], why=f"outdated: {settings[0]}")
+    if not names:
+        return found, None
+    units = f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more units are"
+    why = f" ({listed(list(causes))})" if causes else ""
+    return found, f"{units} outdated{why}; the report shows these results as they are, and `salsa run` makes them again"
 
 
 def _shown(value: Any) -> str:
     """A value as in a recipe: null, true and false, and text without quotes."""
-    return short(value).strip("'") if not (value is None or isinstance(value, bool)) else json.dumps(value)
+    return repr(value).strip("'") if not (value is None or isinstance(value, bool)) else json.dumps(value)
 
 
 ORDER = ("stage", "versions", "slice", "files", "inputs")

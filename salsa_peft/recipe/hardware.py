@@ -160,6 +160,42 @@ def check_processes(recipe: Recipe) -> None:
     )
 
 
+TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive")
+"""Values of report_to that are also the names of the packages that they need."""
+
+
+def check_packages(recipe: Recipe, stages: Collection[str]) -> None:
+    """Raise SalsaError if a package that a later stage needs is not installed; it is not imported here.
+
+    stages: the stages that will run.
+    """
+    training = [stage for stage in ("sft", "reward", "ppo", *ALGORITHMS) if stage in stages]
+    paged = [stage for stage in training if getattr(recipe, stage).optim.startswith("paged") and gpus()]
+    wanted = [(f"{stage}.optim: {getattr(recipe, stage).optim}", "bitsandbytes", "qlora") for stage in paged]
+    if "ppo" in stages:
+        vllm = recipe.ppo.rollout_backend == "vllm"
+        wanted += [("ppo.rollout_backend: vllm", "vllm", "vllm")] if vllm else []
+        wanted += [(f"report_to: {name}", name, "") for name in recipe.report_to if name in TRACKERS]
+    for key, package, extra in wanted:
+        install = f"pip install 'salsa-peft[{extra}]'" if extra else f"pip install {package}"
+        require(
+            importlib.util.find_spec(package) is not None,
+            f"{key} needs the package {package}, which is not installed; run {install}, or choose another value",
+        )
+
+
+def check_rollout(recipe: Recipe, stages: Collection[str]) -> None:
+    """Raise SalsaError if the ppo stage will sample in a way that needs a GPU, and there is none."""
+    ppo = recipe.ppo
+    used = {"rollout_backend: vllm": ppo.rollout_backend == "vllm", "rollout_compile: true": ppo.rollout_compile}
+    for key in [key for key, is_used in used.items() if is_used and "ppo" in stages]:
+        require(
+            bool(gpus()),
+            f"ppo.{key} needs a CUDA GPU, and nvidia-smi lists none; set ppo.rollout_backend=hf and"
+            " ppo.rollout_compile=false, or use a machine with a GPU",
+        )
+
+
 class Halved(NamedTuple):
     """A recipe with smaller batches, or a smaller judge concurrency, in one stage."""
 
@@ -173,7 +209,7 @@ def halve_batches(recipe: Recipe, stage: str) -> Halved | None:
     if stage in ("sft", "reward", "ppo", *ALGORITHMS):
         return _halve_training(recipe, stage)
     rows = recipe.generation.batch_size
-    if stage in ("landscape", "evaluate") and (half := largest_proper_divisor(rows)):
+    if stage in ("synthetic", "reward_quality", "landscape", "evaluate") and (half := largest_proper_divisor(rows)):
         generation = replace(recipe.generation, batch_size=half)
         return Halved(replace(recipe, generation=generation), {"generation.batch_size": (rows, half)})
     judge = recipe.evaluate.judge

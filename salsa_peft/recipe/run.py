@@ -6,7 +6,7 @@ The command is recipe/__main__.py. torch is not imported.
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +18,12 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data.check import check_every_row
 from salsa_peft.recipe import cache, hardware, processes, units
+from salsa_peft.recipe.commits import keep_commits, unknown_commits
 from salsa_peft.recipe.estimates import disk, hours
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked, read_json, timestamp, write_atomic
+from salsa_peft.utils.hub import Repository
 from salsa_peft.utils.manifests import MANIFEST, versions
 from salsa_peft.utils.messages import did_you_mean, duration, one_line, short
 
@@ -41,9 +43,11 @@ class Stage(NamedTuple):
 
 STAGES = {
     "toy": Stage("salsa_peft.recipe.small_stages:toy", units.toy_units),
+    "synthetic": Stage("salsa_peft.evaluation.synthetic:run", units.synthetic_units, resumes=True),
     "data": Stage("salsa_peft.recipe.small_stages:data", units.data_units),
     "sft": Stage("salsa_peft.training.sft:run", units.sft_units, resumes=True, trains=True),
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, resumes=True, trains=True),
+    "reward_quality": Stage("salsa_peft.evaluation.reward_quality:run", units.reward_quality_units),
     "soup": Stage("salsa_peft.recipe.small_stages:soup", units.soup_units),
     "ppo": Stage("salsa_peft.training.ppo_stage:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
     "dpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["dpo"], resumes=True),
@@ -69,6 +73,8 @@ def run(
     prune: bool = False,
     dry_run: bool = False,
     gpu: hardware.Gpu | None = None,
+    commits: Mapping[Repository, str] | None = None,
+    report_of: str | None = None,
     debug: bool = False,
 ) -> None:
     """Run a recipe in a folder, or print its plan (`dry_run`).
@@ -76,7 +82,8 @@ def run(
     Raises SalsaError if a check fails, and StageError if a stage fails.
 
     only: the stages or units to run; None for all. force: stages or units to run even if their results are cached.
-    gpu: the GPU that a dry run plans for; None for this machine's GPU.
+    gpu: the GPU that a dry run plans for; None for this machine's GPU. commits: those that the run keeps until it is
+    finished. report_of: the command of the run that `salsa report` reports; its results may be outdated by an upgrade.
     """
     recipe = loaded.recipe
     work = [unit for stage in stages.values() for unit in stage.units(recipe, stage.run)]
@@ -86,8 +93,9 @@ def run(
     # 1. plan and check; for a new run everything is checked before the first file is written
     new = not folder.exists()
     if dry_run or new:
-        plan = cache.plan(work, folder, forced)
-        check_inputs(plan, asked)
+        plan = make_plan(work, folder, forced, asked, report_of)
+        if gpu is None:  # else the plan is for another machine
+            hardware.check_packages(recipe, stages_to_run(plan, asked))
         check_data(recipe, plan, asked)
     if dry_run:
         from salsa_peft.recipe.dry_run import show_plan
@@ -99,19 +107,34 @@ def run(
         check_data(recipe, plan, asked, hub=True)
     with locked(folder):
         # 2. plan again: another process may have changed the folder before it was locked
-        plan = cache.plan(work, folder, forced)
-        check_inputs(plan, asked)
+        plan = make_plan(work, folder, forced, asked, report_of)
         if not new:
             check_data(recipe, plan, asked)
-        for warning in (*cache.unknown_commits(recipe), *check_machine(recipe, plan, asked)):
+        for warning in (*unknown_commits(recipe), *check_machine(recipe, plan, asked)):
             say(f"warning: {warning}")
         if not new:
             check_data(recipe, plan, asked, hub=True)
-        # 3. run
+        # 3. run; until everything is finished, the next commands keep the commits
+        keep_commits(folder, commits or {}, finished=False)
         execute(loaded, folder, plan, asked, debug)
+        everything = all(name in asked or planned.why is None for name, planned in plan.items())
+        keep_commits(folder, commits or {}, finished=everything)
         # 4. remove old results
         for path in cache.prune(folder, stages, plan) if prune else []:
             say(f"pruned {path.relative_to(folder)}")
+
+
+def make_plan(
+    work: list[Unit], folder: Path, forced: Iterable[str], asked: Collection[str], report_of: str | None
+) -> cache.Plan:
+    """The plan, whose units to run have all that they need. Prints a line about outdated results that a report shows."""
+    plan, line = cache.plan(work, folder, forced), None
+    if report_of is not None:
+        plan, line = cache.with_outdated(plan, asked)
+    check_inputs(plan, asked, report_of)
+    if line is not None:
+        say(line)
+    return plan
 
 
 def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str], debug: bool) -> None:
@@ -149,14 +172,14 @@ def _run_unit(
         cache.remove_temporary_files(planned.folder)  # left if the run was killed just after the manifest was written
         say(f"{unit.id} … cached")
         return
-    resumed = STAGES[unit.stage].resumes and planned.why == "unfinished" and cache.has_same_inputs(planned, plan)
+    earlier = _seconds_so_far(planned, plan) if planned.why == "unfinished" else None
     if planned.why.startswith(("changed", "missing", "unfinished", "outdated")):
-        say(f"{unit.id} … {planned.why}: {'resuming' if resumed else 'running again'}")
+        say(f"{unit.id} … {planned.why}: {'starting again' if earlier is None else 'resuming'}")
     started = timestamp()
     inputs = {name: plan[name].folder for name in unit.inputs}
     job = Job(recipe=recipe, unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     log = folder / "logs" / f"{unit.id.replace('/', '-')}.log"
-    result, job, halved = _run_job(job, planned, plan, resumed, log, debug)
+    result, job, halved = _run_job(job, planned, plan, earlier, log, debug)
     on_gpu = result.gpu_peak_mb is not None
     planned_mb = hardware.planned_mb(job.recipe, unit.stage) if on_gpu else None
     seconds = hours.seconds(job.recipe, unit, next(iter(hardware.gpus()), None)) if on_gpu else None
@@ -171,28 +194,35 @@ def _run_unit(
     say(f"{unit.id} … done in {took}, peak {result.peak_mb:.0f} MB{together}{gpu}")
 
 
+def _seconds_so_far(planned: cache.PlannedUnit, plan: cache.Plan) -> float | None:
+    """Seconds of an unfinished result with which its stage goes on; None if the stage starts again."""
+    return cache.seconds_so_far(planned, plan) if STAGES[planned.unit.stage].resumes else None
+
+
 def _run_job(
-    job: Job, planned: cache.PlannedUnit, plan: cache.Plan, resumed: bool, log: Path, debug: bool
+    job: Job, planned: cache.PlannedUnit, plan: cache.Plan, earlier: float | None, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
     """Run a job; after each out-of-memory error, run it again with smaller batches (`halve_batches`).
 
-    Returns the result, the job as it was run last, and the values of the recipe keys that were made smaller.
+    Returns the result, the job as it was run last, and the values of the recipe keys that were made smaller. The result's
+    seconds include those up to the checkpoint that the job goes on from. earlier: as from _seconds_so_far.
     """
     halved: dict[str, int] = {}
     while True:
-        if not resumed:
+        if earlier is None:
             _empty(planned.folder)
-            cache.write_begun(planned, plan)
+        cache.write_begun(planned, plan, earlier or 0.0)
         try:
-            return processes.run_job(job, log, count=_processes(job), debug=debug), job, halved
+            result = processes.run_job(job, log, count=_processes(job), debug=debug)
+            return dataclasses.replace(result, seconds=round((earlier or 0.0) + result.seconds, 3)), job, halved
         except processes.OutOfMemory as error:
             smaller = hardware.halve_batches(job.recipe, job.unit.stage)
             if smaller is None:
                 raise
-            resumed = STAGES[job.unit.stage].resumes
+            earlier = _seconds_so_far(planned, plan)
             say(one_line(error))
             changes = ", ".join(f"{key} {after} (was {before})" for key, (before, after) in smaller.changed.items())
-            again = "resuming" if resumed else "running again"
+            again = "starting again" if earlier is None else "resuming"
             say(f"{job.unit.id} … {again} with {changes}; the global batch stays the same")
             job = dataclasses.replace(job, recipe=smaller.recipe)
             halved |= {key: after for key, (_, after) in smaller.changed.items()}
@@ -229,15 +259,27 @@ def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
     return found
 
 
-def check_inputs(plan: cache.Plan, asked: set[str]) -> None:
-    """Raise SalsaError if a unit to run needs a result that is neither finished nor made in this run."""
-    for name in asked:
-        for needed in plan[name].unit.inputs if plan[name].why is not None else ():
-            why = plan[needed].why
-            require(
-                why is None or needed in asked,
-                f"--stages: {name} needs {needed}, which has no usable result ({why}); add {plan[needed].unit.stage}",
-            )
+def stages_to_run(plan: cache.Plan, asked: Collection[str]) -> set[str]:
+    """The stages of the units in `asked` whose results are not cached."""
+    return {plan[name].unit.stage for name in asked if plan[name].why is not None}
+
+
+def check_inputs(plan: cache.Plan, asked: Collection[str], report_of: str | None = None) -> None:
+    """Raise SalsaError if units to run need results that are neither finished nor made in this run; name them all.
+
+    report_of: as in `run`.
+    """
+    needed: set[str] = set()
+    for name, planned in reversed(plan.items()):  # inputs come before the units that need them
+        if planned.why is not None and (name in asked or name in needed):
+            needed |= {one for one in planned.unit.inputs if plan[one].why is not None and one not in asked}
+    missing: dict[str, str] = {}
+    for name in [name for name in plan if name in needed]:  # of each stage the first unit
+        missing.setdefault(plan[name].unit.stage, f"{name} ({plan[name].why})")
+    first = next((name for name in plan if name in asked and needed.intersection(plan[name].unit.inputs)), "")
+    remedy = f"add {','.join(missing)}" if report_of is None else f"run the recipe first: {report_of}"
+    start = f"--stages: {first}" if report_of is None else first
+    require(not missing, f"{start} needs results that are not finished: {', '.join(missing.values())}; {remedy}")
 
 
 def check_data(recipe: Recipe, plan: cache.Plan, asked: set[str], hub: bool = False) -> None:
@@ -269,7 +311,9 @@ def check_machine(recipe: Recipe, plan: cache.Plan, asked: set[str]) -> list[str
     """
     from huggingface_hub import get_token
 
-    stages = {planned.unit.stage for name, planned in plan.items() if name in asked and planned.why is not None}
+    stages = stages_to_run(plan, asked)
+    hardware.check_packages(recipe, stages)
+    hardware.check_rollout(recipe, stages)
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in stages):
         hardware.check_processes(recipe)
     warnings = hardware.check_gpu(recipe, hardware.gpus(), stages) if stages else []

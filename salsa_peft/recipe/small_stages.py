@@ -9,6 +9,7 @@ from typing import Any
 
 from salsa_peft.config.job import Job
 from salsa_peft.utils.console import progress_bar
+from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 
@@ -34,7 +35,7 @@ def data(job: Job) -> dict[str, Any]:
     from salsa_peft.data.datasets import training_sources
     from salsa_peft.models.stage_context import StageContext
 
-    source = training_sources(job.recipe, job.inputs.get("toy"))[job.unit.name]
+    source = training_sources(job.recipe, job.inputs)[job.unit.name]
     with progress_bar(1, f"{job.unit.id} tokenizing") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -79,6 +80,12 @@ def report(job: Job) -> dict[str, Any]:
     from salsa_peft.report.gather import gather
     from salsa_peft.report.page import write_report
 
-    summary = write_report(job.folder, gather(job.recipe, job.inputs, job.recipe_yaml))
+    try:
+        gathered = gather(job.recipe, job.inputs, job.recipe_yaml)
+    except KeyError as error:  # results that `salsa report` takes although they are outdated
+        raise SalsaError(
+            f"its inputs have no {error}, since an earlier version of salsa_peft made them; run the recipe again"
+        ) from error
+    summary = write_report(job.folder, gathered)
     write_atomic(job.folder / "recipe.yaml", job.recipe_yaml)
     return {"numbers": len(json.dumps(summary))}

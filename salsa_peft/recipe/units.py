@@ -27,9 +27,11 @@ TEXT = ("tokenizers", "jinja2")
 """The libraries that tokenize texts and render chat templates."""
 STAGE_LIBRARIES = {
     "toy": (*LIBRARIES, "tokenizers"),
+    "synthetic": (*LIBRARIES, *TEXT),
     "data": ("transformers", "trl", "datasets", *TEXT),
     "ppo": (*LIBRARIES, *TEXT),
     **dict.fromkeys(ALGORITHMS, (*LIBRARIES, *TEXT, "datasets")),
+    "reward_quality": (*LIBRARIES, *TEXT),
     "landscape": (*LIBRARIES, *TEXT),
     "evaluate": (*LIBRARIES, *TEXT),
 }
@@ -98,8 +100,9 @@ class _UnitBuilder:
         }
 
     def reference(self, reference: Reference) -> dict[str, Any]:
-        """The key field of a reference, without its label, and without sync options if it is not synced."""
-        unused = ("sync_every", "mixup_alpha") if reference.sync_every is None else ()
+        """The key field of a reference, without its label and the options that it does not use."""
+        unused = {"sync_every", "mixup_alpha"} if reference.sync_every is None else set()
+        unused |= {"norm_of"} if reference.norm_of is None else set()
         fields = {name: value for name, value in asdict(reference).items() if name not in unused}
         return {**fields, "label": None, "path": self.path(reference.path)}
 
@@ -144,8 +147,8 @@ def _reward(recipe: Recipe) -> list[str]:
 
 def _of_references(references: list[Reference]) -> list[str]:
     """Ids of the SFT and soup units whose results the references use."""
-    soup = ["soup"] if any(reference.soup for reference in references) else []
-    return [_seed(member) for reference in references for member in reference.members] + soup
+    soup = ["soup"] if any(reference.reads_soup for reference in references) else []
+    return [_seed(member) for reference in references for member in reference.seeds] + soup
 
 
 def _comparisons(recipe: Recipe) -> dict[str, Any]:
@@ -155,6 +158,21 @@ def _comparisons(recipe: Recipe) -> dict[str, Any]:
 def toy_units(recipe: Recipe, run: str) -> list[Unit]:
     """The unit that builds the toy base, tokenizer and data, if the recipe has `toy`."""
     return [_UnitBuilder(recipe, run).unit("toy", {"toy": asdict(recipe.toy)}, toy=False)] if recipe.toy else []
+
+
+def synthetic_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The unit that samples the base's answers and judges them, if the recipe has `synthetic`."""
+    section = recipe.synthetic
+    if section is None:
+        return []
+    builder = _UnitBuilder(recipe, run)
+    fields = {
+        "model": builder.model(),
+        "synthetic": {**asdict(section), "function": builder.function(section.function)},
+        "prompts": builder.source(recipe.data.prompts),
+        "generation": {**asdict(recipe.generation), "batch_size": None},
+    }
+    return [builder.unit("synthetic", fields)]
 
 
 def data_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -170,9 +188,10 @@ def data_units(recipe: Recipe, run: str) -> list[Unit]:
     }
     units = []
     for kind in [kind for kind, is_used in used.items() if is_used]:
-        builder = _UnitBuilder(recipe, run)
-        fields = {"source": builder.source(getattr(recipe.data, kind)), "tokenizer": builder.tokenizer()}
-        units.append(builder.unit("data", fields, name=kind))
+        builder, source = _UnitBuilder(recipe, run), getattr(recipe.data, kind)
+        fields = {"source": builder.source(source), "tokenizer": builder.tokenizer()}
+        made = ["synthetic"] if source is None and recipe.synthetic is not None else []
+        units.append(builder.unit("data", fields, *made, name=kind))
     return units
 
 
@@ -202,10 +221,26 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
     builder = _UnitBuilder(recipe, run)
     fields = {
         "model": builder.model(),
-        "reward": _section(recipe.reward, "model"),
+        "reward": _section(recipe.reward, "model", "quality_prompts", "quality_responses"),
         **builder.training("reward"),
     }
     return [builder.unit("reward", fields, PREFERENCES, _seed(0))]
+
+
+def reward_quality_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The unit that measures the reward on seed-0's responses, if policies learn from the reward."""
+    if not recipe.measures_reward:
+        return []
+    builder, section = _UnitBuilder(recipe, run), recipe.reward
+    fields = {
+        "model": builder.model(),
+        "quality": {"prompts": section.quality_prompts, "responses": section.quality_responses},
+        "ppo": {"seed": recipe.ppo.seed, "max_prompt_length": recipe.ppo.max_prompt_length},
+        "prompts": builder.source(recipe.data.prompts),
+        "generation": {**asdict(recipe.generation), "batch_size": None},
+        "reward": builder.reward(),
+    }
+    return [builder.unit("reward_quality", fields, _seed(0), *_reward(recipe))]
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -256,7 +291,9 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
         }
     if algorithm == "ppo":
         builder.libraries |= {"vllm"} if recipe.ppo.rollout_backend == "vllm" else set()
-        fields["ppo"] |= {"save_steps": None, "shown_every": None}  # the result does not depend on them
+        # the result does not depend on them: a guard that stops leaves an unfinished unit, which other guards may resume
+        fields["ppo"] |= {"save_steps": None, "shown_every": None, "guards": None}
+        inputs += ["reward_quality"] if recipe.measures_reward else []  # for a warning
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
     return builder.unit(algorithm, fields, _seed(0), *inputs, *_of_references(references), name=name)
 
@@ -268,9 +305,11 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
         return []
     builder = _UnitBuilder(recipe, run)
     prompts = landscape.prompts or next(iter(recipe.evaluate.prompts or TOY_PROMPTS))
+    unused = () if landscape.norm_controls else ("norm_controls",)
+    section = {name: value for name, value in asdict(landscape).items() if name not in unused}
     fields = {
         "model": builder.model(),
-        "landscape": {**asdict(landscape), "prompts": prompts},
+        "landscape": {**section, "prompts": prompts},
         "temperature": recipe.evaluate.temperature,
         "prompts": builder.source(recipe.evaluate.prompts.get(prompts)),
         "reward": builder.reward(),
@@ -285,6 +324,7 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     builder, options = _UnitBuilder(recipe, run), recipe.evaluate
     others = [model for model in options.models if model not in recipe.policies]
     references = [reference for model in others for reference in parse_reference("evaluate.models", model)]
+    controls = {name: parse_reference("evaluate.controls", value)[0] for name, value in options.controls.items()}
     fields = {
         "model": builder.model(),
         "prompts": {name: builder.source(source) for name, source in options.prompts.items()},
@@ -295,6 +335,9 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
         "seed": options.seed,
         "generation": asdict(recipe.generation),
     }
+    if controls:
+        fields["controls"] = {name: builder.reference(reference) for name, reference in controls.items()}
+        references += controls.values()
     policies = [policy_id(recipe, name) for name in recipe.policies]
     inputs = [_seed(0), "soup", *_of_references(references), *_reward(recipe), *policies]
     return [builder.unit("evaluate", fields, *inputs)]
@@ -314,7 +357,8 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
     fields: dict[str, Any] = {"judge": {**asdict(judge), **unused, **paths, "model": model}, **_comparisons(recipe)}
     if recipe.search is not None:
         fields["search"] = asdict(recipe.search)
-    return [builder.unit("judge", fields, "evaluate", toy=False)]
+    inputs = ["evaluate", *(["reward_quality"] if recipe.judges_best_of_n else [])]
+    return [builder.unit("judge", fields, *inputs, toy=False)]
 
 
 POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
@@ -325,7 +369,7 @@ POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
 
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The unit of the report, which reads the results of all stages before it."""
-    before = [toy_units, data_units, sft_units, reward_units, soup_units]
+    before = [toy_units, synthetic_units, data_units, sft_units, reward_units, reward_quality_units, soup_units]
     stages = [*before, *POLICY_UNITS.values(), landscape_units, evaluate_units, judge_units]
     search = None if recipe.search is None else asdict(recipe.search)
     fields = {"samples": recipe.evaluate.samples, **_comparisons(recipe), "search": search}

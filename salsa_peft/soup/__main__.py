@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="folder or Hub id of the base (default: the one that the adapters name)")
     add("--quantized-base", choices=["nf4", "nf4-double"],
-        help="--merge: first quantize and dequantize the base, as in QLoRA")  # fmt: skip
+        help="--merge: first quantise and dequantise the base, as in QLoRA")  # fmt: skip
     add("--same-base", action="store_true", help="adapters: assert that all have one base, even if named differently")
     add("--untie", action="store_true", help="--merge: untie tied embeddings that have LoRA")
     add_measure(made)

@@ -51,7 +51,7 @@ class Options:
     base: str | Path | None = None
     """Folder or Hub id of the base; None: the adapters' own. Checkpoints need it for slerp and cosines."""
     quantized_base: str | None = None
-    """With merge: nf4 or nf4-double, in which the base is first quantized and dequantized."""
+    """With merge: nf4 or nf4-double, in which the base is first quantised and dequantised."""
     same_base: bool = False
     """Adapters: assert that all have one base, even if they give it different names or fingerprints."""
     untie: bool = False

@@ -127,7 +127,7 @@ class SoupSummary(TypedDict, total=False):
     chat_template: str | None
     """Checkpoints: the member whose chat template the soup has."""
     quantized_base: str | None
-    """Merged: the quantization that was applied to the base and undone; None if there was none."""
+    """Merged: the quantisation that was applied to the base and undone; None if there was none."""
     requantised: int
     dequantised: int
     tensors: int

@@ -179,6 +179,11 @@ NEW_RUN = "Start a new run in another output_dir; it can start from this checkpo
 """What to do if a run of SalsaPPOTrainer cannot be resumed."""
 
 
+def start_again(unit: str) -> str:
+    """What to do if a unit of a recipe cannot be resumed."""
+    return f"Run it with the settings of before, or train it from the beginning with --force {unit}"
+
+
 def read_state(folder: Path, expected: dict[str, Any], remedy: str = NEW_RUN) -> dict[str, Any]:
     """The state from a checkpoint. Raises SalsaError with `remedy` if its settings are not the `expected` ones."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())

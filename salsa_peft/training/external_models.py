@@ -49,6 +49,7 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
     named = [(f"policies.{name}.reference", policy.reference) for name, policy in recipe.policies.items()]
     models = enumerate(recipe.evaluate.models)
     named += [(f"evaluate.models[{index}]", model) for index, model in models if model not in recipe.policies]
+    named += [(f"evaluate.controls.{name}", control) for name, control in recipe.evaluate.controls.items()]
     for where, value in named:
         for reference in parse_reference(where, value):
             if reference.path is not None:
@@ -148,7 +149,9 @@ def check_family(recipe: Recipe, folder: Path, where: str) -> None:
 
 def _read_by(role: str, stages: Collection[str]) -> bool:
     """Whether one of `stages` reads models of `role`: sft reads seeds; later stages read the other roles."""
-    return "sft" in stages if role == SEED else bool(set(stages) - {"toy", "data", "sft", "reward", "soup"})
+    return (
+        "sft" in stages if role == SEED else bool(set(stages) - {"toy", "synthetic", "data", "sft", "reward", "soup"})
+    )
 
 
 def _downloaded(recipe: Recipe, where: str, path: str) -> Path:

@@ -87,7 +87,7 @@ def run(job: Job) -> dict[str, Any]:
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
     reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, micro)
     # 2. PPO
-    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    source = datasets.training_sources(recipe, job.inputs)["prompts"]
     prompts = datasets.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
@@ -99,6 +99,8 @@ def run(job: Job) -> dict[str, Any]:
         eval_dataset=evaluation_prompts(job),
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
+    trainer.how_to_resume = "the same command continues from it"
+    trainer.checkpoints.remedy = checkpoints.start_again(job.unit.id)
     remove_printer(trainer)
     (checkpoint,) = broadcast_object_list(
         [checkpoints.newest_of(job.folder, job.unit.id) if trainer.is_world_process_zero() else None]

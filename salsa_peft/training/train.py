@@ -113,8 +113,7 @@ class Resumable(Trainer):
         main = self.is_world_process_zero()
         (checkpoint,) = broadcast_object_list([checkpoints.newest_of(self.folder, unit) if main else None])
         if checkpoint is not None:
-            remedy = f"Run it with the settings of before, or train it from the beginning with --force {unit}"
-            checkpoints.read_state(checkpoint, self.setting, remedy)
+            checkpoints.read_state(checkpoint, self.setting, checkpoints.start_again(unit))
             self.resumed = json.loads((checkpoint / PROGRESS.format(self.args.process_index)).read_bytes())
         stop = GracefulStop(self.accelerator)
         self.add_callback(SaveOrStop(self, stop))
@@ -287,7 +286,8 @@ def start_epoch(loader: Any, epoch: int) -> None:
 class SaveOrStop(TrainerCallback):
     """Saves a checkpoint every args.save_steps steps; after SIGTERM saves one and stops.
 
-    The last step is not saved, because the stage saves its result next.
+    The last step is saved only if held-out rows are evaluated next, which may be interrupted too; else the stage saves its
+    result next.
     """
 
     def __init__(self, trainer: Resumable, stop: GracefulStop) -> None:
@@ -300,6 +300,7 @@ class SaveOrStop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask Trainer to save, and to stop, once it has logged this step."""
         self.stop.synchronize()
-        due = state.global_step % args.save_steps == 0 and state.global_step < state.max_steps
+        last = state.global_step >= state.max_steps
+        due = self.trainer.eval_dataset is not None if last else state.global_step % args.save_steps == 0
         control.should_save = due or self.stop.terminated
         control.should_training_stop |= self.stop.terminated

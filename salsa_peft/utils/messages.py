@@ -5,6 +5,7 @@ torch is not imported.
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 TYPES = {
@@ -24,6 +25,20 @@ def short(value: Any) -> str:
     """The repr of a value; a repr of more than 60 characters is cut to 58."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def difference(old: str, new: str, width: int = 60) -> str:
+    """Two texts as `old → new`; if one is longer than `width`, the part of each around their first difference."""
+    pairs = enumerate(zip(old, new, strict=False))
+    first = next((place for place, (one, other) in pairs if one != other), min(len(old), len(new)))
+    start = max(0, first - width // 3) if max(len(old), len(new)) > width else 0
+    parts = [text[start : start + width] + "…" * (len(text) > start + width) for text in (old, new)]
+    return " → ".join("…" * (start > 0) + part for part in parts)
+
+
+def listed(words: Sequence[str], most: int = 3) -> str:
+    """The first `most` words, joined by commas, and the number of the others."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def describe(value: Any) -> str:
@@ -89,8 +104,10 @@ def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """A duration as text: 9.5 s, 12 s, 3:05 or 1:02:03."""
+    """A duration as text: 0.0042 s, 9.5 s, 12 s, 3:05 or 1:02:03."""
     whole = round(seconds)
+    if 0 < seconds < 0.095:  # would be 0.0 s, or 0.1 s with one digit
+        return f"{seconds:.2g} s" if seconds >= 0.0001 else "less than 0.0001 s"
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     minutes, rest = divmod(whole, 60)

@@ -165,7 +165,7 @@ REFUSED = [
     ),
     (
         "policies.a.reference={shrunk: {seed: 0}}",
-        ["policies.a.reference.shrunk: scale must be a number such as 0.6, but the value is {'seed': 0}"],
+        ["policies.a.reference.shrunk: scale must be a number such as 0.6, or soup-norm, but the value is {'seed': 0}"],
     ),
     (
         "policies.a.reference={shrunk: {seed: 5, scale: 0.6}}",
@@ -178,7 +178,7 @@ REFUSED = [
     (
         "policies.a.reference=a b",
         [
-            "policies.a.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'a b'"
+            "policies.a.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, {stretched: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'a b'"
         ],
     ),
     ("policies.soup.reference=base", ["policies.soup: is the name of another model of the run; rename the policy"]),
@@ -266,14 +266,14 @@ REFUSED = [
     (
         "model.chat_template=chatm",
         [
-            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr"
+            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, plain, zephyr"
         ],
     ),
     (
         "model.chat_template=x.jinja",
         [
             "model.chat_template: ",
-            "/x.jinja' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr",
+            "/x.jinja' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, plain, zephyr",
         ],
     ),
     ("toy=null", ["model.base: is required; add it (or add a `toy` section, which builds a tiny model and toy data)"]),
@@ -331,6 +331,25 @@ def test_the_layer_that_said_it_is_named(load):
     )
     assert said(load, text=RECIPE + "lora: 3\n").startswith("tiny.yaml: lora: must be a mapping of settings, not 3")
     assert "(and 1 more)" in said(load, "ppo.learning_rate=fast", "sft.learning_rate=fast")
+
+
+def test_what_a_rollout_backend_cannot_do_is_refused(load):
+    vllm, server = "ppo.rollout_backend=vllm", "ppo.rollout_options={mode: server}"
+    line = said(load, vllm, server, lora="lora")
+    assert "ppo.rollout_options.server_base_url: is required with mode server; give the address of `vllm serve`" in line
+    address = "ppo.rollout_options={mode: server, server_base_url: http://localhost:8000}"
+    assert load(vllm, address, lora="lora").recipe.ppo.rollout_backend == "vllm"
+    two = ("num_processes=2", "sft.batch_size=8", "reward.batch_size=8", "ppo.batch_size=8")
+    line = said(load, vllm, address, *two, lora="lora")
+    assert "ppo.rollout_options.mode: server works with one process only, not with 2; use colocate" in line
+    line = said(load, vllm, "generation.temperature=2.5", lora="lora")
+    assert "generation.temperature: 2.5 does not work with ppo.rollout_backend vllm, which needs 0.01 to 2" in line
+    line = said(load, "ppo.rollout_backend=paged", "generation.min_new_tokens=3", lora="lora")
+    assert "generation.min_new_tokens: 3 does not work with ppo.rollout_backend paged, which ignores it" in line
+    for accelerate in ("fsdp2", "zero3"):
+        line = said(load, *two, f"accelerate={accelerate}", "ppo.micro_batch_tokens=4096", lora=None)
+        assert f"ppo.micro_batch_tokens: 4096 does not work with accelerate {accelerate}" in line and "=null" in line
+    assert load(*two, "ppo.micro_batch_tokens=4096", lora="lora").recipe.ppo.micro_batch_tokens == 4096
 
 
 def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_presets(load):
@@ -666,6 +685,10 @@ def test_rows_that_fill_no_batch_are_refused_at_once(load, tmp_path):
                 "ppo.batch_size=16",
                 f"data.prompts: {file} has 9 rows, 9 of them for training, which is less than ppo.batch_size = 16",
             ),
+            (
+                "ppo={value: group, batch_size: 40}",
+                "less than ppo.batch_size / num_generations = 10; add rows or lower ppo.batch_size",
+            ),
             ("data.preferences.limit=8", f"data.preferences: {file} has 8 rows"),
         ):
             assert line in said(load, *given, more), (file, more)
@@ -723,7 +746,7 @@ def test_max_steps_of_ppo_are_whole_updates(load):
         ),
         (
             "policies.a25={reference: soups}",
-            "policies.a25.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'soups'; did you mean soup?",
+            "policies.a25.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, {stretched: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'soups'; did you mean soup?",
         ),
     ],
 )
@@ -743,7 +766,7 @@ def test_a_dry_run_without_data_that_nothing_reads(tmp_path, monkeypatch, capsys
 
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows(tmp_path / "d.jsonl", *[{"messages": chat}] * 40)
-    rows(tmp_path / "p.jsonl", *[{"prompt": "q", "chosen": "+", "rejected": "-"}] * 40)
+    rows(tmp_path / "p.jsonl", *[{"prompt": f"q{n}", "chosen": "+", "rejected": "-"} for n in range(40)])
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
     save_file({"w": np.zeros(1, dtype="float32")}, tmp_path / "base" / "model.safetensors")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from salsa_peft.data.splits import prompt_digest, split_by_prompt
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -68,6 +71,51 @@ class TestSplit:
             SalsaError, match=r"data\.preferences: all 3 pairs have the same prompt, so no pairs can be held"
         ):
             split_by_prompt(["same"] * 3, 1)
+
+
+class TestBeforeAStage:
+    """Where data are checked: by --dry-run, and before anything is loaded."""
+
+    @pytest.fixture
+    def check(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+        """check(prompts, words) → code and standard error of a dry run of the quickstart with a pair of each prompt."""
+        monkeypatch.chdir(tmp_path)
+
+        def run(prompts: list[str], *words: str) -> tuple[int, str]:
+            rows = [{"prompt": prompt, "chosen": "+", "rejected": f"-{place}"} for place, prompt in enumerate(prompts)]
+            Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            sets = ["data.preferences=pairs.jsonl", "reward.batch_size=8", "reward.held_out=0.05", *words]
+            given = [word for one in sets for word in ("--set", one)]
+            return salsa_run(["quickstart", "--lora", "--dry-run", *given]), capsys.readouterr().err
+
+        return run
+
+    def test_one_prompt(self, check: Any) -> None:
+        """Code 2, for each stage that holds pairs out; not if none does."""
+        policies = "policies={p: {algorithm: kto, reference: seed-0}}"
+        for words in ((), ("reward=gold:gold", policies, "kto.batch_size=8")):
+            if words:
+                Path("gold.py").write_text("def gold(completions, **_):\n    return [0.0] * len(completions)\n")
+            code, err = check(["q"] * 40, *words)
+            assert code == 2 and err.count("\n") == 1
+            assert err.startswith("data.preferences: all 40 pairs have the same prompt, so no pairs can be held out")
+        assert check(["q"] * 40, "reward=gold:gold")[0] == 0
+
+    def test_too_few_are_left(self, check: Any) -> None:
+        """Of two prompts one is held out."""
+        code, err = check(["a"] * 35 + ["b"] * 5, "reward.batch_size=36")
+        assert code == 2 and "40 pairs, 5 of them held out (reward.held_out 0.05), are too few for" in err
+        assert check(["a"] * 35 + ["b"] * 5, "reward.batch_size=35")[0] == 0
+
+    def test_many_more_are_held_out_than_asked(self, check: Any) -> None:
+        """Said in one line, and only then."""
+        code, err = check(["a", "b"] * 20)
+        assert code == 0 and err == (
+            "data.preferences: reward holds out 20 of 40 pairs (50%) and not 2 (reward.held_out 0.05), because all pairs of a"
+            " prompt stay together and there are 2 prompts; pairs of more prompts bring it nearer\n"
+        )
+        assert check([str(place // 4) for place in range(40)]) == (0, "")  # 4 of 40, twice as many
+        assert check(["a", "b"] * 20, "reward.held_out=0.4") == (0, "")
 
 
 class TestPrompt:

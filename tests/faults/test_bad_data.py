@@ -860,7 +860,7 @@ class TestBeforeAStageBegins:
 
         def run(broken: str | None, row: str, *words: str) -> tuple[int, str]:
             for kind, fine in good.items():
-                lines = [json.dumps(fine)] * 40
+                lines = [json.dumps(fine).replace('"q"', f'"q{number}"') for number in range(40)]
                 lines[36] = row if kind == broken else lines[36]
                 (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
             recipe_file = {

@@ -76,6 +76,7 @@ UNITS = [
     "sft/seed-0",
     "sft/seed-1",
     "reward",
+    "reward_quality",
     "soup",
     "ppo/ppo",
     "ppo/salsa",
@@ -85,8 +86,8 @@ UNITS = [
     "report",
 ]
 AFTER = {
-    "toy": UNITS[1:], "data/demonstrations": UNITS[3:], "data/preferences": ["reward", *UNITS[7:]], "sft/seed-0": UNITS[5:], "reward": UNITS[7:],
-    "soup": ["ppo/salsa", *UNITS[10:]], "ppo/salsa": UNITS[10:], "evaluate": UNITS[11:], "judge": ["report"], "report": [],
+    "toy": UNITS[1:], "data/demonstrations": UNITS[3:], "data/preferences": [*UNITS[5:7], *UNITS[8:]], "sft/seed-0": UNITS[5:], "reward": ["reward_quality", *UNITS[8:]],
+    "reward_quality": [*UNITS[8:10], *UNITS[11:]], "soup": ["ppo/salsa", *UNITS[11:]], "ppo/salsa": UNITS[11:], "evaluate": UNITS[12:], "judge": ["report"], "report": [],
 }  # fmt: skip
 """Unit → those that hang on it (landscape on the seeds and the reward alone)."""
 BEFORE_LANDSCAPE = ("toy", "data/demonstrations", "data/preferences", "sft/seed-0", "reward")
@@ -94,7 +95,7 @@ ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "fingerprint.json
 KEPT = {
     "toy": ("base/model.safetensors", "base/config.json", "demonstrations.jsonl", "preferences.jsonl"),
     "data": ("rows/data-00000-of-00001.arrow", "rows/state.json"), "sft": ADAPTER, "reward": ADAPTER,
-    "soup": (*ADAPTER, "soup.json"), "ppo": (*ADAPTER, "metrics.jsonl"), "landscape": ("landscape.json",), "judge": ("judgments.jsonl", "verdicts.json"),
+    "reward_quality": ("metrics.json", "samples.jsonl"), "soup": (*ADAPTER, "soup.json"), "ppo": (*ADAPTER, "metrics.jsonl"), "landscape": ("landscape.json",), "judge": ("judgments.jsonl", "verdicts.json"),
     "evaluate": ("answers.jsonl", "questions.jsonl", "evaluation.json"), "report": ("report.html", "summary.json", "recipe.yaml"),
 }  # fmt: skip
 """Stage → files that it leaves."""
@@ -164,7 +165,7 @@ def test_every_file_of_a_finished_run_by_every_damage(go: Any, damage: str, tall
         assert (code, made) == (0, [unit, *after] if first else [unit]), (name, err)
         assert cached == ([one for one in UNITS if one not in made] if first else [])
         assert [line for line in err.splitlines() if name in line and " … " in line] == [
-            f"{unit} … {why}: {name}: running again"
+            f"{unit} … {why}: {name}: starting again"
         ]
         assert contents(RUN) == expected
     tally(tries=len(FILES), finished_unit_files=len(FILES), damages=len(DAMAGES))
@@ -190,7 +191,7 @@ def test_a_manifest_that_is_none(go: Any, damage: str) -> None:
         DAMAGES[damage](path)
     code, made, _, err = go()
     assert code == 0 and made == ["soup", *AFTER["soup"]]
-    assert "soup … unfinished: running again" in err and contents(RUN) == expected
+    assert "soup … unfinished: starting again" in err and contents(RUN) == expected
     assert go()[1] == []
 
 
@@ -263,10 +264,12 @@ def test_what_an_unfinished_policy_was_begun_from(go: Any, damage: str) -> None:
             RUN.resolve(),
         )
         runs.write_begun(step["ppo/salsa"], step)
+        (place / "checkpoint-1").mkdir(exist_ok=True)
+        (place / "checkpoint-1" / "weights").write_text("")
         if damaged:
             DAMAGES[damage](place / "begun.json")
         _, made, _, err = go()
-        assert made[0] == "ppo/salsa" and ("unfinished: running again" if damaged else "unfinished: resuming") in err
+        assert made[0] == "ppo/salsa" and ("unfinished: starting again" if damaged else "unfinished: resuming") in err
         assert (place / "left.txt").exists() is not damaged
         if damage != "longer" or not damaged:
             (place / "left.txt").unlink(missing_ok=True)

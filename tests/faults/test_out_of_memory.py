@@ -294,10 +294,10 @@ class TestStages:
     def test_a_stage_is_made_again_with_less(self, go: Any, tmp_path: Path) -> None:
         """In a process of its own each time; the manifest says what it took, the key is the recipe's: a second run finds it."""
         code, said = go(4, 16)
-        again = [line for line in said if "resuming with" in line]
+        again = [line for line in said if "starting again with" in line]
         assert code == 0 and again == [
-            "sft/seed-0 … resuming with sft.micro_batch_size 8 (was 16); the global batch stays the same",
-            "sft/seed-0 … resuming with sft.micro_batch_size 4 (was 8); the global batch stays the same",
+            "sft/seed-0 … starting again with sft.micro_batch_size 8 (was 16); the global batch stays the same",
+            "sft/seed-0 … starting again with sft.micro_batch_size 4 (was 8); the global batch stays the same",
         ]
         (manifest,) = (tmp_path / "run" / "sft" / "seed-0").glob("*/manifest.json")
         assert json.loads(manifest.read_text())["halved"] == {"sft.micro_batch_size": 4}
@@ -307,5 +307,5 @@ class TestStages:
     def test_nothing_left_to_halve_ends_with_the_error(self, go: Any) -> None:
         """Code 1, as for any stage that failed."""
         code, said = go(0, 2)
-        assert code == 1 and sum("resuming with" in line for line in said) == 1
+        assert code == 1 and sum("starting again with" in line for line in said) == 1
         assert said[-1].startswith("sft/seed-0 failed: MemoryError")

@@ -21,7 +21,7 @@ from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.estimates import disk
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
-STAGES = ("toy", "data", "sft", "reward", "soup", "ppo", "dpo")
+STAGES = ("toy", "data", "sft", "reward", "reward_quality", "soup", "ppo", "dpo")
 SMALL = """
 name: small
 threads: 1
@@ -98,8 +98,12 @@ def test_checkpoints_of_the_other_stages_by_hand() -> None:
     rank16 = size.adapter(16, "all-linear")
     reward, model = 4 * (rank16 + 4096), 2 * size.parameters
     assert disk.unit_bytes(job, "sft", size, None) == (4 * rank16, 2 * 12 * rank16)
-    assert disk.unit_bytes(job, "reward", size, None) == (3 * reward, reward + reward + 3 * reward)
-    assert disk.unit_bytes(job, "dpo", size, None) == (4 * rank16 + model, 4 * rank16 + model)
+    assert disk.unit_bytes(job, "reward", size, None) == (3 * reward, reward + 2 * 3 * reward)
+    kept = 4 * rank16 + model
+    assert disk.unit_bytes(job, "dpo", size, None) == (
+        kept,
+        12 * rank16 + kept,
+    )  # the last step's, before it is evaluated
     sharded = ("num_processes=2", "accelerate=zero3", "ppo.batch_size=8", "sft.batch_size=8", "reward.batch_size=8")
     alone, with_zero3 = (paper("llama2_full", None, "sft.save_steps=10", *more)[0] for more in ((), sharded))
     assert disk.unit_bytes(alone, "sft", size, None) == (model, 2 * 12 * size.parameters)

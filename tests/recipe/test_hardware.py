@@ -45,6 +45,49 @@ def test_a_large_model_without_a_gpu_stops_at_once(
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "package", "install"),
+    [("ppo.rollout_backend=vllm", "vllm", "pip install 'salsa-peft[vllm]'"), ("report_to=[wandb]", "wandb", "pip install wandb"),
+     ("ppo.optim=paged_adamw_8bit", "bitsandbytes", "pip install 'salsa-peft[qlora]'")],
+)  # fmt: skip
+def test_a_missing_package_is_found_before_the_first_stage(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    package: str,
+    install: str,
+) -> None:
+    """Code 2, one line, nothing written; by the plan too, but not by one for another machine or for other stages."""
+    real, here = hardware.importlib.util.find_spec, [hardware.Gpu("X", 80 * GIB)]
+    monkeypatch.setattr(hardware, "gpus", lambda: here)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    words = ["quickstart", "--lora", "--set", key, "--output-dir", str(tmp_path / "run")]
+    for more in ([], ["--dry-run"]):
+        assert salsa_run([*words, *more]) == 2
+        line = capsys.readouterr().err
+        assert (
+            line.count("\n") == 1 and f"needs the package {package}, which is not installed; run {install}, or" in line
+        )
+    for more in (["--gpu", "24"], ["--stages", "toy,data,sft"]):
+        assert salsa_run([*words, "--dry-run", *more]) == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["ppo.rollout_backend=vllm", "ppo.rollout_compile=true"])
+def test_sampling_that_needs_a_gpu_is_refused_without_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """Before the first stage; a plan does not need the GPU."""
+    monkeypatch.setattr(hardware, "gpus", list)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name)
+    words = ["quickstart", "--lora", "--set", key, "--output-dir", str(tmp_path / "run")]
+    assert salsa_run(words) == 2
+    name, value = key.split("=")
+    assert f"{name}: {value} needs a CUDA GPU, and nvidia-smi lists none" in capsys.readouterr().err
+    assert salsa_run([*words, "--dry-run"]) == 0 and not (tmp_path / "run").exists()
+
+
 def test_nvidia_smi_is_read_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names and MiB; no card where it is missing, slow or broken."""
     monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")

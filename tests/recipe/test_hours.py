@@ -88,6 +88,10 @@ def test_work_of_ppo() -> None:
     assert found.scored - work(recorded, "ppo", "salsa").scored == whole
     several, _ = paper("llama2_full", None, *given, "policies.salsa.reference=[soup, seed-0]")
     assert work(several, "ppo", "salsa").scored - found.scored == whole
+    for value, forwards in (("none", 1), ("group", 1), ("adapter", 2)):
+        other, _ = paper("llama2_full", "lora", *given, f"ppo.value={value}")
+        head, _ = paper("llama2_full", "lora", *given)
+        assert work(other, "ppo", "salsa").trained == forwards * work(head, "ppo", "salsa").trained, value
     small, _ = paper("llama2_full", None, *given, "ppo.rollout_batch_size=2")
     assert work(small, "ppo", "salsa").bytes - found.bytes == 1024 * 3 * 2 * N
 
@@ -115,10 +119,11 @@ def test_rows_and_lengths_of_the_data(tmp_path: Path) -> None:
 
 
 def test_work_of_answers() -> None:
-    """MT-Bench's 80 questions of two turns for each of five models; for each point of the line, scales and plane."""
+    """MT-Bench’s 80 questions of two turns for each of five models; for each point of the line, scales and plane; 4 responses to each of 64 prompts."""
     recipe, _ = paper("llama2_full", None, "evaluate.prompts={mt_bench: lighteval/mt-bench}")
     assert work(recipe, "evaluate").generated == 5 * 160 * 1024
     assert len(plane_weights(4)) == 33
+    assert work(recipe, "reward_quality").generated == 64 * 4 * 1024
     assert work(recipe, "landscape").generated == (9 + 5 + 33) * 160 * 1024
 
 
@@ -155,7 +160,7 @@ def test_the_table_before_and_after_a_run(tmp_path: Path) -> None:
     assert before[1] == [["sft, 3 units", "at most 4.92 M", "–", "–", "12:31", "–"]]
     assert "35% of H100's 989 TFLOP/s" in before[2][1] and "50% of its 3.35 TB/s" in before[2][1]
     part = hours.table(recipe, plan_of(tmp_path, {"seed-0": 500.0}), H100)
-    assert part[1][0][-2:] == ["12:31; the rest 16:40 at the measured pace", "8:20 (1 of 3)"]
+    assert part[1][0][-2:] == ["12:31; at the measured pace 16:40 for 2 unfinished units", "8:20 (1 of 3)"]
     without = hours.table(recipe, plan_of(tmp_path, {"seed-0": 500.0}), None)
     assert without[1][0][-2:] == ["25:00 at the measured pace", "8:20 (1 of 3)"]
     assert without[2][-1].startswith(
@@ -163,6 +168,27 @@ def test_the_table_before_and_after_a_run(tmp_path: Path) -> None:
     )
     done = hours.table(recipe, plan_of(tmp_path, {f"seed-{n}": 300.0 for n in range(3)}), H100)
     assert done[1][0][-2:] == ["12:31", "15:00"]
+
+
+def test_a_small_models_seconds_have_digits() -> None:
+    """A tiny model needs milliseconds: not 0.0 s."""
+    assert hours._planned([hours._Timed(hours.Planned(Work(), False), 0.00123, None)] * 2) == "0.0025 s"
+    for number, text in (
+        (0.0, "0.0 s"),
+        (1e-7, "less than 0.0001 s"),
+        (0.094, "0.094 s"),
+        (0.096, "0.1 s"),
+        (12, "12 s"),
+    ):
+        assert hours._time(number) == text
+
+
+def test_the_notes_say_that_dequantisation_is_not_counted(tmp_path: Path) -> None:
+    """With a base in 4 bits, and with hours."""
+    for mode, gpu, said in (("qlora", H100, True), ("lora", H100, False), ("qlora", None, False)):
+        recipe, _ = paper("llama2_full", mode, "sft.max_steps=100", "sft.batch_size=8")
+        notes = hours.table(recipe, plan_of(tmp_path, {}), gpu)[2]
+        assert any("do not include the dequantisation of the 4-bit base" in note for note in notes) is said
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from salsa_peft.config.load import load_recipe, saved_recipe
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data.files import at_commit, hub_repository, load_rows
-from salsa_peft.recipe import cache
+from salsa_peft.recipe import cache, commits
 from salsa_peft.recipe.run import STAGES
 from salsa_peft.utils import hub as hub_utils
 from salsa_peft.utils.hub import Repository, local_folder, pinned
@@ -84,8 +84,8 @@ class TestOffline:
     def test_every_repository_gets_the_caches_commit(self, recipe: Recipe, cached: Any, tmp_path: Path) -> None:
         """In the resolved recipe, which says the same when it is read again and changes no more."""
         fill(cached, NEW)
-        found = cache.with_commits(recipe, record=True)
-        assert cache.unknown_commits(found) == []
+        found = commits.with_commits(recipe, record=True)
+        assert commits.unknown_commits(found) == []
         assert found.model.revision == NEW
         assert found.revisions == dict.fromkeys(MODELS[1:], NEW) and found.model_revisions == dict.fromkeys(MODELS, NEW)
         assert found.data.demonstrations == Source(path="me/chats", revision=NEW)
@@ -95,7 +95,7 @@ class TestOffline:
         (tmp_path / "saved.yaml").write_text(dump_yaml(found.as_data()))
         assert saved_recipe(tmp_path / "saved.yaml") == found
         fill(cached, OLD)
-        assert cache.with_commits(found, record=True) == found
+        assert commits.with_commits(found, record=True) == found
 
     @pytest.mark.parametrize(
         ("kind", "name", "first"),
@@ -108,9 +108,9 @@ class TestOffline:
     ) -> None:
         """Of the units that read the repository, and of no unit before them."""
         fill(cached, OLD)
-        before = keys(cache.with_commits(recipe, record=True), tmp_path)
+        before = keys(commits.with_commits(recipe, record=True), tmp_path)
         cached(kind, name, NEW, {}, ref="v1" if name == "me/pairs" else "main")
-        after = keys(cache.with_commits(recipe, record=True), tmp_path)
+        after = keys(commits.with_commits(recipe, record=True), tmp_path)
         assert next(unit for unit in before if before[unit] != after[unit]) == first
 
     def test_unknown_commits_are_said_once(self, recipe: Recipe, cached: Any, tmp_path: Path) -> None:
@@ -118,17 +118,17 @@ class TestOffline:
         fill(cached, OLD)
         (tmp_path / "hub" / "models--me--seed" / "refs" / "main").unlink()
         (tmp_path / "hub" / "datasets--me--chats" / "refs" / "main").unlink()
-        found = cache.with_commits(recipe, record=False)
-        assert cache.unknown_commits(found) == [
+        found = commits.with_commits(recipe, record=False)
+        assert commits.unknown_commits(found) == [
             "the commit of me/seed, me/chats is unknown (not on the Hub and not in its local cache): a change there is not noticed"
         ]
         assert "me/seed" not in found.revisions and found.data.demonstrations == recipe.data.demonstrations
         assert found.model.revision == OLD
 
     def test_a_recipe_without_the_hub_asks_nobody(self, monkeypatch: Any) -> None:
-        monkeypatch.setattr(cache, "resolve_commits", None)
+        monkeypatch.setattr(commits, "resolve_commits", None)
         local = load_recipe("quickstart", lora="lora", overrides=[]).recipe
-        assert cache.with_commits(local, record=True) == local
+        assert commits.with_commits(local, record=True) == local
 
 
 class TestReading:

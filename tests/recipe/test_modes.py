@@ -84,8 +84,26 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     ):  # fmt: skip
         load_reference(model, parse_reference("reference", said)[0], context, inputs)
         check(weights)
-    model, adapter, move = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
+
+    def norm(weights: list[float]) -> float:
+        sums = (
+            sum(w * (seed[name] - origin[name]).double() for w, seed in zip(weights, seeds, strict=True))
+            for name in origin
+        )
+        return sum(float(total.square().sum()) for total in sums) ** 0.5
+
+    mixed = norm([0.0, 1.0]) / norm([0.25, 0.75])
+    for said, weights in (  # the soup's folder holds seed-1
+        ({"shrunk": {"seed": 0, "scale": "soup-norm"}}, [norm([0.0, 1.0]) / norm([1.0, 0.0]), 0.0]),
+        ({"stretched": {}}, [0.0, norm([1.0, 0.0]) / norm([0.0, 1.0])]),
+        ({"stretched": {"soup": {"weights": [0.25, 0.75]}, "seed": 1}}, [0.25 * mixed, 0.75 * mixed]),
+    ):  # fmt: skip
+        load_reference(model, parse_reference("reference", said)[0], context, inputs)
+        check(weights)
+    model, adapter, move, measure = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
     assert adapter is None
+    assert measure([0.5, 0.5]) == pytest.approx(norm([0.5, 0.5]), rel=1e-5)
+    assert measure([1.0, 0.0]) == pytest.approx(norm([1.0, 0.0]), rel=1e-5)
     for weights in ([0.6, 0.0], [-0.5, 1.5], [0.5, 0.5]):
         move(weights)
         check(weights)
@@ -204,7 +222,7 @@ def test_adapters_and_heads_on_a_bf16_base_are_float32(whole: Callable[..., Path
     policies = {"ppo": {"reference": "seed-0"}, "dpo": {"reference": "soup", "algorithm": "dpo"}}
     given = {"model.dtype": "bfloat16", "reward.seeds": [0, 1], "policies": policies, "landscape": None, "export": []}
     words = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    folder = whole("llama", *words, "--lora", lora, "--stages", "toy,data,sft,reward,soup,ppo,dpo")
+    folder = whole("llama", *words, "--lora", lora, "--stages", "toy,data,sft,reward,reward_quality,soup,ppo,dpo")
     assert abs(first_kl(folder, "ppo")) == 0
     files = {
         str(file.relative_to(folder)): load_file(file)
@@ -246,7 +264,7 @@ def test_full_weights_are_saved_in_the_bases_dtype(whole: Callable[..., Path], t
         "ppo.learning_rate=1e-3",
         "landscape=null",
     ]
-    stages = ["--stages", "toy,data,sft,reward,soup,ppo/salsa"]
+    stages = ["--stages", "toy,data,sft,reward,reward_quality,soup,ppo/salsa"]
     folder = whole("llama", *(part for word in words for part in ("--set", word)), *stages)
     found = {
         name: load_file(unit(folder, name) / "model.safetensors")

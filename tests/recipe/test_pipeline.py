@@ -360,11 +360,12 @@ def test_a_policy_that_was_killed_goes_on_and_ends_the_same(run: Path, tmp_path:
     process.terminate()
     said = process.communicate()[1]
     assert (
-        process.returncode == 143 and "unfinished: resuming" in said and "ppo/salsa  goes on from checkpoint-" in said
+        process.returncode == 143 and "unfinished: resuming" in said and "ppo/salsa  resuming from checkpoint-" in said
     )
+    assert "; the same command continues from it\n" in said and "resume_from_checkpoint" not in said
     assert "terminated; run the same command again to continue" in said
     done = command(folder, *often)
-    assert done.returncode == 0 and "ppo/mkl  goes on from checkpoint-" in done.stderr, done.stderr
+    assert done.returncode == 0 and "ppo/mkl  resuming from checkpoint-" in done.stderr, done.stderr
     for name in ("ppo/salsa", "ppo/mkl"):
         one, other = (read(unit(place, name) / "manifest.json")["files"] for place in (run, folder))
         assert one.keys() == other.keys() and not list(unit(folder, name).glob("checkpoint-*"))

@@ -21,7 +21,7 @@ from small_recipe import SMALL, unit
 from salsa_peft.evaluation import landscape
 from salsa_peft.recipe import cache
 from salsa_peft.recipe.__main__ import main as salsa_run
-from salsa_peft.training import checkpoints, train
+from salsa_peft.training import checkpoints, reward_model, train, trl_stages
 
 SETS = SMALL | {
     "toy.demonstrations": 52, "toy.preferences": 60, "toy.prompts": 26, "toy.pretrain_steps": 20, "adapter.lora_dropout": 0.1,
@@ -162,8 +162,30 @@ def test_a_reward_model_that_was_trained_is_not_trained_again(whole: Any, name: 
     (place / "manifest.json").unlink()
     (place / "begun.json").write_text(json.dumps({"key": None}))
     with pytest.MonkeyPatch.context() as patch:  # the same unit, but for its manifest
-        patch.setattr(cache, "has_same_inputs", lambda *_: True)
+        patch.setattr(cache, "seconds_so_far", lambda *_: 0.0)
         stop_at(0, patch)
+        same(folder, name, expected)
+
+
+@pytest.mark.parametrize("name", ["reward", "dpo/dpo"])
+def test_a_kill_in_the_held_out_evaluation_costs_no_step(whole: Any, name: str) -> None:
+    """The last step is saved before it: nothing is trained again."""
+    folder, expected = whole
+    stage, measure = (reward_model, "held_out_margins") if name == "reward" else (trl_stages, "margins")
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, measure, stop)
+        with pytest.raises(Stopped):
+            command(folder, "--stages", name)
+    (place,) = (folder / name).iterdir()
+    (saved,) = checkpoints.checkpoints(place / "seed-0" if name == "reward" else place)
+    state = json.loads((saved / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"]
+    with pytest.MonkeyPatch.context() as patch:  # of the reward, the second member has not been trained
+        stop_at(state["max_steps"] - 1, patch, seed=0)
         same(folder, name, expected)
 
 
@@ -216,6 +238,7 @@ class TestSigterm:
             same(folder, name, expected)
         last = json.loads((place / "log.jsonl").read_text().splitlines()[-1])
         assert last["train_runtime"] >= round(before, 4) > 0, "time before the stop counts"
+        assert json.loads((place / "manifest.json").read_text())["seconds"] >= round(before, 3)
 
 
 class TestCheckpoint:

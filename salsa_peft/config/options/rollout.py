@@ -54,3 +54,28 @@ def check_rollout_options(prefix: str, backend: str, options: Mapping[str, Any])
         not server or options.get("sync") != "adapter",
         f"{prefix}rollout_options.sync: adapter works in mode colocate only; use merged, or mode colocate",
     )
+    require(
+        not server or bool(options.get("server_base_url")),
+        f"{prefix}rollout_options.server_base_url: is required with mode server; give the address of `vllm serve`, such as"
+        " http://localhost:8000",
+    )
+
+
+def check_sampling(
+    backend: str, options: Mapping[str, Any], *, temperature: float, min_new_tokens: int, processes: int
+) -> None:
+    """Raise SalsaError for settings of a recipe that a backend does not support."""
+    require(
+        backend != "paged" or min_new_tokens == 0,
+        f"generation.min_new_tokens: {min_new_tokens} does not work with ppo.rollout_backend paged, which ignores"
+        " it; set it to 0, or use hf or vllm",
+    )
+    require(
+        backend != "vllm" or 0.01 <= temperature <= 2,
+        f"generation.temperature: {temperature:g} does not work with ppo.rollout_backend vllm, which needs 0.01 to"
+        " 2; change it, or use hf",
+    )
+    require(
+        options.get("mode") != "server" or processes == 1,
+        f"ppo.rollout_options.mode: server works with one process only, not with {processes}; use colocate",
+    )

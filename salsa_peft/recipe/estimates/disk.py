@@ -102,7 +102,9 @@ def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None
     if stage not in ("sft", "reward", *ALGORITHMS) or (zero3 and stage not in ALGORITHMS):
         return kept, kept
     checkpoint = _bytes_per_weight(recipe, stage, size, gpu) * count
-    saved = (_steps(recipe, stage) - 1) // getattr(recipe, stage).save_steps  # the last step is not saved
+    every = getattr(recipe, stage).save_steps
+    evaluated = stage in ("reward", "dpo")  # after the last step, which is then saved
+    saved = math.ceil(_steps(recipe, stage) / every) if evaluated else (_steps(recipe, stage) - 1) // every
     beside = before + one * count if before else kept  # what is written before the last checkpoint is removed
     return kept, max(before + min(saved, AT_ONCE_TRL) * checkpoint, beside + min(saved, 1) * checkpoint, kept)
 
@@ -148,7 +150,7 @@ def steps_of(recipe: Recipe, stage: str) -> int | None:
     epochs: float = section.num_train_epochs
     if stage == "ppo":  # an epoch leaves out prompts that do not fill its last batch
         ppo = recipe.ppo
-        return None if prompts is None else math.ceil(prompts // ppo.batch_size * epochs) * ppo.steps_per_update
+        return None if prompts is None else math.ceil(prompts // ppo.prompts_per_update * epochs) * ppo.steps_per_update
     rows: float | None
     if stage == "sft":
         rows = None if demonstrations is None else demonstrations * recipe.sft.subset
@@ -206,7 +208,9 @@ def _with_rare_checkpoints(recipe: Recipe, stages: list[str]) -> tuple[str, Reci
         stage: dataclasses.replace(getattr(recipe, stage), save_steps=number) for stage, number in rare.items()
     }
     words = " ".join(f"--set {stage}.save_steps={number}" for stage, number in rare.items())
-    effect = "one checkpoint per policy, at its end" if "ppo" in stages else "no checkpoints"
+    effect = (
+        "one checkpoint per policy, at its end" if "ppo" in stages else "at most one checkpoint per unit, at its end"
+    )
     return f"{words} ({effect})", dataclasses.replace(recipe, **changed)
 
 

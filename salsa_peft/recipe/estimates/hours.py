@@ -73,7 +73,13 @@ def unit_work(recipe: Recipe, unit: Unit) -> Planned | None:
         return units.sft(int(unit.name.removeprefix("seed-")))
     if unit.stage == "ppo":
         return units.ppo(unit.name)
-    stages = {"reward": units.reward, "landscape": units.landscape, "evaluate": units.evaluate}
+    stages = {
+        "synthetic": units.synthetic,
+        "reward": units.reward,
+        "reward_quality": units.reward_quality,
+        "landscape": units.landscape,
+        "evaluate": units.evaluate,
+    }
     return stages[unit.stage]() if unit.stage in stages else None
 
 
@@ -111,7 +117,7 @@ def table(recipe: Recipe, plan: Plan, gpu: Gpu | None) -> tuple[list[str], list[
         measured = _time(sum(done)) + (f" ({len(done)} of {count})" if len(done) < count else "") if done else "–"
         rows.append([f"{stage}, {count} unit{'s' * (count > 1)}", *tokens, _planned(units), measured])
     header = ["time", "trained", "scored", "generated", "planned", "measured"]
-    return header, rows, _notes(found, gpu) if rows else []
+    return header, rows, _notes(recipe, found, gpu) if rows else []
 
 
 class _Timed(NamedTuple):
@@ -135,10 +141,11 @@ def _planned(units: list[_Timed]) -> str:
     left = [one for one in units if one.measured is None]
     if pace is None or not left:
         return text
-    return f"{text}; the rest {_time(pace * sum(one.planned.work.operations for one in left))} at the measured pace"
+    rest = _time(pace * sum(one.planned.work.operations for one in left))
+    return f"{text}; at the measured pace {rest} for {len(left)} unfinished unit{'s' * (len(left) > 1)}"
 
 
-def _notes(found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
+def _notes(recipe: Recipe, found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
     """What the table assumes, and how to get hours if there are none."""
     notes = []
     if any(one.planned.at_most for units in found.values() for one in units):
@@ -152,6 +159,10 @@ def _notes(found: dict[str, list[_Timed]], gpu: Gpu | None) -> list[str]:
             f"hours assume {MFU:.0%} of {gpu.name}'s {flops / 1e12:.0f} TFLOP/s (bf16) in training and scoring, and"
             f" {BANDWIDTH_SHARE:.0%} of its {bandwidth / 1e12:.2f} TB/s in decoding; neither share has been measured"
         )
+        if recipe.model.quantization is not None:
+            notes.append(
+                "hours do not include the dequantisation of the 4-bit base, which every forward and backward pass repeats"
+            )
     else:
         here = "this machine has no GPU" if gpu is None else f"the speed of {gpu.name} is not known"
         notes.append(f"no hours, because {here}; name a GPU to plan for: --gpu {', '.join(GPUS)}")
@@ -178,6 +189,14 @@ class _Units:
         self.recipe, self.costs = recipe, Costs(recipe, size)
         self.longest, self.response = recipe.model.max_length, recipe.generation.max_new_tokens
 
+    def synthetic(self) -> Planned | None:
+        """The base's answers to the prompts."""
+        section, data = self.recipe.synthetic, self._data("prompts")
+        if section is None or data.number is None:
+            return None
+        rows = min(data.number, section.limit or data.number) * section.num_generations
+        return Planned(self.costs.generating(rows, self.recipe.generation.batch_size, data.tokens, self.response), True)
+
     def sft(self, position: int) -> Planned | None:
         """Each demonstration once in every epoch."""
         section, data = self.recipe.sft, self._data("demonstrations")
@@ -198,13 +217,21 @@ class _Units:
         trained = self.costs.training(2 * rows * data.tokens, section.gradient_checkpointing)
         return Planned((trained + self.costs.scoring(2 * held_out * data.tokens)) * len(section.seeds), data.at_most)
 
+    def reward_quality(self) -> Planned:
+        """Several responses to some of the prompts, and their scores."""
+        section, data = self.recipe.reward, self._data("prompts")
+        asked = section.quality_prompts if data.number is None else min(section.quality_prompts, data.number)
+        rows = asked * section.quality_responses
+        work = self.costs.generating(rows, self.recipe.generation.batch_size, data.tokens, self.response)
+        return Planned(work + self._rewards(rows * (data.tokens + self.response)), True)
+
     def ppo(self, name: str) -> Planned | None:
         """Each update: sampling; scoring by policy, references and rewards; num_ppo_epochs of training."""
         section, data = self.recipe.ppo, self._data("prompts")
         if section.max_steps > 0:
             updates = section.max_steps // section.steps_per_update
         elif data.number is not None:
-            updates = math.ceil(data.number // section.batch_size * section.num_train_epochs)
+            updates = math.ceil(data.number // section.prompts_per_update * section.num_train_epochs)
         else:
             return None
         rows, forwards = updates * section.batch_size, 1 + (section.value == "adapter")
@@ -239,7 +266,8 @@ class _Units:
         section, prompts = self.recipe.landscape, self.recipe.evaluate.prompts
         if section is None or not prompts:
             return None
-        points = (len(section.alphas) + len(section.scales)) * (section.line is not None)
+        controls = len(section.scales) + 2 * section.norm_controls
+        points = (len(section.alphas) + controls) * (section.line is not None)
         if section.plane is not None:
             ends = section.resolution + 1
             grid = itertools.product(range(-1, ends + 1), repeat=2)
@@ -250,7 +278,7 @@ class _Units:
     def evaluate(self) -> Planned | None:
         """Answers and scores of every model."""
         section = self.recipe.evaluate
-        models = len({"seed-0", "soup", *section.models, *self.recipe.policies})
+        models = len({"seed-0", "soup", *section.models, *section.controls, *self.recipe.policies})
         asked = [question_turns(source) for source in section.prompts.values()]
         known = [turn for one in asked if one is not None for turn in one]
         return self._answers(known, models) if known and None not in asked else None

@@ -19,7 +19,7 @@ from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, sha256
 logger = logging.getLogger(__name__)
 CACHED = re.compile(r".*/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?")
 QUANTISED = re.compile(r"(-unsloth)?-bnb-[48]bit$")
-"""Suffix of the names of unsloth's repositories with quantized bases."""
+"""Suffix of the names of unsloth's repositories with quantised bases."""
 
 
 def check_one_base(members: Sequence[Member], same_base: bool = False, merging: bool = False) -> None:
@@ -71,7 +71,7 @@ def same_names(member: Member, other: Member) -> bool:
     """Whether two members name the same base: one Hub id or folder, or two folders with the same weights.
 
     The case of Hub ids, trailing slashes and the spelling of paths are ignored, and a path into the Hub's cache counts
-    as its Hub id. Names that differ only in unsloth's suffix of quantized bases count as the same, with a warning.
+    as its Hub id. Names that differ only in unsloth's suffix of quantised bases count as the same, with a warning.
     """
     names = [canonical_base(m) for m in (member, other)]
     if names[0] == names[1]:
@@ -79,7 +79,7 @@ def same_names(member: Member, other: Member) -> bool:
     plain = [(QUANTISED.sub("", name), revision) for name, revision in names]
     if plain[0] == plain[1]:
         logger.warning(
-            "warning: %s and %s are treated as the same base; one of them is quantized",
+            "warning: %s and %s are treated as the same base; one of them is quantised",
             base_label(other),
             base_label(member),
         )

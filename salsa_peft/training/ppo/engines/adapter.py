@@ -92,7 +92,7 @@ class AdapterEngine(Engine):
 
 
 def quantization(base: Any) -> str | None:
-    """vLLM's name of the base's quantization. Raises SalsaError unless it is 4-bit by bitsandbytes, or none."""
+    """vLLM's name of the base's quantisation. Raises SalsaError unless it is 4-bit by bitsandbytes, or none."""
     if not is_quantised(base):
         return None
     config = vars(base.config).get("quantization_config")
