@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
-from salsa_peft.report import hub as hub_push
-from salsa_peft.report import model_card
+from salsa_peft.report.publish import hub as hub_push
+from salsa_peft.report.publish import model_card
 from salsa_peft.soup.lora.read import CONFIG
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError, require

@@ -22,7 +22,7 @@ from salsa_peft.recipe.commits import keep_commits, unknown_commits
 from salsa_peft.recipe.estimates import disk, hours
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.files import locked, timestamp, write_atomic
+from salsa_peft.utils.files import locked, read_json, timestamp, write_atomic
 from salsa_peft.utils.hub import Repository
 from salsa_peft.utils.manifests import MANIFEST, versions
 from salsa_peft.utils.messages import did_you_mean, duration, one_line, short
@@ -56,7 +56,7 @@ STAGES = {
     "evaluate": Stage("salsa_peft.evaluation.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.evaluation.judges.stage:run", units.judge_units),
     "report": Stage("salsa_peft.recipe.small_stages:report", units.report_units),
-    "hub": Stage("salsa_peft.report.hub:run", units.hub_units),
+    "hub": Stage("salsa_peft.report.publish.hub:run", units.hub_units),
 }
 REPORT = "report.html"
 
@@ -147,9 +147,18 @@ def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str
     for name, planned in plan.items():
         if name in asked:
             _run_unit(planned, plan, loaded.recipe, recipe_yaml, folder, debug)
-        if name == "report" and name in asked:  # a copy; report.md and the figures stay in the result's folder
-            write_atomic(folder / REPORT, (planned.folder / REPORT).read_bytes())
-            print(folder / REPORT, flush=True)
+        if name == "report" and name in asked:
+            _show_report(planned.folder, folder / REPORT)
+
+
+def _show_report(folder: Path, copy: Path) -> None:
+    """Copy report.html out of its result's folder, and print its headline and the copy's path."""
+    write_atomic(copy, (folder / REPORT).read_bytes())
+    for line in read_json(folder / "summary.json").get(
+        "console", []
+    ):  # a report of an earlier version has no such lines
+        say(line)
+    print(copy, flush=True)
 
 
 def _run_unit(

@@ -1,1 +1,1 @@
-"""Reports on finished runs as HTML, Markdown and figures, and publication of results on the Hub."""
+"""Reports on finished runs: HTML, Markdown, JSON and figures. The package publish puts results on the Hub."""

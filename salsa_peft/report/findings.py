@@ -18,9 +18,10 @@ from salsa_peft.utils.statistics import compare_scores, paired_difference
 FEW = 30
 """Number of prompts below which a warning is given, since the t-interval assumes a nearly normal mean."""
 REPLICATE = (
-    "One run is one replicate: every interval is over prompts, not over training seeds, so none of them says what the"
-    " same recipe would give with other seeds."
+    "What this does not mean: that the same recipe gives the same result with other seeds. One run is one replicate, and"
+    " every interval is over prompts, not over training seeds."
 )
+"""The last sentence of the headline."""
 
 
 def undecided(difference: Row) -> bool:
@@ -101,8 +102,8 @@ def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[
     pairs = [("soup", "seed-0")]
     for algorithm in dict.fromkeys(policy.algorithm for policy in policies.values()):
         same = {name: policy for name, policy in policies.items() if policy.algorithm == algorithm}
-        salsa = _policy_with("soup", "salsa", same)
-        pairs.append((salsa, _policy_with("seed-0", "ppo", same)))
+        salsa = _policy_with("soup", "salsa", same, evaluation)
+        pairs.append((salsa, plain_policy(algorithm, policies, evaluation)))
         pairs += [(salsa, control) for control in same if is_control(control, same) and control != salsa]
     pairs += [("soup", control) for control in ("base", "shrunk") if control in names and control not in policies]
     measure = headline(evaluation)
@@ -111,11 +112,19 @@ def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[
     return [one for dataset, a, b in both if (one := difference(evaluation, answers, dataset, measure, a, b))]
 
 
-def _policy_with(reference: str, name: str, policies: Row) -> str:
-    """The policy called `name`, else the first policy with this reference, else ""."""
+def plain_policy(algorithm: str, policies: Row, evaluation: Row) -> str:
+    """The policy of an algorithm whose reference is the start, seed-0: for ppo, plain PPO; "" if there is none."""
+    same = {name: policy for name, policy in policies.items() if policy.algorithm == algorithm}
+    return _policy_with("seed-0", "ppo", same, evaluation)
+
+
+def _policy_with(reference: str, name: str, policies: Row, evaluation: Row) -> str:
+    """The policy called `name`, else the first with this reference, one that a search picked before others; else ""."""
     if name in policies:
         return name
-    return next((other for other, policy in policies.items() if policy.reference == reference), "")
+    methods = (evaluation.get("search") or {"methods": {}})["methods"].values()
+    picked = [found["best"] for found in methods if found["best"] in policies]
+    return next((other for other in [*picked, *policies] if policies[other].reference == reference), "")
 
 
 def headline(evaluation: Row) -> str:
@@ -129,7 +138,7 @@ def finding(
     """Sentences for the first paragraph (first dataset, without untuned controls) and the list below it."""
     if not compared:
         nothing = "This run compared no two models on the same prompts, so there is nothing to conclude about them."
-        return [nothing, REPLICATE], _along(landscape) if landscape else []
+        return [nothing], _along(landscape) if landscape else []
     first = compared[0]["dataset"]
     lead: list[str] = []
     others: dict[str, list[str]] = {}
@@ -147,7 +156,7 @@ def finding(
         f"On “{dataset}”{' also' if dataset == first and lead else ''}: {'; '.join(points)}."
         for dataset, points in others.items()
     ]
-    return [*lead, REPLICATE], more + (_along(landscape) if landscape else [])
+    return lead, more + (_along(landscape) if landscape else [])
 
 
 def _aside(one: Row, policies: Row) -> str:

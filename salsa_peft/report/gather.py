@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import policy_id
+from salsa_peft.config.options.toy import TOY_PROMPTS, TOY_WORDS
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
 from salsa_peft.evaluation import comparisons
@@ -38,6 +39,8 @@ class PolicyReport:
     algorithm: str = "ppo"
     facts: dict[str, Any] = field(default_factory=dict)
     """Metrics of a stage that trains with one of TRL's algorithms; {} for ppo."""
+    references: int = 1
+    """Number of references; the KLs to several are averaged (MKL)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class ReportInput:
     """Number of questions of each set that are shown: the first ones, whatever their outcome."""
     limit: int | None = None
     """generation.max_new_tokens: an answer of this length was truncated. None: unknown."""
+    explained: dict[str, str] = field(default_factory=dict)
+    """Explanations of this run's measures and sets of questions, by name."""
 
 
 def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> ReportInput:
@@ -102,7 +107,11 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         seeds={name: read_json(folder / "metrics.json") for name, folder in sft.items()},
         reward=_reward(recipe, inputs),
         soup=soup_rows(read_json(soup / "soup.json")),
-        policies={name: _policy(folder) for name in recipe.policies if (folder := inputs.get(policy_id(recipe, name)))},
+        policies={
+            name: _policy(folder, len(policy.references(name)))
+            for name, policy in recipe.policies.items()
+            if (folder := inputs.get(policy_id(recipe, name)))
+        },
         landscape=read_json(landscape / "landscape.json") if landscape else None,
         evaluation=_with_pairs(recipe, read_json(evaluation / "evaluation.json"), answers, verdicts),
         answers=answers,
@@ -114,7 +123,14 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         temperature=_temperature(recipe, answers),
         samples=recipe.evaluate.samples,
         limit=recipe.generation.max_new_tokens,
+        explained=_explained(recipe),
     )
+
+
+def _explained(recipe: Recipe) -> dict[str, str]:
+    """Explanations of the toy data's gold reward and of its sets of questions; {} for other data."""
+    own = recipe.evaluate.prompts  # instead of the toy data's sets
+    return {name: text for name, text in TOY_WORDS.items() if recipe.toy and not (own and name in TOY_PROMPTS)}
 
 
 def _with_pairs(
@@ -151,13 +167,13 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     return hashlib.sha256(text.encode()).hexdigest()[:12], in_words
 
 
-def _policy(folder: Path) -> PolicyReport:
+def _policy(folder: Path, references: int) -> PolicyReport:
     facts = read_json(folder / "policy.json")
     reference, beta, algorithm = facts.pop("reference"), facts.pop("kl_coef")["start"], facts.pop("algorithm", "ppo")
     if algorithm != "ppo":
-        return PolicyReport(reference, beta, [], [], algorithm, facts)
+        return PolicyReport(reference, beta, [], [], algorithm, facts, references)
     metrics, completions = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
-    return PolicyReport(reference, beta, metrics, completions)
+    return PolicyReport(reference, beta, metrics, completions, references=references)
 
 
 def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:

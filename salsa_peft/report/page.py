@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.report import findings, judge_tables, style
+from salsa_peft.report import findings, headline, judge_tables, style
 from salsa_peft.report.format import Row, finite, flatten, is_number, percent, render
 from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.report.plots import CURVES, draw, scores_of
@@ -37,14 +37,20 @@ def write_pages(
 def context(run: ReportInput) -> dict[str, Any]:
     """Variables of both templates, except for the ReportInput itself."""
     compared = findings.comparisons(run.evaluation, run.answers, run.policies)
-    lead, more = findings.finding(run.evaluation, run.landscape, compared, run.policies)
+    tables = headline.table(run.evaluation, run.answers, run.policies)
+    found, more = findings.finding(run.evaluation, run.landscape, compared, run.policies)
     judged = judge_tables.judged(run)
     by_judge, also = findings.of_judge(judged, run.policies) if judged else ([], [])
+    meaning = [*headline.meaning(tables), findings.REPLICATE] if tables or compared or judged else []
+    lead = [" ".join(part) for part in (by_judge, headline.gains(tables), found, meaning) if part]
     facts = {name: flatten(metrics) for name, metrics in run.seeds.items()}
     facts |= {"reward": flatten(run.reward), "soup": flatten(run.soup)}
     facts |= {name: flatten(policy.facts) for name, policy in run.policies.items()}
     return {
-        "lead": [" ".join(part) for part in (by_judge, lead) if part],
+        "headline": tables,
+        "words": headline.words(tables, run.explained),
+        "console": headline.console(tables, run.explained, lead),
+        "lead": lead,
         "more": [*also, *more],
         "judged": judged,
         "search": judge_tables.searched(run),
@@ -71,6 +77,7 @@ def context(run: ReportInput) -> dict[str, Any]:
             "peak_mb": max((unit["peak_mb"] or 0.0 for unit in run.units), default=0.0),
         },
         "short_conclusion": findings.short_conclusion,
+        "undecided": findings.undecided,
     }
 
 
@@ -100,6 +107,7 @@ def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
     return finite(
         {
             **fields("name", "mode", "base", "versions"),
+            **{name: found[name] for name in ("headline", "console")},
             "finding": [*found["lead"], *found["more"]],
             "warnings": found["warnings"],
             "comparisons": found["compared"],
@@ -151,7 +159,8 @@ def description(name: str, run: ReportInput) -> str:
     """Short description of a model."""
     if name in run.policies:
         policy = run.policies[name]
-        return f"{policy.algorithm.upper()} from seed-0, reference {policy.reference}, β {policy.kl_coef:g}"
+        kl = "mean of the KLs to" if policy.references > 1 else "reference"
+        return f"{policy.algorithm.upper()} from seed-0, {kl} {policy.reference}, β {policy.kl_coef:g}"
     known = {"base": "the untuned base", "soup": "weight average of the seeds", "shrunk": "one seed, shrunk towards the base"}  # fmt: skip
     return "one SFT run" if name.startswith("seed-") else known.get(name, "")
 

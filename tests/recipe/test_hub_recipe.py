@@ -26,7 +26,7 @@ from paths import ROOT
 from salsa_peft.config.load import load_recipe, saved_recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data import toy_language as toy
-from salsa_peft.report import hub as hub_push
+from salsa_peft.report.publish import hub as hub_push
 from salsa_peft.utils.errors import SalsaError
 
 

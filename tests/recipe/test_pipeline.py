@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.splitlines()[0] == f"results: {folder}"
     assert done.stdout.strip() == str(folder / "report.html")
+    headline = read(unit(folder, "report") / "summary.json")["console"]
+    assert {"gold reward", "in", "out", "salsa"} <= {re.split(":|  ", line)[0] for line in headline}
+    assert done.stderr.splitlines()[-len(headline) :] == headline
     assert (folder / "report.html").read_bytes() == (unit(folder, "report") / "report.html").read_bytes()
     return folder
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import salsa_peft
 from salsa_peft.cli.hub import main
 from salsa_peft.config.load import load_recipe
-from salsa_peft.report import hub as hub_push
+from salsa_peft.report.publish import hub as hub_push
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import sha256

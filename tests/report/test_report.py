@@ -127,7 +127,6 @@ def compared(mean: float, low: float, high: float, n: int = 96, b: str = "ppo") 
     lines, _ = findings.finding(
         run.evaluation, run.landscape, findings.comparisons(run.evaluation, run.answers, run.policies), run.policies
     )
-    assert lines[-1] == findings.REPLICATE
     return next(line for line in lines if "salsa scored" in line and f"against {b}’s" in line)
 
 

@@ -114,7 +114,7 @@ CANARY = "hf_canary" + "Z" * 28
 
 def command(server: Hub, home: Path, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
     """`python -m salsa_peft.cli.hub …` of a user whose Hub is the server; waits of a hundredth."""
-    script = "import sys; from salsa_peft.cli import hub; from salsa_peft.report import hub as hub_push; hub_push.WAITS = tuple(w / 100 for w in hub_push.WAITS); sys.exit(hub.main())"
+    script = "import sys; from salsa_peft.cli import hub; from salsa_peft.report.publish import hub as hub_push; hub_push.WAITS = tuple(w / 100 for w in hub_push.WAITS); sys.exit(hub.main())"
     environment = {**server.environment(home), "HF_TOKEN": CANARY if token is None else token, "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-c", script, *words],

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
 from salsa_peft.config.schema import Recipe
-from salsa_peft.report.model_card import Item, find_item, published_files, render_card
+from salsa_peft.report.publish.model_card import Item, find_item, published_files, render_card
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import read_json, timestamp, write_atomic

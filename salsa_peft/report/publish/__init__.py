@@ -1,0 +1,1 @@
+"""Publishing a run's results on the Hub, each with its model card."""
