@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from bundled_recipes import RECIPES
 from paths import ROOT
 
 from salsa_peft.config.load import load_recipe
@@ -120,7 +121,7 @@ def test_the_top_of_the_repository() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if tracked:
         top = {name.split("/")[0] for name in tracked} - {".gitignore", ".pre-commit-config.yaml", ".ci"}
-    assert top == {"salsa_peft", "adapters", "recipes", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}  # fmt: skip
+    assert top == {"salsa_peft", "adapters", "recipes", "examples", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}  # fmt: skip
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert [name for name in ORDER if f"`{name}/`" not in page] == []
 
@@ -134,7 +135,7 @@ def test_readmes_commands_are_what_ci_runs() -> None:
     assert "python -m pytest" in ci
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [ROOT / "recipes" / f"{name}.yaml" for name in RECIPES], ids=lambda path: path.stem)
 def test_a_recipe_says_what_lora_changes_and_is_found_by_name(path: Path) -> None:
     """In every mode it parses: test_recipes.py."""
     loaded = load_recipe(str(path), lora="lora", overrides=[])
@@ -157,6 +158,7 @@ def test_the_wheel_carries_recipes_adapters_and_templates(tmp_path: Path) -> Non
         if path.is_file()
     }
     data |= {f"salsa_peft/_adapters/{path.name}" for path in (ROOT / "adapters").iterdir()}
+    data |= {f"salsa_peft/examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}  # ../examples of a recipe
     data |= {f"salsa_peft/report/templates/{path.name}" for path in (PACKAGE / "report" / "templates").iterdir()}
     code = {f"salsa_peft/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")} | {
         "salsa_peft/py.typed",

@@ -131,6 +131,7 @@ def _judge(value: Any, folder: str) -> Any:
 PATHS: dict[str, Callable[[Any, str], Any]] = {
     "reward": _reward_section,
     "sft.from_": _model_paths,
+    "synthetic.function": function_with_folder,
     "soup.measure": function_with_folder,
     "model.base": _model_path,
     "model.chat_template": _template,

@@ -34,6 +34,8 @@ ACCEPTED_MODELS = (
 )
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "finished", "log_metric")
 """Keyword arguments that every reward function gets besides the data's columns."""
+HELD_OUT_SCORE = "objective/held_out_score"
+"""Metric of the first reward of weight 0, which is scored but not optimized (WeightedReward)."""
 COLUMNS_NOT_PASSED = ("prompt", "completion", "completion_ids")
 """Columns of the data that are not passed to reward functions, as in TRL."""
 
@@ -47,7 +49,7 @@ class RewardPart:
     value: str
     """The word adapter, a function as [FOLDER/]module:name, or a classifier's folder or Hub id."""
     weight: float = 1.0
-    """Factor in the weighted sum."""
+    """Factor in the weighted sum. 0: scored and logged, but not optimized; the first such part is the held-out reward."""
     name: str
     """Name in the logs, as in rewards/<name>/mean."""
 
@@ -131,7 +133,10 @@ def check_function(where: str, value: str) -> None:
         f"{where}: the module {module} {place} has no {name}",
     )
     for missing in _not_installed(tree, file):
-        raise SalsaError(f"{where}: {short_path(str(file))} imports {missing}, which is not installed")
+        raise SalsaError(
+            f"{where}: {short_path(str(file))} imports {missing}, which is not installed; install its package (often"
+            f" `pip install {missing}`)"
+        )
 
 
 def check_signature(where: str, value: str) -> None:

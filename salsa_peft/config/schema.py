@@ -16,11 +16,13 @@ from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.config.options.search import Search
+from salsa_peft.config.options.synthetic import Synthetic
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.config.options.training import Training
-from salsa_peft.config.options.trl import DPO, GRPO, KTO, RLOO
+from salsa_peft.config.options.trl import DPO, GRPO, KTO, PREFERENCE_ALGORITHMS, RLOO
 from salsa_peft.config.references import Reference, SoupSection, parse_reference
 from salsa_peft.config.rewards import RewardPart, parse_reward
+from salsa_peft.utils.errors import require
 
 
 def _source(value: Any) -> Any:
@@ -78,7 +80,7 @@ class Model:
     max_length: Count = 1024
     """Maximum number of tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
-    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
+    """chatml, zephyr, plain, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -99,7 +101,7 @@ class Adapter:
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
-    """Training data. None: the toy data (section `toy`). data/row_formats.py lists the accepted columns."""
+    """Training data. None: that of the sections `synthetic` or `toy`. data/row_formats.py lists the accepted columns."""
 
     demonstrations: DataSource | None = None
     """SFT: rows with `messages`, `prompt` and `completion`, or another accepted set of columns."""
@@ -148,10 +150,18 @@ class Reward(Training):
     """Peak learning rate. Paper A.2."""
     weight_decay: NonNegative = 0.001
     """AdamW's weight decay. Paper A.2."""
+    center_rewards_coefficient: NonNegative | None = 0.01
+    """Weight of (R(chosen) + R(rejected))² in the loss, which keeps the scores of every prompt near 0 (TRL's field and
+    recommended value; Eisenstein et al., 2023, eq. 2). Without it, most of the score's variance may lie between prompts,
+    and PPO's critic has to learn it first. null: no such term, as in the paper and in TRL's default."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
     """Seeds of the data order, one per reward model. Several models are averaged (WARM, Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Fraction of the pairs that is not trained on but used for the accuracy in the metrics."""
+    quality_prompts: Annotated[int, Field(ge=0)] = 64
+    """Number of PPO's prompts, drawn at random, on which the stage reward_quality measures the reward. 0: no such stage."""
+    quality_responses: Annotated[int, Field(ge=2)] = 4
+    """Number of responses that seed-0 gives to each of these prompts."""
 
     def held_out_rows(self, pairs: int) -> int:
         """Number of pairs that are held out of `pairs` pairs, at least one if `pairs` is not 0."""
@@ -197,6 +207,11 @@ class PPO(PPOOptions, Training):
     eval_limit: Count = 64
     """Number of prompts of eval_prompts that are used: the first ones."""
 
+    @property
+    def prompts_per_update(self) -> int:
+        """Number of prompts in a rollout batch."""
+        return self.batch_size // self.responses_per_prompt
+
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError for indivisible batch sizes, contradictory options, or an update cut by max_steps."""
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
@@ -205,6 +220,12 @@ class PPO(PPOOptions, Training):
         if self.max_steps > 0:  # an update that is cut short would be in no log
             of = f"{steps}, the number of optimizer steps in one update (num_ppo_epochs × num_mini_batches)"
             require_multiple(f"{section}.max_steps", self.max_steps, steps, of)
+            updates = self.max_steps // steps
+            require(
+                self.value_warmup_updates < updates,
+                f"{section}.value_warmup_updates: {self.value_warmup_updates} must be less than {updates}, the number of"
+                f" updates ({section}.max_steps = {self.max_steps}), or no policy would be trained",
+            )
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -313,6 +334,8 @@ class Recipe:
     """Sizes of the toy model and the toy data. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)
     """Training data."""
+    synthetic: Synthetic | None = None
+    """Demonstrations and preferences that the base writes and a function judges. None: no such data."""
     sft: SFT = dataclasses.field(default_factory=SFT)
     """Supervised fine-tuning of one model per seed."""
     reward: Reward = dataclasses.field(default_factory=Reward)
@@ -355,6 +378,18 @@ class Recipe:
         if self.adapter is None:
             return "full"
         return "lora" if self.model.quantization is None else "qlora"
+
+    @property
+    def measures_reward(self) -> bool:
+        """Whether the reward is measured on seed-0's responses, for the policies that learn from it."""
+        algorithms = {policy.algorithm for policy in self.policies.values()}
+        return self.reward.quality_prompts > 0 and not algorithms <= {*PREFERENCE_ALGORITHMS}
+
+    @property
+    def judges_best_of_n(self) -> bool:
+        """Whether the judge compares seed-0's best of n responses by the reward with one response."""
+        judge = self.evaluate.judge
+        return judge is not None and judge.kind != "reward" and self.measures_reward
 
     @property
     def model_revisions(self) -> dict[str, str]:

@@ -37,6 +37,7 @@ def check(recipe: Recipe) -> None:
     _check_existing_seeds(recipe)
     recipe.reward.check("reward", recipe.num_processes)
     _check_reward(recipe)
+    _check_synthetic(recipe)
     recipe.ppo.check("ppo", recipe.num_processes)
     for algorithm in ALGORITHMS:
         getattr(recipe, algorithm).check(algorithm)
@@ -186,10 +187,13 @@ def _check_mode(recipe: Recipe) -> None:
     for key, found, unset in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
-        ("ppo.value", recipe.ppo.value, "head"),
         ("ppo.rollout_options.sync", sync, "merged"),
     ):
         require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
+    require(
+        recipe.ppo.value != "adapter",
+        "ppo.value: adapter needs adapters; add --lora, or set ppo.value=head, none or group",
+    )
 
 
 def _check_sharded(recipe: Recipe) -> None:
@@ -202,6 +206,7 @@ def _check_sharded(recipe: Recipe) -> None:
         ("reward.seeds", short(seeds), len(seeds) == 1 or not recipe.reward.trained, f"[{seeds[0]}]"),
         ("ppo.rollout_backend", ppo.rollout_backend, ppo.rollout_backend == "hf", "hf"),
         ("ppo.rollout_compile", str(ppo.rollout_compile).lower(), not ppo.rollout_compile, "false"),
+        ("ppo.value_warmup_updates", ppo.value_warmup_updates, not ppo.value_warmup_updates, "0"),
         ("ppo.micro_batch_tokens", ppo.micro_batch_tokens, ppo.micro_batch_tokens is None, "null"),
         *((key, optim, not optim.startswith("paged"), "adamw_torch_fused") for key, optim in optims.items()),
     ):
@@ -269,7 +274,7 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
 
 
 def _check_reward(recipe: Recipe) -> None:
-    """Raise SalsaError if a part of the reward is unusable, or ppo.value lacks its reward adapter."""
+    """Raise SalsaError if a part of the reward is unusable."""
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)
@@ -278,11 +283,26 @@ def _check_reward(recipe: Recipe) -> None:
                 check_columns("reward.model", part.value, ["prompt"], "the toy data's prompts")
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
+        require(
+            part.weight != 0 or part.name not in ("reward", "gold" if recipe.toy is not None else "reward"),
+            f"reward.model: a part of weight 0 is a measure of its own in the evaluation, which has another measure named"
+            f" {part.name}; give the part another name: {{model: …, weight: 0, name: …}}",
+        )
+
+
+def _check_synthetic(recipe: Recipe) -> None:
+    """Raise SalsaError for a `synthetic` section without effect, or with an unusable function."""
+    section, data = recipe.synthetic, recipe.data
+    if section is None:
+        return
     require(
-        recipe.ppo.value == "head" or recipe.reward.trained,
-        "ppo.value: `adapter` is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
-        " or add adapter to reward.model",
+        data.demonstrations is None or data.preferences is None,
+        "synthetic: has no effect, because data.demonstrations and data.preferences are given; remove one of the three",
     )
+    check_function("synthetic.function", section.function)
+    check_signature("synthetic.function", section.function)
+    if data.prompts is None and recipe.toy is not None:
+        check_columns("synthetic.function", section.function, ["prompt"], "the toy data's prompts")
 
 
 def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
@@ -368,12 +388,13 @@ def _check_required(recipe: Recipe) -> None:
     """Raise SalsaError if a recipe without a `toy` section lacks its base, chat template or data."""
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
     pairs = recipe.reward.trained or {*PREFERENCE_ALGORITHMS} & algorithms
-    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts"
+    synthetic = recipe.synthetic is not None
+    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts" or synthetic
     given: dict[str, object] = {
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
-        "data.demonstrations": recipe.data.demonstrations or None not in (recipe.sft.from_ or [None]),
-        "data.preferences": recipe.data.preferences or not pairs,
+        "data.demonstrations": recipe.data.demonstrations or synthetic or None not in (recipe.sft.from_ or [None]),
+        "data.preferences": recipe.data.preferences or synthetic or not pairs,
         "data.prompts": recipe.data.prompts or not prompts,
         "data.held_out": recipe.data.held_out or recipe.soup.measure_source != "held_out",
         "evaluate.prompts": recipe.evaluate.prompts,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from salsa_peft.config.options.synthetic import SYNTHETIC_DATA
 from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_hub_id, is_local
 from salsa_peft.config.rewards import check_columns
@@ -73,7 +74,7 @@ def _check_rows(recipe: Recipe) -> None:
         ("preferences", "reward", reward.trained),
         ("prompts", "ppo", "ppo" in algorithms),
     ):
-        source, batch = getattr(recipe.data, key), getattr(recipe, stage).batch_size
+        source, batch, of = getattr(recipe.data, key), getattr(recipe, stage).batch_size, f"{stage}.batch_size"
         rows = number_of_rows(recipe, key)
         if rows is None or not used:
             continue
@@ -82,11 +83,15 @@ def _check_rows(recipe: Recipe) -> None:
             usable, why = max(1, round(rows * sft.subset)), f" (sft.subset {sft.subset:g})"
         elif key == "preferences":
             usable, why = rows - reward.held_out_rows(rows), f" (reward.held_out {reward.held_out:g})"
-        found = f"toy.{key}: {rows} rows" if source is None else f"data.{key}: {Path(source.path).name} has {rows} rows"
+        elif key == "prompts" and recipe.ppo.value == "group":
+            batch, of = recipe.ppo.prompts_per_update, f"{of} / num_generations"
+        synthetic = recipe.synthetic is not None and key in SYNTHETIC_DATA
+        made = f"synthetic: {rows} {key}" if synthetic else f"toy.{key}: {rows} rows"
+        found = made if source is None else f"data.{key}: {Path(source.path).name} has {rows} rows"
         require(
             usable >= batch,
-            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows or"
-            f" lower {stage}.batch_size",
+            f"{found}, {usable} of them for training{why}, which is less than {of} = {batch}; add rows or lower"
+            f" {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
         rows = number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")
@@ -95,9 +100,16 @@ def _check_rows(recipe: Recipe) -> None:
 
 
 def number_of_rows(recipe: Recipe, key: str) -> int | None:
-    """Number of rows of `data.<key>`, or of the toy data if the key is unset; None if unknown."""
-    source = getattr(recipe.data, key)
-    return count_rows(source) if source is not None else getattr(recipe.toy, key) if recipe.toy is not None else None
+    """Number of rows of `data.<key>`, or of synthetic or toy data if the key is unset; None if unknown."""
+    source, section = getattr(recipe.data, key), recipe.synthetic
+    if source is not None:
+        return count_rows(source)
+    if section is not None and key in SYNTHETIC_DATA:
+        prompts = number_of_rows(recipe, "prompts")
+        if prompts is None or key == "preferences":  # pairs with equal scores are left out
+            return None
+        return min(prompts, section.limit or prompts)
+    return None if recipe.toy is None else getattr(recipe.toy, key)
 
 
 def count_rows(source: Source | None) -> int | None:
@@ -178,9 +190,9 @@ def _check_columns(where: str, kind: str, path: str) -> None:
 MAX_CHECKED_BYTES = 300_000_000
 """Size of the largest local file or folder whose rows are all checked, which takes a few seconds."""
 STAGE_DATA = {
-    "data/demonstrations": ("demonstrations",), "data/preferences": ("preferences",), "reward": ("preferences",), "soup": ("held_out",),
-    "ppo": ("prompts",), "dpo": ("preferences",), "kto": ("preferences",), "rloo": ("prompts",), "grpo": ("prompts",),
-    "landscape": ("evaluation",), "evaluate": ("evaluation",),
+    "synthetic": ("prompts",), "data/demonstrations": ("demonstrations",), "data/preferences": ("preferences",), "reward": ("preferences",), "soup": ("held_out",),
+    "reward_quality": ("prompts",), "ppo": ("prompts",), "dpo": ("preferences",), "kto": ("preferences",), "rloo": ("prompts",),
+    "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
 """Stage or unit → kinds of data that it reads."""
 MAX_HUB_ROWS = 1000
@@ -243,12 +255,14 @@ def _check_held_out(recipe: Recipe, rows: list[dict[str, Any]], stages: Collecti
 
 
 def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
-    """Raise SalsaError for a reward function that requires a column which no row of its prompts has."""
-    functions = [part for part in recipe.reward.parts if part.kind == "function"]
+    """Raise SalsaError for a function that requires a column which no row of its prompts has."""
+    functions = [("reward.model", part.value) for part in recipe.reward.parts if part.kind == "function"]
+    if kind == "prompts" and recipe.synthetic is not None:
+        functions.append(("synthetic.function", recipe.synthetic.function))
     if functions and kind in ("prompts", "evaluation"):
         columns = {name for _, row in load_rows(source) for name in row}
-        for part in functions:
-            check_columns("reward.model", part.value, columns, source.path)
+        for where, value in functions:
+            check_columns(where, value, columns, source.path)
 
 
 def _is_small(path: str) -> bool:

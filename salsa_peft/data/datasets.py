@@ -7,10 +7,11 @@ is dropped without a message. Suspicious but usable rows are counted and reporte
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from salsa_peft.config.options.synthetic import SYNTHETIC_DATA
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.data import row_formats, row_parts
@@ -34,12 +35,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOY_FILES = {name: f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts", "held_out")}
+"""Kind of training data → its file in the results of the toy and synthetic stages."""
 
 
-def training_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
-    """Name → source of training data and held_out: the recipe's, or else the toy data in folder `toy`."""
+def training_sources(recipe: Recipe, inputs: Mapping[str, Path]) -> dict[str, Source]:
+    """Name → source of training data and held_out: the recipe's, or else synthetic data, or else toy data.
+
+    inputs: the folders of a job's input units, of which `synthetic` and `toy` have data.
+    """
+    made = {}
+    for unit, names in (("toy", (*TOY_FILES,)), ("synthetic", SYNTHETIC_DATA)):
+        if unit in inputs:
+            made |= {name: Source(path=str(inputs[unit] / TOY_FILES[name])) for name in names}
     given = {name: getattr(recipe.data, name) for name in TOY_FILES}
-    return {name: source or Source(path=str(toy / TOY_FILES[name])) for name, source in given.items() if source or toy}  # type: ignore[operator]
+    return made | {name: source for name, source in given.items() if source is not None}
 
 
 def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:

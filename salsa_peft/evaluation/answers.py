@@ -8,6 +8,7 @@ as an uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +33,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = list[dict[str, Any]]
-Rewards = Mapping[str, Reward]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A reward that no policy maximizes (a part of weight 0), as a measure. It need not apply to every answer."""
+
+    reward: Reward
+
+
+Rewards = Mapping[str, Reward | HeldOut]
 """Name of a measure → the reward that computes it."""
 Known = Mapping[tuple[int, int], dict[str, Any]]
 """(index of the question, turn) → row of the answer."""
@@ -134,7 +144,7 @@ def _rows(
     tokenizer: Any,
 ) -> Rows:
     columns = [{**questions[one.question].row, "prompt": one.messages} for one in prompts]
-    scores = {name: reward(responses, columns).tolist() for name, reward in rewards.items()}
+    scores = {name: _scores(reward, responses, columns) for name, reward in rewards.items()}
     texts = decode(tokenizer, responses.response_ids, responses.content_mask)
     lengths, empty = torch.stack([responses.lengths, responses.empty.long()]).tolist()
     asked = [questions[one.question] for one in prompts]
@@ -146,12 +156,20 @@ def _rows(
             "turn": turn,
             "prompt": datasets.prompt_text(question.messages) if turn == 1 else question.turns[turn - 1],
             "response": texts[place],
-            "scores": {name: values[place] for name, values in scores.items()},
+            "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
             "length": lengths[place],
             "empty": bool(empty[place]),
         }
         for place, question in enumerate(asked)
     ]
+
+
+def _scores(reward: Reward | HeldOut, responses: Responses, rows: Rows) -> list[float | None]:
+    """A score for each response; None where a held-out reward does not apply."""
+    if not isinstance(reward, HeldOut):
+        return reward(responses, rows).tolist()
+    scores, applies = (found.tolist() for found in reward.reward.scores_and_mask(responses, rows))
+    return [score if applied else None for score, applied in zip(scores, applies, strict=True)]
 
 
 def fitting_questions(job: Job, context: StageContext, questions: Sequence[Question]) -> list[Question]:

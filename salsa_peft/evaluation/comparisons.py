@@ -34,8 +34,13 @@ def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[
     """Win rates and mean difference of each pair of models by each measure, on one set of questions."""
     found = []
     for (a, b), measure in itertools.product(wanted, measures):
-        x, y = ([row["scores"][measure] for row in answers[model]] for model in (a, b))
-        of = clusters(answers[a])
+        both = [
+            rows for rows in zip(answers[a], answers[b], strict=True) if all(measure in row["scores"] for row in rows)
+        ]
+        if not both:  # a held-out reward that applies to none of the answers
+            continue
+        x, y = ([row["scores"][measure] for row in rows] for rows in zip(*both, strict=True))
+        of = clusters([row for row, _ in both])
         difference = asdict(paired_difference(x, y, of))
         found.append(
             {"a": a, "b": b, "measure": measure, **asdict(compare_scores(x, y, clusters=of)), "difference": difference}

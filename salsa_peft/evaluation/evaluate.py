@@ -69,13 +69,21 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
 def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
     """Means of each model's scores and response lengths on one set of questions, with intervals.
 
-    answers: model → its rows. names: names of the measures.
+    answers: model → its rows. names: names of the measures; a mean is over the answers to which a measure applies.
     """
     rows = next(iter(answers.values()))
     of = clusters(rows)
+
+    def mean_score(name: str, found: Rows) -> dict[str, Any]:
+        return asdict(mean_interval([row["scores"][name] for row in found], clusters(found)))
+
+    scored = {
+        model: {name: [row for row in found if name in row["scores"]] for name in names}
+        for model, found in answers.items()
+    }
     models = {
         model: {
-            "scores": {name: asdict(mean_interval([row["scores"][name] for row in found], of)) for name in names},
+            "scores": {name: mean_score(name, kept) for name, kept in scored[model].items() if kept},
             "response_length": asdict(mean_interval([row["length"] for row in found], of)),
             "empty_share": sum(row["empty"] for row in found) / len(found),
         }

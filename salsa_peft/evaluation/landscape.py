@@ -21,12 +21,12 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
-from salsa_peft.evaluation.answers import Rewards, answer, fitting_questions
+from salsa_peft.evaluation.answers import HeldOut, Rewards, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.models.rewards.reward import recipe_reward
+from salsa_peft.models.rewards.reward import WeightedReward, recipe_reward
 from salsa_peft.models.stage_context import StageContext, seed_folders
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
@@ -41,10 +41,14 @@ PARTIAL = "partial"
 """Folder of what an unfinished stage has measured so far."""
 
 
-def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward]:
-    """Name of a measure → its reward: the recipe's, and for generated toy data also the gold reward."""
+def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward | HeldOut]:
+    """Name of a measure → its reward: `reward`, each part of weight 0 by its own name, and the toy data's `gold`."""
     recipe = job.recipe
-    rewards = {"reward": recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)}
+    reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)
+    rewards: dict[str, Reward | HeldOut] = {"reward": reward}
+    if isinstance(reward, WeightedReward) and any(part.weight for part in reward.parts):
+        rewards["reward"] = WeightedReward([part for part in reward.parts if part.weight])
+        rewards |= {part.name: HeldOut(part.reward) for part in reward.parts if not part.weight}
     if recipe.toy is not None:
         from salsa_peft.data.toy_language import gold
 
@@ -61,10 +65,13 @@ def mean_scores(
     context: StageContext,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Answer every turn once; returns measure → mean score and its interval over questions."""
+    """Answer every turn once; returns measure → mean score and its interval over questions.
+
+    A measure that does not apply to one of the answers is left out.
+    """
     rows = answer(model, adapter, questions, rewards, context, seed)
-    of = clusters(rows)
-    return {name: asdict(mean_interval([row["scores"][name] for row in rows], of)) for name in rewards}
+    of, scored = clusters(rows), [name for name in rewards if all(name in row["scores"] for row in rows)]
+    return {name: asdict(mean_interval([row["scores"][name] for row in rows], of)) for name in scored}
 
 
 def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
@@ -135,7 +142,11 @@ def run(job: Job) -> dict[str, Any]:
     known = {_point(dict(weights)): scores for weights, scores in rows}
     keep = functools.partial(append_checked_lines, partial)
     result = measure_points(points(section), score, job.unit.id, known, keep)
-    result |= {"questions": chosen, "n": len(asked), "sampling_seed": section.seed, "measures": list(rewards)}
+    measured = [
+        point["scores"] for line in [*result["lines"], result["plane"] or {}] for point in line.get("points", [])
+    ]
+    names = [name for name in rewards if all(name in scores for scores in measured)]
+    result |= {"questions": chosen, "n": len(asked), "sampling_seed": section.seed, "measures": names}
     write_atomic(job.folder / "landscape.json", json.dumps(result, indent=2))
     return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(asked)}
 

@@ -59,10 +59,12 @@ def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
 
 @dataclass
 class Recording:
-    """Log-probs, and with a value head entropies and values, recorded during generation: float32 (B,) per step."""
+    """Log-probs, and on request entropies and values, recorded during generation: float32 (B,) per step."""
 
     value_head: nn.Linear | None = None
-    """PPO's value head, (B, H) → (B, 1). None: only log-probs are recorded."""
+    """PPO's value head, (B, H) → (B, 1), with which entropies are recorded too. None: no values are recorded."""
+    with_entropy: bool = False
+    """Whether entropies are recorded without a value head."""
     logprobs: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -73,8 +75,8 @@ class Recording:
         self.logprobs += padded.to(device).unbind(1)
 
     def stacked(self, mask: Tensor) -> tuple[Tensor, ...]:
-        """Log-probs, and with a value head entropies and values, (B, T) each, with 0 where the mask is False."""
-        columns = (self.logprobs,) if self.value_head is None else (self.logprobs, self.entropy, self.values)
+        """Log-probs, and entropies and values if they were recorded, (B, T) each, with 0 where the mask is False."""
+        columns = [steps for steps in (self.logprobs, self.entropy, self.values) if steps]
         return tuple(torch.stack(steps, dim=1).masked_fill(~mask, 0.0) for steps in columns)
 
     def recording_values(self, lm: Any) -> AbstractContextManager[Any]:
@@ -113,7 +115,7 @@ class Sampler(LogitsProcessor):
         token = logp.argmax(-1, keepdim=True) if greedy else sample_token(probabilities, self.uniforms[:, self.step])
         if self.recording is not None:
             self.recording.logprobs.append(logp.gather(-1, token).squeeze(-1))
-            if self.recording.value_head is not None:
+            if self.recording.value_head is not None or self.recording.with_entropy:
                 self.recording.entropy.append(entropy_of(logp, probabilities, masked=early))
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
@@ -153,7 +155,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
 
     seeds: one seed for each prompt. limits: the maximum length of each response, by default sampling.max_new_tokens;
     a response with a lower limit is the beginning of the response with a higher one. recording: receives log-probs, and
-    with a value head entropies and values. check: called before each token, and may raise an error to stop generation.
+    entropies and values if it asks for them. check: called before each token, and may raise an error to stop generation.
     cache: an empty KV cache of Transformers, by default a DynamicCache. options: further fields of GenerationConfig.
     Global random states are not used. With SDPA, and without layers of linear attention, the host waits for the device
     once a token, where Transformers reads whether all responses have ended. Raises SalsaError if logits are NaN or +∞.

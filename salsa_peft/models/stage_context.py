@@ -77,9 +77,9 @@ class StageContext:
         )
         return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 
-    def load_base(self) -> PreTrainedModel:
-        """Load the base as a frozen causal language model."""
-        return self._load(load_base, None, trained=False)
+    def load_base(self, start: Path | None = None) -> PreTrainedModel:
+        """Load the base, or the checkpoint `start`, as a frozen causal language model."""
+        return self._load(load_base, start, trained=False)
 
     def load_moving(self) -> PreTrainedModel:
         """Load the base as a frozen float32 model that moves towards a policy, and computes as the policy does."""

@@ -32,29 +32,33 @@ class PolicyWithValueHead(nn.Module):
 
     The head reads the policy's hidden states or, with `value_adapter`, those of a second forward with that adapter.
     The head is float32 whatever the base's dtype. Its weights start as a copy of `start`, by default at zero.
+    critic: False for a policy without value head, whose values are None.
     """
 
     def __init__(self, policy: PeftModel | PreTrainedModel, value_adapter: str | None = None,
-                 start: Tensor | None = None) -> None:  # fmt: skip
+                 start: Tensor | None = None, *, critic: bool = True) -> None:  # fmt: skip
         super().__init__()
         self.policy, self.value_adapter = policy, value_adapter
         self._no_split_modules = causal_lm(policy)._no_split_modules  # the layers that accelerate shards one by one
-        self.value_head = nn.Linear(causal_lm(policy).get_output_embeddings().weight.shape[1], 1)  # H
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        if start is not None:
-            self.value_head.weight.data.copy_(start)
+        self.value_head: nn.Linear | None = None
+        if critic:
+            self.value_head = nn.Linear(causal_lm(policy).get_output_embeddings().weight.shape[1], 1)  # H
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            if start is not None:
+                self.value_head.weight.data.copy_(start)
+        self.starts_at_zero = critic and start is None
         self.toggle = lora.Toggle(policy) if isinstance(policy, PeftModel) else None
         if causal_lm(policy).is_activation_checkpointing:  # set by the user, and would not restore the active adapter
             self.activation_checkpointing_enable()
 
-    def forward(self, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (n, H) and values (n,), float32, at the positions before n response tokens.
 
-        The arguments are the fields of a `responses.ForwardBatch`.
+        The values are None without a value head. The arguments are the fields of a `responses.ForwardBatch`.
         """
         hidden = self._states(input_ids, before, options)
-        return hidden, self.values(hidden, input_ids, before, options)
+        return hidden, None if self.value_head is None else self.values(hidden, input_ids, before, options)
 
     def values(self, hidden: Tensor | None, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> Tensor:
         """Values (n,) from the policy's hidden states (n, H) or, with a value adapter, from its own forward pass."""
@@ -62,9 +66,21 @@ class PolicyWithValueHead(nn.Module):
             assert self.toggle is not None
             with self.toggle(self.value_adapter):
                 hidden = self._states(input_ids, before, options)
-        assert hidden is not None
+        assert hidden is not None and self.value_head is not None
         # a copy, because FSDP2's hooks need an output that is no view; a cast, because ZeRO-3 holds the head in bf16
         return apply_scalar_head(self.value_head, hidden).to(torch.float32, copy=True)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of the policy, without those of the value adapter and the value head."""
+        policy, name = self.policy, self.value_adapter
+        own = set() if name is None else {id(parameter) for parameter in lora.parameters(policy, name)}
+        return [parameter for parameter in policy.parameters() if parameter.requires_grad and id(parameter) not in own]
+
+    def shift_values(self, shift: Tensor) -> None:
+        """Add a number () to all values, through the value head's bias."""
+        assert self.value_head is not None
+        bias = sharding.whole(self.value_head.bias.detach())
+        sharding.load(self.value_head, {"bias": bias + shift}, strict=False)
 
     def _states(self, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> Tensor:
         return hidden_states(self.policy, input_ids, **options).flatten(0, 1)[before]
@@ -95,24 +111,27 @@ def with_value_head(
 ) -> PolicyWithValueHead:
     """Add a value head to a policy, and freeze all adapters except the policy's and the value adapter.
 
-    policy: the policy's adapter; None for full weights. value: PPO's option `value`, "head" or "adapter". With
-    "adapter", a value adapter is added too; it and the value head start as copies of the reward adapter and its score
-    head. Raises SalsaError for "adapter" if the policy has full weights or the reward has no reward adapter.
+    policy: the policy's adapter; None for full weights. value: PPO's option `value`. With "adapter", a value adapter is
+    added too. It and the value head start as copies of the reward adapter and its score head or, if the reward has no
+    reward adapter on this base, as a copy of the policy's adapter with a head of zeros. With "none" and "group" there is
+    no value head. Raises SalsaError for "adapter" if the policy has full weights.
     """
-    name, start = None, adapter_in(reward) if value == "adapter" else None
+    name, start = None, None
     if value == "adapter":
-        if not isinstance(model, PeftModel) or start is None:
-            adapted = isinstance(model, PeftModel)
-            cause = f"the reward is a {type(reward).__name__}" if adapted else "the policy has full weights"
+        if not isinstance(model, PeftModel) or policy is None:
             raise SalsaError(
-                "value: adapter needs a reward adapter on the policy's base, because the value adapter starts as its"
-                f" copy, but {cause}. Set value: head"
+                "value: adapter needs a policy that is an adapter, but this policy has full weights. Set value to head,"
+                " none or group"
             )
-        name = lora.unused_name(model, VALUE_ADAPTER)
-        lora.attach(model, start.folder, name, trainable=True)
+        name, start = lora.unused_name(model, VALUE_ADAPTER), adapter_in(reward)
+        if start is None:
+            lora.duplicate(model, policy, name)
+        else:
+            lora.attach(model, start.folder, name, trainable=True)
     for adapter in model.peft_config if isinstance(model, PeftModel) else ():
         lora.set_trainable(model, adapter, adapter in (policy, name))
-    return PolicyWithValueHead(model, name, None if start is None else start.head.weight)
+    critic = value in ("head", "adapter")
+    return PolicyWithValueHead(model, name, None if start is None else start.head.weight, critic=critic)
 
 
 def save_policy(
@@ -123,12 +142,12 @@ def save_policy(
     weights: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Save the policy as a PEFT adapter or a checkpoint, and in the same folder tokenizer and value head.
+    """Save the policy as a PEFT adapter or a checkpoint, and in the same folder tokenizer and value head, if any.
 
     A value adapter is saved in a subfolder. weights: the gathered weights of a sharded model. dtype: dtype of the saved
     full weights, by default the model's.
     """
-    policy, head = model.policy, model.value_head.state_dict()
+    policy, head = model.policy, {} if model.value_head is None else model.value_head.state_dict()
     if weights is not None:
         tied = {f"policy.{name}" for name in causal_lm(policy).all_tied_weights_keys or ()}  # copies of other weights
         head = _of_submodule("value_head.", weights)
@@ -139,8 +158,9 @@ def save_policy(
             lora.save(policy, model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
     else:
         save_checkpoint(policy, folder, tokenizer, weights, dtype)
-    head = {name: tensor.detach().cpu() for name, tensor in head.items()}
-    save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
+    if model.value_head is not None:
+        head = {name: tensor.detach().cpu() for name, tensor in head.items()}
+        save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
 
 
 def load_policy(model: PolicyWithValueHead, policy_name: str | None, folder: Path) -> None:
@@ -152,7 +172,8 @@ def load_policy(model: PolicyWithValueHead, policy_name: str | None, folder: Pat
             lora.load(policy, model.value_adapter, folder / VALUE_ADAPTER)
     else:
         load_weights(policy, folder)
-    sharding.load(model.value_head, lora.read_tensors(folder / VALUE_HEAD))
+    if model.value_head is not None:
+        sharding.load(model.value_head, lora.read_tensors(folder / VALUE_HEAD))
 
 
 def _of_submodule(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

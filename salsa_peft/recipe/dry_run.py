@@ -149,7 +149,9 @@ def _training_rows(recipe: Recipe) -> list[list[str]]:
         micro = ppo.micro_batch_size or minibatch
         parts = f"{_count(ppo.num_mini_batches, 'minibatch')} × {_count(minibatch // micro, 'micro-batch')} of {micro}"
         steps = f"{_updates(ppo, prompts)}, {ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps per update"
-        rows.append([f"ppo, each of {policies['ppo']} policies", f"{ppo.batch_size} responses = {parts}", steps])
+        groups = f" to {ppo.prompts_per_update} prompts" if ppo.value == "group" else ""
+        batch = f"{ppo.batch_size} responses{groups} = {parts}"
+        rows.append([f"ppo, each of {policies['ppo']} policies", batch, steps])
     for algorithm in [name for name in ALGORITHMS if policies[name]]:
         section = getattr(recipe, algorithm)
         steps = _steps(section, section.rows_per_epoch(pairs, prompts))
@@ -189,7 +191,7 @@ def _updates(ppo: PPO, rows: int | None) -> str:
         return f"{ppo.max_steps // ppo.steps_per_update} updates (max_steps = {ppo.max_steps} optimizer steps)"
     if rows is None:
         return "updates not known before the data is downloaded"
-    updates = math.ceil(rows // ppo.batch_size * ppo.num_train_epochs)
+    updates = math.ceil(rows // ppo.prompts_per_update * ppo.num_train_epochs)
     return f"about {updates} updates ({rows} rows × {ppo.num_train_epochs:g} epochs)"
 
 

@@ -209,7 +209,7 @@ def halve_batches(recipe: Recipe, stage: str) -> Halved | None:
     if stage in ("sft", "reward", "ppo", *ALGORITHMS):
         return _halve_training(recipe, stage)
     rows = recipe.generation.batch_size
-    if stage in ("landscape", "evaluate") and (half := largest_proper_divisor(rows)):
+    if stage in ("synthetic", "reward_quality", "landscape", "evaluate") and (half := largest_proper_divisor(rows)):
         generation = replace(recipe.generation, batch_size=half)
         return Halved(replace(recipe, generation=generation), {"generation.batch_size": (rows, half)})
     judge = recipe.evaluate.judge

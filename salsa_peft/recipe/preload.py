@@ -26,7 +26,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # noqa: F401
 
 from salsa_peft.config import load  # noqa: F401
 from salsa_peft.data import tokenized, toy  # noqa: F401
-from salsa_peft.evaluation import evaluate, landscape  # noqa: F401
+from salsa_peft.evaluation import evaluate, landscape, reward_quality, synthetic  # noqa: F401
 from salsa_peft.recipe import small_stages, worker  # noqa: F401
 from salsa_peft.report import page  # noqa: F401
 from salsa_peft.training import ppo_stage, reward_model, sft  # noqa: F401

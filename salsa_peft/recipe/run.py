@@ -43,9 +43,11 @@ class Stage(NamedTuple):
 
 STAGES = {
     "toy": Stage("salsa_peft.recipe.small_stages:toy", units.toy_units),
+    "synthetic": Stage("salsa_peft.evaluation.synthetic:run", units.synthetic_units, resumes=True),
     "data": Stage("salsa_peft.recipe.small_stages:data", units.data_units),
     "sft": Stage("salsa_peft.training.sft:run", units.sft_units, resumes=True, trains=True),
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, resumes=True, trains=True),
+    "reward_quality": Stage("salsa_peft.evaluation.reward_quality:run", units.reward_quality_units),
     "soup": Stage("salsa_peft.recipe.small_stages:soup", units.soup_units),
     "ppo": Stage("salsa_peft.training.ppo_stage:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
     "dpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["dpo"], resumes=True),

@@ -35,7 +35,7 @@ def data(job: Job) -> dict[str, Any]:
     from salsa_peft.data.datasets import training_sources
     from salsa_peft.models.stage_context import StageContext
 
-    source = training_sources(job.recipe, job.inputs.get("toy"))[job.unit.name]
+    source = training_sources(job.recipe, job.inputs)[job.unit.name]
     with progress_bar(1, f"{job.unit.id} tokenizing") as bar:
 
         def progress(done: int, total: int) -> None:

@@ -27,9 +27,11 @@ TEXT = ("tokenizers", "jinja2")
 """The libraries that tokenize texts and render chat templates."""
 STAGE_LIBRARIES = {
     "toy": (*LIBRARIES, "tokenizers"),
+    "synthetic": (*LIBRARIES, *TEXT),
     "data": ("transformers", "trl", "datasets", *TEXT),
     "ppo": (*LIBRARIES, *TEXT),
     **dict.fromkeys(ALGORITHMS, (*LIBRARIES, *TEXT, "datasets")),
+    "reward_quality": (*LIBRARIES, *TEXT),
     "landscape": (*LIBRARIES, *TEXT),
     "evaluate": (*LIBRARIES, *TEXT),
 }
@@ -157,6 +159,21 @@ def toy_units(recipe: Recipe, run: str) -> list[Unit]:
     return [_UnitBuilder(recipe, run).unit("toy", {"toy": asdict(recipe.toy)}, toy=False)] if recipe.toy else []
 
 
+def synthetic_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The unit that samples the base's answers and judges them, if the recipe has `synthetic`."""
+    section = recipe.synthetic
+    if section is None:
+        return []
+    builder = _UnitBuilder(recipe, run)
+    fields = {
+        "model": builder.model(),
+        "synthetic": {**asdict(section), "function": builder.function(section.function)},
+        "prompts": builder.source(recipe.data.prompts),
+        "generation": {**asdict(recipe.generation), "batch_size": None},
+    }
+    return [builder.unit("synthetic", fields)]
+
+
 def data_units(recipe: Recipe, run: str) -> list[Unit]:
     """The units that tokenize the demonstrations and preferences, if the recipe trains on them.
 
@@ -170,9 +187,10 @@ def data_units(recipe: Recipe, run: str) -> list[Unit]:
     }
     units = []
     for kind in [kind for kind, is_used in used.items() if is_used]:
-        builder = _UnitBuilder(recipe, run)
-        fields = {"source": builder.source(getattr(recipe.data, kind)), "tokenizer": builder.tokenizer()}
-        units.append(builder.unit("data", fields, name=kind))
+        builder, source = _UnitBuilder(recipe, run), getattr(recipe.data, kind)
+        fields = {"source": builder.source(source), "tokenizer": builder.tokenizer()}
+        made = ["synthetic"] if source is None and recipe.synthetic is not None else []
+        units.append(builder.unit("data", fields, *made, name=kind))
     return units
 
 
@@ -202,10 +220,26 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
     builder = _UnitBuilder(recipe, run)
     fields = {
         "model": builder.model(),
-        "reward": _section(recipe.reward, "model"),
+        "reward": _section(recipe.reward, "model", "quality_prompts", "quality_responses"),
         **builder.training("reward"),
     }
     return [builder.unit("reward", fields, PREFERENCES, _seed(0))]
+
+
+def reward_quality_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The unit that measures the reward on seed-0's responses, if policies learn from the reward."""
+    if not recipe.measures_reward:
+        return []
+    builder, section = _UnitBuilder(recipe, run), recipe.reward
+    fields = {
+        "model": builder.model(),
+        "quality": {"prompts": section.quality_prompts, "responses": section.quality_responses},
+        "ppo": {"seed": recipe.ppo.seed, "max_prompt_length": recipe.ppo.max_prompt_length},
+        "prompts": builder.source(recipe.data.prompts),
+        "generation": {**asdict(recipe.generation), "batch_size": None},
+        "reward": builder.reward(),
+    }
+    return [builder.unit("reward_quality", fields, _seed(0), *_reward(recipe))]
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -256,7 +290,9 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
         }
     if algorithm == "ppo":
         builder.libraries |= {"vllm"} if recipe.ppo.rollout_backend == "vllm" else set()
-        fields["ppo"] |= {"save_steps": None, "shown_every": None}  # the result does not depend on them
+        # the result does not depend on them: a guard that stops leaves an unfinished unit, which other guards may resume
+        fields["ppo"] |= {"save_steps": None, "shown_every": None, "guards": None}
+        inputs += ["reward_quality"] if recipe.measures_reward else []  # for a warning
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
     return builder.unit(algorithm, fields, _seed(0), *inputs, *_of_references(references), name=name)
 
@@ -314,7 +350,8 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
     fields: dict[str, Any] = {"judge": {**asdict(judge), **unused, **paths, "model": model}, **_comparisons(recipe)}
     if recipe.search is not None:
         fields["search"] = asdict(recipe.search)
-    return [builder.unit("judge", fields, "evaluate", toy=False)]
+    inputs = ["evaluate", *(["reward_quality"] if recipe.judges_best_of_n else [])]
+    return [builder.unit("judge", fields, *inputs, toy=False)]
 
 
 POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
@@ -325,7 +362,7 @@ POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
 
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The unit of the report, which reads the results of all stages before it."""
-    before = [toy_units, data_units, sft_units, reward_units, soup_units]
+    before = [toy_units, synthetic_units, data_units, sft_units, reward_units, reward_quality_units, soup_units]
     stages = [*before, *POLICY_UNITS.values(), landscape_units, evaluate_units, judge_units]
     search = None if recipe.search is None else asdict(recipe.search)
     fields = {"samples": recipe.evaluate.samples, **_comparisons(recipe), "search": search}

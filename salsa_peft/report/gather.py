@@ -13,6 +13,7 @@ from salsa_peft.config.options.toy import TOY_PROMPTS, TOY_WORDS
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
 from salsa_peft.evaluation import comparisons
+from salsa_peft.models.rewards.quality import METRICS
 from salsa_peft.report.format import Row
 from salsa_peft.utils import manifests
 from salsa_peft.utils.files import read_json, read_json_lines
@@ -64,6 +65,8 @@ class ReportInput:
     """evaluation.json with `pairs` (comparisons.pairs) added to each set, and the key `search` added."""
     answers: list[dict[str, Any]]
     """The rows of answers.jsonl."""
+    reward_quality: dict[str, Any] | None = None
+    """metrics.json of the reward_quality stage; None without it."""
     verdicts: dict[str, Any] | None = None
     """verdicts.json; None without a judge."""
     judgments: list[dict[str, Any]] = field(default_factory=list)
@@ -115,6 +118,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         landscape=read_json(landscape / "landscape.json") if landscape else None,
         evaluation=_with_pairs(recipe, read_json(evaluation / "evaluation.json"), answers, verdicts),
         answers=answers,
+        reward_quality=read_json(inputs["reward_quality"] / METRICS) if "reward_quality" in inputs else None,
         verdicts=verdicts,
         judgments=read_json_lines(judge / "judgments.jsonl") if judge else [],
         fingerprint=read_json(soup / FINGERPRINT).get("base") if (soup / FINGERPRINT).exists() else None,

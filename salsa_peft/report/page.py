@@ -9,6 +9,7 @@ from salsa_peft.report import findings, headline, judge_tables, style
 from salsa_peft.report.format import Row, finite, flatten, is_number, percent, render
 from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.report.plots import CURVES, draw, scores_of
+from salsa_peft.report.sections import reward
 from salsa_peft.report.style import Panel
 
 
@@ -44,7 +45,7 @@ def context(run: ReportInput) -> dict[str, Any]:
     meaning = [*headline.meaning(tables), findings.REPLICATE] if tables or compared or judged else []
     lead = [" ".join(part) for part in (by_judge, headline.gains(tables), found, meaning) if part]
     facts = {name: flatten(metrics) for name, metrics in run.seeds.items()}
-    facts |= {"reward": flatten(run.reward), "soup": flatten(run.soup)}
+    facts |= {"reward": flatten(reward.facts(run.reward)), "soup": flatten(run.soup)}
     facts |= {name: flatten(policy.facts) for name, policy in run.policies.items()}
     return {
         "headline": tables,
@@ -53,6 +54,7 @@ def context(run: ReportInput) -> dict[str, Any]:
         "lead": lead,
         "more": [*also, *more],
         "judged": judged,
+        "reward": reward.context(run.reward, run.reward_quality, run.verdicts),
         "search": judge_tables.searched(run),
         "compared": compared,
         "warnings": [
@@ -126,7 +128,7 @@ def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
             "policies": {
                 name: _policy_summary(policy, found["training"].get(name)) for name, policy in run.policies.items()
             },
-            **fields("seeds", "reward", "soup", "units"),
+            **fields("seeds", "reward", "reward_quality", "soup", "units"),
             "total": found["total"],
         }
     )

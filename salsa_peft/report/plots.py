@@ -1,5 +1,6 @@
 """The figures of a report, as inline SVG and PNG."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,9 +122,8 @@ def curve(
             if not kept:
                 continue
             episodes, values = np.array(kept, dtype=float).T
-            window = np.ones(max(1, len(values) // 20 * 2 - 1))
-            smooth = np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-            if window.size > 1:
+            smooth = rolling_mean(values)
+            if (smooth != values).any():
                 axes.plot(episodes, values, color=look.color, lw=0.7, alpha=0.35)
             marks: Any = {"marker": look.marker, "markevery": (0.08, 0.23) if len(values) > 3 else 1, "ms": 5}
             axes.plot(episodes, smooth, color=look.color, ls=look.dash, label=policy, **marks)
@@ -134,6 +134,29 @@ def curve(
         axes.legend(loc="best", ncols=2, handlelength=2.8, columnspacing=1.2)
 
     return panel(name, f"{title} of each policy over training", draw, 2.8)
+
+
+def rolling_mean(values: np.ndarray) -> np.ndarray:
+    """The rolling mean of values (N,) over about a tenth of them."""
+    window = np.ones(max(1, len(values) // 20 * 2 - 1))
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def frontier(name: str, title: str, policies: Mapping[str, Sequence[Row]], key: str, styles: Styles) -> Panel:
+    """A held-out reward against the KL to each policy's own reference, as rolling means; marked at the end."""
+
+    def draw(axes: Axes) -> None:
+        for policy, rows in policies.items():
+            look = styles[policy]
+            kept = [(row["objective/kl"], row[key]) for row in rows if is_number(row.get(key))]
+            if kept:
+                kl, values = (rolling_mean(column) for column in np.array(kept, dtype=float).T)
+                axes.plot(kl, values, color=look.color, ls=look.dash, label=policy)
+                axes.plot(kl[-1], values[-1], marker=look.marker, ms=7, color=look.color, mec=INK, mew=0.8)
+        axes.set(title=title, xlabel="KL to the policy's reference, nats per response; the mark is the last update")
+        axes.legend(loc="best", ncols=2, handlelength=2.8, columnspacing=1.2)
+
+    return panel(name, f"{title}, over training", draw, 2.8)
 
 
 def ablation(name: str, title: str, points: Sequence[Row], xlabel: str, log: bool, styles: Styles) -> Panel:
@@ -224,6 +247,9 @@ CURVES = {  # key of metrics.jsonl → name in summary.json, title
     "objective/kl_coef": ("kl_coef", "β, the KL coefficient"),
 }
 
+PART = re.compile(r"rewards/([^/]+)/mean")
+"""Pattern of a metric with the mean of a part of a weighted sum of rewards, weight 0 included."""
+
 
 def draw(run: ReportInput) -> dict[str, list[Panel]]:
     """Draw all figures; returns section of the report → its panels, [] if there is nothing to draw."""
@@ -259,6 +285,23 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
         if reached:
             log = short == "kl_coef" and min(reached) > 0 and max(reached) > 8 * min(reached)
             drawn["training"].append(curve(f"training-{short}", title, curves, key, styles, log))
+    drawn["training"] += _reward_parts(run, curves, styles)
+    return drawn
+
+
+def _reward_parts(run: ReportInput, curves: Mapping[str, Sequence[Row]], styles: Styles) -> list[Panel]:
+    """Curves of the parts of a weighted sum of rewards, and the frontier of the main measure if it is one of them."""
+    names = dict.fromkeys(
+        found[1] for rows in curves.values() for row in rows for key in row if (found := PART.fullmatch(key))
+    )
+    drawn = []
+    for name in names:
+        title = f"{MEASURES.get(name, f'reward “{name}”').capitalize()}, mean of the responses"
+        drawn.append(curve(f"training-{file_name(name)}", title, curves, f"rewards/{name}/mean", styles))
+    main = findings.headline(run.evaluation) if run.evaluation.get("measures") else ""
+    if main in names:
+        title = f"{MEASURES.get(main, main).capitalize()} against KL"
+        drawn.append(frontier(f"frontier-{file_name(main)}", title, curves, f"rewards/{main}/mean", styles))
     return drawn
 
 

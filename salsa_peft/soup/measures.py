@@ -179,7 +179,7 @@ def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
     )
     if section.measure not in MEASURES:
         return FunctionMeasure(live, load_function(section.measure), section.measure)
-    sources = datasets.training_sources(recipe, job.inputs.get("toy"))
+    sources = datasets.training_sources(recipe, job.inputs)
     if section.measure == "sft_loss":
         rows = datasets.demonstrations(sources["held_out"], context.tokenizer)[: section.limit]
         size = recipe.sft.micro_batch_size or recipe.sft.batch_size

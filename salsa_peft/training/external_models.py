@@ -148,7 +148,9 @@ def check_family(recipe: Recipe, folder: Path, where: str) -> None:
 
 def _read_by(role: str, stages: Collection[str]) -> bool:
     """Whether one of `stages` reads models of `role`: sft reads seeds; later stages read the other roles."""
-    return "sft" in stages if role == SEED else bool(set(stages) - {"toy", "data", "sft", "reward", "soup"})
+    return (
+        "sft" in stages if role == SEED else bool(set(stages) - {"toy", "synthetic", "data", "sft", "reward", "soup"})
+    )
 
 
 def _downloaded(recipe: Recipe, where: str, path: str) -> Path:

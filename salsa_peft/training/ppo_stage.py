@@ -87,7 +87,7 @@ def run(job: Job) -> dict[str, Any]:
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
     reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, micro)
     # 2. PPO
-    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    source = datasets.training_sources(recipe, job.inputs)["prompts"]
     prompts = datasets.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,

@@ -1,7 +1,9 @@
 """The reward stage: TRL's RewardTrainer trains a reward model, or several, which are averaged.
 
 A reward model starts from seed-0 with a new score head, which is linear on the last token and has no bias (paper 3.1,
-A.2). The loss is −log σ(R(x, y_w) − R(x, y_l)).
+A.2). With c = reward.center_rewards_coefficient (null: 0, as in the paper), the loss is
+
+    −log σ(R(x, y_w) − R(x, y_l)) + c · (R(x, y_w) + R(x, y_l))²
 """
 
 import json
@@ -11,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -22,6 +25,7 @@ from salsa_peft.data.tokenized import PAIR_TOKENS
 from salsa_peft.models import precision
 from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import is_quantised, resolve_dtype
+from salsa_peft.models.rewards.quality import accuracy, calibration, spread
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, report_left_out
 from salsa_peft.models.weights import cast_weights, load_weights
 from salsa_peft.training import checkpoints
@@ -51,6 +55,7 @@ def run(job: Job) -> dict[str, Any]:
         trainer, metrics = train_soup(job, seeds)
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
+        say(f"{job.unit.id}  {describe(metrics)}")
         if (pairs := metrics["accuracy"]["held_out"]["n"]) < FEW_PAIRS:
             say(f"{job.unit.id}  warning: the accuracy was measured on {pairs} held-out pair{'s' * (pairs > 1)} only")
     return metrics
@@ -98,7 +103,7 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         if finished:  # the last member was saved, and cast for that, before the stage was killed
             cast_weights(trainer.model, resolve_dtype(job.recipe.model.dtype))
         load_weights(trainer.model, job.folder)
-    return trainer, {**members[-1], "seed": None, **margin_metrics(held_out_margins(trainer)), "members": members}
+    return trainer, {**members[-1], "seed": None, **held_out_metrics(held_out_scores(trainer)), "members": members}
 
 
 def make_trainer(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -122,6 +127,7 @@ def make_trainer(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]
             **context.arguments(section, folder, seed),
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
             max_length=None,
+            center_rewards_coefficient=section.center_rewards_coefficient,
         ),
         train_dataset=fitting.select(pairs.train),
         eval_dataset=fitting.select(pairs.held_out),
@@ -141,7 +147,7 @@ def train(job: Job, trainer: Any, folder: Path) -> dict[str, Any]:
     """Train, save (in `folder`) and evaluate a reward model. Returns its metrics."""
     loss = run_trainer(trainer, job.unit.id)
     StageContext.of_job(job).save(trainer, folder)
-    return {**margin_metrics(held_out_margins(trainer)), "loss": loss, "steps": trainer.state.global_step}
+    return {**held_out_metrics(held_out_scores(trainer)), "loss": loss, "steps": trainer.state.global_step}
 
 
 def set_padding_token(trainer: Any) -> None:
@@ -192,28 +198,39 @@ def copy_adapter(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, get_peft_model_state_dict(model) | lora.read(folder)[1])
 
 
-def margin_metrics(margins: Sequence[float]) -> dict[str, Any]:
+def margin_metrics(margins: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """Accuracy and mean of the held-out margins R(chosen) − R(rejected), each with its 95% interval."""
     return {"accuracy": {"held_out": accuracy(margins)}, "margin": {"held_out": asdict(mean_interval(margins))}}
 
 
-def accuracy(margins: Sequence[float]) -> dict[str, float]:
-    """Share of pairs whose chosen response has the higher score, with Wilson's 95% interval."""
-    from scipy.stats import binomtest
+def held_out_metrics(scores: np.ndarray) -> dict[str, Any]:
+    """Measures on the held-out pairs' scores (N, 2), chosen and rejected: margin_metrics, calibration and spread.
 
-    found = binomtest(sum(margin > 0 for margin in margins), len(margins))
-    interval = found.proportion_ci(method="wilson")
-    return {"mean": found.statistic, "low": float(interval.low), "high": float(interval.high), "n": len(margins)}
+    In `spread`, a pair is a prompt with two responses.
+    """
+    margins = scores[:, 0] - scores[:, 1]
+    more = {"calibration": {"held_out": calibration(margins)}, "spread": {"held_out": spread(scores)}}
+    return {**margin_metrics(margins), **more}
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """A line on the held-out pairs: accuracy, in all and for the smallest and largest margins, and calibration."""
+    right, table = metrics["accuracy"]["held_out"], metrics["calibration"]["held_out"]
+    ends = [f"{table['bins'][place]['observed']['mean']:.0%}" for place in (0, -1)]
+    return (
+        f"ranks {right['mean']:.1%} [{right['low']:.1%}, {right['high']:.1%}] of {right['n']} held-out pairs right"
+        f" ({ends[0]} at the smallest margins, {ends[1]} at the largest); calibration error {table['ece']:.1%}"
+    )
 
 
 @torch.no_grad()
-def held_out_margins(trainer: Any) -> list[float]:
-    """R(chosen) − R(rejected) of all held-out pairs, in their order; the same in all processes."""
+def held_out_scores(trainer: Any) -> np.ndarray:
+    """Scores (N, 2) of chosen and rejected of all held-out pairs, in their order; the same in all processes."""
     trainer.model.eval()
-    margins: list[float] = []
+    scores: list[list[float]] = []
     for batch in trainer.get_eval_dataloader():
         with precision.autocast(trainer.model):  # also of an average, which no Trainer has prepared
             output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        chosen, rejected = output.logits.squeeze(-1).float().chunk(2)
-        margins += trainer.accelerator.gather_for_metrics(chosen - rejected).tolist()
-    return margins
+        pairs = torch.stack(output.logits.squeeze(-1).float().chunk(2), dim=-1)
+        scores += trainer.accelerator.gather_for_metrics(pairs).tolist()
+    return np.array(scores)

@@ -163,7 +163,7 @@ def rloo_or_grpo(context: StageContext, job: Job, model: Any, references: list[F
     trainer: Any
     trainer, config = (RLOOTrainer, RLOOConfig) if job.unit.stage == "rloo" else (GRPOTrainer, GRPOConfig)
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
-    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    source = datasets.training_sources(recipe, job.inputs)["prompts"]
     rows = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
     datasets.check_no_template_options(rows, job.unit.stage)
     rows = [{**row, "prompt": messages_for_template(row["prompt"], context.tokenizer)} for row in rows]

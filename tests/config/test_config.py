@@ -266,14 +266,14 @@ REFUSED = [
     (
         "model.chat_template=chatm",
         [
-            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr"
+            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, plain, zephyr"
         ],
     ),
     (
         "model.chat_template=x.jinja",
         [
             "model.chat_template: ",
-            "/x.jinja' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, zephyr",
+            "/x.jinja' is no file. Use tokenizer (the base's template), the path of a Jinja file, or a bundled template: chatml, plain, zephyr",
         ],
     ),
     ("toy=null", ["model.base: is required; add it (or add a `toy` section, which builds a tiny model and toy data)"]),
@@ -684,6 +684,10 @@ def test_rows_that_fill_no_batch_are_refused_at_once(load, tmp_path):
             (
                 "ppo.batch_size=16",
                 f"data.prompts: {file} has 9 rows, 9 of them for training, which is less than ppo.batch_size = 16",
+            ),
+            (
+                "ppo={value: group, batch_size: 40}",
+                "less than ppo.batch_size / num_generations = 10; add rows or lower ppo.batch_size",
             ),
             ("data.preferences.limit=8", f"data.preferences: {file} has 8 rows"),
         ):

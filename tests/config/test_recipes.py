@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundled_recipes import RECIPES
 from paths import ROOT
 
 from salsa_peft.config.load import bundled_names, load_recipe
@@ -24,7 +25,7 @@ PAPER = {
 PAPERS = [name for name in bundled_names("recipes") if name.split("_")[0] in PAPER]
 
 
-@pytest.mark.parametrize("name", bundled_names("recipes"))
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("preset", [None, "lora", "qlora"])
 def test_it_parses_in_every_mode(name: str, preset: str | None) -> None:
     """Full weights without --lora."""
@@ -130,7 +131,7 @@ def test_an_ablation_in_the_main_recipes_folder_finds_its_work_done(name: str, p
 
 
 @pytest.mark.parametrize("preset", [None, "lora", "qlora"])
-@pytest.mark.parametrize("name", bundled_names("recipes"))
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_as_it_ran_is_itself_a_recipe(name: str, preset: str | None, tmp_path: Path) -> None:
     """The file that a run saves gives the same recipe without --lora."""
     loaded = load_recipe(name, lora=preset, overrides=[])

@@ -313,6 +313,16 @@ class TestTemplates:
             expected = "<|system|>\nbe brief<eos>\n<|user|>\nq<eos>\n<|assistant|>\na<eos>"
         assert text == expected
 
+    def test_plain_text_is_the_turns_with_blanks_between_them(self, chat_tokenizer: Any) -> None:
+        """No mark and no end token, whether or not a turn has blanks at its edges; the loss is on the answers alone."""
+        chat_tokenizer.chat_template = (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")
+        chat = [user("Once there was a\n"), assistant(" cat. It"), user("ran"), assistant("home.")]
+        assert chat_tokenizer.apply_chat_template(chat, tokenize=False) == "Once there was a cat. It ran home."
+        found = chat_tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        taken = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
+        assert chat_tokenizer.decode(taken) == " cat. It home."
+        assert chat_tokenizer.decode(datasets.prompt_tokens({"prompt": chat[:1]}, chat_tokenizer)) == "Once there was a"
+
     def test_the_embedded_worlds_template_too(self, tokenizer: Any) -> None:
         chat = [user("copy owl saw"), assistant("owl saw")]
         found = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from bundled_recipes import NEEDED
+
 from salsa_peft.config import yaml as yaml_text
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe
@@ -44,9 +46,10 @@ class Bad(NamedTuple):
 
 
 def good() -> dict[str, str]:
-    """The bundled recipes, and a small one."""
+    """The bundled recipes, without those that name files beside them, and a small one."""
     small = "name: tiny\ntoy: {}\npolicies:\n  ppo: {reference: seed-0}\n  salsa: {reference: soup, kl_coef: 2e-2}\n"
-    return {"tiny": small} | {path.stem: path.read_text() for path in sorted(bundled_folder("recipes").glob("*.yaml"))}
+    bundled = sorted(bundled_folder("recipes").glob("*.yaml"))
+    return {"tiny": small} | {path.stem: path.read_text() for path in bundled if path.stem not in NEEDED}
 
 
 # what stands beside the recipes: name → content

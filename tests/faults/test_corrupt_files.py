@@ -76,6 +76,7 @@ UNITS = [
     "sft/seed-0",
     "sft/seed-1",
     "reward",
+    "reward_quality",
     "soup",
     "ppo/ppo",
     "ppo/salsa",
@@ -85,8 +86,8 @@ UNITS = [
     "report",
 ]
 AFTER = {
-    "toy": UNITS[1:], "data/demonstrations": UNITS[3:], "data/preferences": ["reward", *UNITS[7:]], "sft/seed-0": UNITS[5:], "reward": UNITS[7:],
-    "soup": ["ppo/salsa", *UNITS[10:]], "ppo/salsa": UNITS[10:], "evaluate": UNITS[11:], "judge": ["report"], "report": [],
+    "toy": UNITS[1:], "data/demonstrations": UNITS[3:], "data/preferences": [*UNITS[5:7], *UNITS[8:]], "sft/seed-0": UNITS[5:], "reward": ["reward_quality", *UNITS[8:]],
+    "reward_quality": [*UNITS[8:10], *UNITS[11:]], "soup": ["ppo/salsa", *UNITS[11:]], "ppo/salsa": UNITS[11:], "evaluate": UNITS[12:], "judge": ["report"], "report": [],
 }  # fmt: skip
 """Unit → those that hang on it (landscape on the seeds and the reward alone)."""
 BEFORE_LANDSCAPE = ("toy", "data/demonstrations", "data/preferences", "sft/seed-0", "reward")
@@ -94,7 +95,7 @@ ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "fingerprint.json
 KEPT = {
     "toy": ("base/model.safetensors", "base/config.json", "demonstrations.jsonl", "preferences.jsonl"),
     "data": ("rows/data-00000-of-00001.arrow", "rows/state.json"), "sft": ADAPTER, "reward": ADAPTER,
-    "soup": (*ADAPTER, "soup.json"), "ppo": (*ADAPTER, "metrics.jsonl"), "landscape": ("landscape.json",), "judge": ("judgments.jsonl", "verdicts.json"),
+    "reward_quality": ("metrics.json", "samples.jsonl"), "soup": (*ADAPTER, "soup.json"), "ppo": (*ADAPTER, "metrics.jsonl"), "landscape": ("landscape.json",), "judge": ("judgments.jsonl", "verdicts.json"),
     "evaluate": ("answers.jsonl", "questions.jsonl", "evaluation.json"), "report": ("report.html", "summary.json", "recipe.yaml"),
 }  # fmt: skip
 """Stage → files that it leaves."""

@@ -32,6 +32,7 @@ UNITS = [
     "sft/seed-0",
     "sft/seed-1",
     "reward",
+    "reward_quality",
     "soup",
     "ppo/ppo",
     "ppo/salsa",
@@ -108,8 +109,14 @@ def test_manifest_says_files_seconds_and_memory(go):
         ("evaluate.samples=2", ["report"]),
         ("landscape.seed=5", ["landscape", "report"]),
         ("soup.weights=[0.25, 0.75]", ["soup", "ppo/salsa", "evaluate", "report"]),
-        ("reward.batch_size=4", ["reward", "ppo/ppo", "ppo/salsa", "landscape", "evaluate", "report"]),
-        ("sft.seeds=[0, 7]", [unit for unit in UNITS if unit not in ("toy", *DATA, "sft/seed-0", "reward", "ppo/ppo")]),
+        (
+            "reward.batch_size=4",
+            ["reward", "reward_quality", "ppo/ppo", "ppo/salsa", "landscape", "evaluate", "report"],
+        ),
+        (
+            "sft.seeds=[0, 7]",
+            [unit for unit in UNITS if unit not in ("toy", *DATA, "sft/seed-0", "reward", "reward_quality", "ppo/ppo")],
+        ),
         ("generation.batch_size=8", ["landscape", "evaluate", "report"]),
         ("threads=1", []),
         ("sft.learning_rate=1e-3", UNITS[3:]),
@@ -176,7 +183,8 @@ def test_stages(go):
     assert "sft/seed-0 (new), reward (new), soup (new); add toy,data,sft,reward,soup\n" in err
     assert not Path("runs").exists()
     assert go("--stages", "toy,data,sft")[1] == UNITS[:5]
-    assert go("--stages", "reward,soup,ppo/salsa")[1] == ["reward", "soup", "ppo/salsa"]
+    made = ["reward", "reward_quality", "soup", "ppo/salsa"]
+    assert go("--stages", ",".join(made))[1] == made
     code, made, err = go("--stages", "rewrd")
     assert code == 2
     assert "did you mean reward?" in err

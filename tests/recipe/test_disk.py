@@ -21,7 +21,7 @@ from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.estimates import disk
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
-STAGES = ("toy", "data", "sft", "reward", "soup", "ppo", "dpo")
+STAGES = ("toy", "data", "sft", "reward", "reward_quality", "soup", "ppo", "dpo")
 SMALL = """
 name: small
 threads: 1

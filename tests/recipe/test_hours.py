@@ -88,6 +88,10 @@ def test_work_of_ppo() -> None:
     assert found.scored - work(recorded, "ppo", "salsa").scored == whole
     several, _ = paper("llama2_full", None, *given, "policies.salsa.reference=[soup, seed-0]")
     assert work(several, "ppo", "salsa").scored - found.scored == whole
+    for value, forwards in (("none", 1), ("group", 1), ("adapter", 2)):
+        other, _ = paper("llama2_full", "lora", *given, f"ppo.value={value}")
+        head, _ = paper("llama2_full", "lora", *given)
+        assert work(other, "ppo", "salsa").trained == forwards * work(head, "ppo", "salsa").trained, value
     small, _ = paper("llama2_full", None, *given, "ppo.rollout_batch_size=2")
     assert work(small, "ppo", "salsa").bytes - found.bytes == 1024 * 3 * 2 * N
 
@@ -115,10 +119,11 @@ def test_rows_and_lengths_of_the_data(tmp_path: Path) -> None:
 
 
 def test_work_of_answers() -> None:
-    """MT-Bench's 80 questions of two turns for each of five models; for each point of the line, scales and plane."""
+    """MT-Bench’s 80 questions of two turns for each of five models; for each point of the line, scales and plane; 4 responses to each of 64 prompts."""
     recipe, _ = paper("llama2_full", None, "evaluate.prompts={mt_bench: lighteval/mt-bench}")
     assert work(recipe, "evaluate").generated == 5 * 160 * 1024
     assert len(plane_weights(4)) == 33
+    assert work(recipe, "reward_quality").generated == 64 * 4 * 1024
     assert work(recipe, "landscape").generated == (9 + 5 + 33) * 160 * 1024
 
 

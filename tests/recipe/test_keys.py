@@ -56,7 +56,7 @@ def with_library(found: dict[str, Unit], name: str) -> set[str]:
     return {unit for unit, one in found.items() if name in one.libraries}
 
 
-TEXT = {"data/demonstrations", "data/preferences", "ppo/ppo", "dpo/dpo", "kto/kto", "rloo/rloo", "grpo/grpo", "landscape", "evaluate"}  # fmt: skip
+TEXT = {"data/demonstrations", "data/preferences", "ppo/ppo", "dpo/dpo", "kto/kto", "rloo/rloo", "grpo/grpo", "reward_quality", "landscape", "evaluate"}  # fmt: skip
 TRL = {"dpo/dpo", "kto/kto", "rloo/rloo", "grpo/grpo"}
 DATA = {"data/demonstrations", "data/preferences"}
 
@@ -70,12 +70,12 @@ DATA = {"data/demonstrations", "data/preferences"}
         ("lora", ("evaluate.judge={kind: local, model: me/judge}",), "jinja2", {*TEXT, "judge"}),
         ("lora", ("evaluate.judge={kind: function, model: 'judges:j'}",), "jinja2", TEXT),
         ("lora", (), "datasets", {*DATA, *TRL}),
-        ("lora", ("data.prompts=me/prompts",), "datasets", {*DATA, *TRL, "ppo/ppo"}),
+        ("lora", ("data.prompts=me/prompts",), "datasets", {*DATA, *TRL, "reward_quality", "ppo/ppo"}),
         ("lora", ("evaluate.prompts={in: me/prompts}",), "datasets", {*DATA, *TRL, "landscape", "evaluate"}),
         ("lora", (), "accelerate", set(TRAINED)),
         ("lora", ("sft.from=[me/a, null]",), "accelerate", {*TRAINED} - {"sft/seed-0"}),
         ("lora", (), "bitsandbytes", set()),
-        ("qlora", (), "bitsandbytes", {*TRAINED, "landscape", "evaluate"}),
+        ("qlora", (), "bitsandbytes", {*TRAINED, "reward_quality", "landscape", "evaluate"}),
         ("lora", ("reward.optim=paged_adamw_8bit",), "bitsandbytes", {"reward"}),
         ("lora", (), "torchao", set()),
         (None, (), "torchao", set(TRAINED)),
@@ -111,6 +111,14 @@ def test_what_a_new_version_makes_again(units: Any, tmp_path: Path, monkeypatch:
         after = {name: one.key for name, one in cache.plan(found, tmp_path / "run").items()}
         differ = {name for name in before if before[name] != after[name]}
         assert changed <= differ and not same & differ, library
+
+
+def test_guards_stand_in_no_key(units: Any) -> None:
+    """A policy that a guard stopped is resumed with other guards, and finished ones stay."""
+    before, after = units("ppo.guards={length: stop}"), units("ppo.guards.collapse=warn")
+    assert {name for name, one in before.items() if one.key_fields != after[name].key_fields} == set()
+    lower = units("ppo.kl_coef=0.01")
+    assert {name for name, one in before.items() if one.key_fields != lower[name].key_fields} == {"ppo/ppo"}
 
 
 class TestWhy:

@@ -204,7 +204,7 @@ def test_adapters_and_heads_on_a_bf16_base_are_float32(whole: Callable[..., Path
     policies = {"ppo": {"reference": "seed-0"}, "dpo": {"reference": "soup", "algorithm": "dpo"}}
     given = {"model.dtype": "bfloat16", "reward.seeds": [0, 1], "policies": policies, "landscape": None, "export": []}
     words = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    folder = whole("llama", *words, "--lora", lora, "--stages", "toy,data,sft,reward,soup,ppo,dpo")
+    folder = whole("llama", *words, "--lora", lora, "--stages", "toy,data,sft,reward,reward_quality,soup,ppo,dpo")
     assert abs(first_kl(folder, "ppo")) == 0
     files = {
         str(file.relative_to(folder)): load_file(file)
@@ -246,7 +246,7 @@ def test_full_weights_are_saved_in_the_bases_dtype(whole: Callable[..., Path], t
         "ppo.learning_rate=1e-3",
         "landscape=null",
     ]
-    stages = ["--stages", "toy,data,sft,reward,soup,ppo/salsa"]
+    stages = ["--stages", "toy,data,sft,reward,reward_quality,soup,ppo/salsa"]
     folder = whole("llama", *(part for word in words for part in ("--set", word)), *stages)
     found = {
         name: load_file(unit(folder, name) / "model.safetensors")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bundled_recipes import RECIPES
 
 import salsa_peft
 from salsa_peft.cli import main as cli
@@ -159,14 +160,14 @@ def test_the_plan(here, capsys):
         "adapter.r                     –                             16",
     ):
         assert " ".join(line.split()) in " ".join(out.split()), line  # whatever the columns' widths
-    assert out.count("to do") == 14
+    assert out.count("to do") == 15
     assert (
         salsa_run(["tiny.yaml", "--lora", "--dry-run", "--stages", "toy,data,sft/seed-1", "--set", "sft.max_steps=3"])
         == 0
     )
     out = capsys.readouterr().out
     assert out.count("to do") == 4
-    assert out.count("left out") == 10
+    assert out.count("left out") == 11
     assert "3 steps (max_steps)" in out
 
 
@@ -175,9 +176,11 @@ def test_units_name_what_they_read(here):
         "tiny.yaml", lora="lora", overrides=["evaluate.models=[base, seed-1]", "landscape.plane=[0,1,2]"]
     )
     units = {unit.id: unit for stage in recipe.STAGES.values() for unit in stage.units(loaded.recipe, stage.run)}
-    assert units["ppo/ppo"].inputs == ("toy", "sft/seed-0", "reward")
-    assert units["ppo/mkl"].inputs == ("toy", "sft/seed-0", "reward", "sft/seed-1")
-    assert units["ppo/a75"].inputs == ("toy", "sft/seed-0", "reward", "sft/seed-2")
+    assert units["reward_quality"].inputs == ("toy", "sft/seed-0", "reward")
+    measured = ("toy", "sft/seed-0", "reward", "reward_quality")
+    assert units["ppo/ppo"].inputs == measured
+    assert units["ppo/mkl"].inputs == (*measured, "sft/seed-1")
+    assert units["ppo/a75"].inputs == (*measured, "sft/seed-2")
     assert units["soup"].inputs == ("sft/seed-0", "sft/seed-1")
     assert units["landscape"].inputs == ("toy", "reward", "sft/seed-0", "sft/seed-1", "sft/seed-2")
     assert units["evaluate"].inputs == (
@@ -202,6 +205,9 @@ def test_the_plans_updates_are_rollout_batches(here, capsys):
     assert "about 4 updates (40 rows × 2 epochs)" in capsys.readouterr().out
     assert salsa_run([*plan, "--set", "ppo.max_steps=16"]) == 0
     assert "2 updates (max_steps = 16 optimizer steps)" in capsys.readouterr().out
+    assert salsa_run([*plan, "--set", "ppo.value=group"]) == 0
+    said = capsys.readouterr().out
+    assert "16 responses to 4 prompts = 2 minibatches" in said and "about 20 updates (40 rows × 2 epochs)" in said
 
 
 def test_local_paths_are_in_no_slice(here):
@@ -249,7 +255,7 @@ def test_lazy_names():
 
 def test_bundled_recipes_and_presets_parse():
     assert "lora" in parsing.bundled_names("adapters")
-    for name in parsing.bundled_names("recipes"):
+    for name in RECIPES:
         for preset in parsing.bundled_names("adapters"):
             assert parsing.load_recipe(name, lora=preset, overrides=[]).recipe.name
         assert parsing.load_recipe(name, lora=None, overrides=[]).recipe.mode == "full"

@@ -36,6 +36,20 @@ def roll_out(trainer: SalsaPPOTrainer, rows: int = 8, update: int = 1) -> Rollou
     )
 
 
+class Keeping:
+    """A RolloutMaker that keeps what it makes."""
+
+    def __init__(self, maker: Any, kept: list[Rollout]) -> None:
+        self._maker, self._kept = maker, kept
+
+    def __call__(self, *args: Any) -> Rollout:
+        self._kept.append(self._maker(*args))
+        return self._kept[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._maker, name)
+
+
 def loss_of(trainer: SalsaPPOTrainer, rollout: Rollout, rows: Tensor, tokens: int) -> PPOLoss:
     """The engine's losses of these rows of a rollout batch, in one forward pass; tokens: those of the whole minibatch."""
     sequences = Sequences(rollout.responses, trainer.args.min_new_tokens)
@@ -74,7 +88,8 @@ def plain_loss(trainer: SalsaPPOTrainer, rollout: Rollout, rows: Tensor) -> Tens
         if value_adapter is not None:
             with adapters.active(trainer.model.policy, value_adapter):
                 states = lm(tokens, output_hidden_states=True).hidden_states[-1][0]
-        values = trainer.model.value_head(states).squeeze(-1)
+        head = trainer.model.value_head
+        values = torch.zeros(len(states)) if head is None else head(states).squeeze(-1)
         for t, token in enumerate(response):
             place = len(prompt) - 1 + t
             ratio = (logp[place, token] - rollout.logprobs[row, t]).exp()
@@ -82,7 +97,7 @@ def plain_loss(trainer: SalsaPPOTrainer, rollout: Rollout, rows: Tensor) -> Tens
             policy_terms.append(torch.maximum(-a * ratio, -a * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)))
             v, old, target = values[place], rollout.values[row, t], rollout.returns[row, t]
             near = torch.clamp(v, old - args.cliprange_value, old + args.cliprange_value)
-            value_terms.append(torch.maximum((v - target) ** 2, (near - target) ** 2))
+            value_terms.append(torch.maximum((v - target) ** 2, (near - target) ** 2) * (head is not None))
     return torch.stack(policy_terms).mean() + args.vf_coef * 0.5 * torch.stack(value_terms).mean()
 
 

@@ -256,13 +256,13 @@ def watch_phases(patch: pytest.MonkeyPatch, peaks: Peaks) -> None:
         peaks.track(self.model, *(model for model in frozen if model is not None))
         return make(self, *args)
 
-    margins = reward_model.held_out_margins
+    scores = reward_model.held_out_scores
 
-    def held_out_margins(trainer: Any) -> Any:
+    def held_out_scores(trainer: Any) -> Any:
         peaks.enter("evaluate")
-        return margins(trainer)
+        return scores(trainer)
 
-    patch.setattr(reward_model, "held_out_margins", held_out_margins)
+    patch.setattr(reward_model, "held_out_scores", held_out_scores)
     patch.setattr(rollout.RolloutMaker, "__call__", make_rollout)
     patch.setattr(Trainer, "training_step", training_step)
     patch.setattr(backends.HF, "__call__", sample)

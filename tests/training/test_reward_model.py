@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from salsa_peft.config.load import load_recipe
@@ -50,11 +51,12 @@ def test_accuracy_of_few_pairs_has_wilsons_interval() -> None:
 def test_few_pairs_are_said(pairs: int, said: str | None, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """At the end of the stage, on the terminal; the metrics are written all the same."""
     trainer = SimpleNamespace(is_world_process_zero=lambda: True)
-    metrics = {"accuracy": {"held_out": reward_model.accuracy([1.0] * pairs)}}
+    metrics = reward_model.held_out_metrics(np.array([[1.0, 0.0]] * pairs))
     monkeypatch.setattr(reward_model, "make_trainer", lambda *_: (trainer, {}))
     monkeypatch.setattr(reward_model, "train", lambda *_: metrics)
     recipe = load_recipe("quickstart", lora="lora", overrides=[]).recipe
     job: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, unit=SimpleNamespace(id="reward"))
     assert reward_model.run(job) == json.loads((tmp_path / "metrics.json").read_text())
-    found = capsys.readouterr().err
+    first, found = capsys.readouterr().err.split("\n", 1)
+    assert first.startswith("reward  ranks 100.0% [") and f"] of {pairs} held-out pairs right (100% at" in first
     assert found == ("" if said is None else f"reward  warning: the accuracy was measured on {said}\n")

@@ -28,7 +28,7 @@ def words_of(folder: Path, mode: list[str], **more: Any) -> list[str]:
     if mode:  # of full weights alone
         del given["precision"]
     sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    stages = ["--stages", f"toy,data,{UNIT},reward,ppo/both"]
+    stages = ["--stages", f"toy,data,{UNIT},reward,reward_quality,ppo/both"]
     return [
         sys.executable,
         str(SUPPORT / "launched_recipe.py"),

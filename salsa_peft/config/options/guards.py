@@ -1,4 +1,4 @@
-"""The recipe's `ppo.guards`: default limits and actions of the guards in training/ppo/guards.py.
+"""The recipe's `ppo.guards`: default limits and actions of the guards in training/ppo/guards/.
 
 Imports no torch.
 """
@@ -24,15 +24,22 @@ class GuardDefault(NamedTuple):
 
 DEFAULTS: dict[str, GuardDefault] = {
     "empty": GuardDefault(0.5, largest=1),
+    "collapse": GuardDefault(0.5, "stop", largest=1),
+    "distinct": GuardDefault(0.25, largest=1),
     "length": GuardDefault(0.25, largest=1),
+    "length_high": GuardDefault(2.0),
+    "unfinished": GuardDefault(0.5, largest=1),
     "repetition": GuardDefault(0.5, largest=1),
     "entropy_low": GuardDefault(0.1, largest=1),
     "entropy_high": GuardDefault(1.5),
     "kl_coef": GuardDefault(0.01, largest=1),
     "negative_kl": GuardDefault(1.0),
     "kl": GuardDefault(60.0, "off"),
+    "kl_per_token": GuardDefault(1.0),
+    "over_optimization": GuardDefault(5.0),
+    "between_prompts": GuardDefault(0.75, largest=1),
 }
-"""Defaults of each guard in GUARDS (training/ppo/guards.py)."""
+"""Defaults of each guard in GUARDS (training/ppo/guards/monitor.py); the checks' docstrings in checks.py give the reasons."""
 
 
 class GuardSetting(NamedTuple):
@@ -54,7 +61,7 @@ def parse_guards(guards: Mapping[str, Any], where: str = "guards") -> dict[str, 
 
 
 def _setting(value: Any, guard: GuardDefault, where: str) -> GuardSetting:
-    """Parse off | warn | stop, or {action, limit}. With a limit alone, the action is warn."""
+    """Parse off | warn | stop, or {action, limit}. With a limit alone, the action is the default; of `off` it is warn."""
     if not isinstance(value, Mapping):
         return GuardSetting(_action(value, where), guard.limit)
     for key in value:
@@ -66,7 +73,8 @@ def _setting(value: Any, guard: GuardDefault, where: str) -> GuardSetting:
         isinstance(limit, int | float) and not isinstance(limit, bool) and 0 <= limit <= guard.largest and limit < math.inf,
         f"{where}.limit: must be a number {bound}, not {short(limit)}",
     )  # fmt: skip
-    return GuardSetting(_action(value.get("action", "warn"), f"{where}.action"), float(limit))
+    action = value.get("action", "warn" if guard.action == "off" else guard.action)
+    return GuardSetting(_action(action, f"{where}.action"), float(limit))
 
 
 def _action(value: Any, where: str) -> Action:

@@ -10,6 +10,10 @@ from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.config.options.rollout import check_rollout_options
 from salsa_peft.utils.errors import require
 
+CRITIC_OPTIONS = ("lam", "lam_value", "lam_length_alpha", "vf_coef", "cliprange_value", "value_head_learning_rate",
+                  "value_warmup_updates")  # fmt: skip
+"""Options that have no effect without a critic (value none or group), where λ is 1."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class Sampling:
@@ -62,9 +66,13 @@ class PPOOptions:
     """Upper bound of the importance ratio (TRL's default). None: no bound."""
     importance_sampling_clip_min: Annotated[float, Field(gt=0, le=1)] | None = None
     """Lower bound of the importance ratio. None: no bound (TRL's default)."""
-    value: Literal["head", "adapter"] = "head"
-    """Value model. head: a linear head on the policy's trunk. adapter: a separate adapter with a head, both
-    initialized from the reward adapter."""
+    value: Literal["head", "adapter", "none", "group"] = "head"
+    """Critic (docs/ppo.md compares the kinds). head: a linear head on the policy's trunk. adapter: a separate adapter with
+    a head; it starts from the reward adapter or, without one, from the policy's. none: no critic; an advantage is the
+    return minus the batch's mean return. group: no critic; num_generations responses to each prompt, and an advantage is
+    the return minus the mean return of the prompt's other responses (RLOO's leave-one-out baseline)."""
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    """Number of responses to one prompt with `value: group` (TRL's name). batch_size counts responses."""
     logged_completions: Annotated[int, Field(ge=0)] = 4
     """Number of responses of each rollout batch that are written to completions.jsonl."""
     shown_every: Count | None = 10
@@ -90,7 +98,12 @@ class PPOOptions:
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount factor γ (TRL's default)."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """λ of generalized advantage estimation (TRL's default)."""
+    """λ of generalized advantage estimation, for the policy's advantages (TRL's default)."""
+    lam_value: Annotated[float, Field(ge=0, le=1)] | None = None
+    """λ of the returns that the critic learns (VC-PPO, arXiv 2503.01491, has 1). None: the λ of the advantages."""
+    lam_length_alpha: Positive | None = None
+    """α of a length-dependent λ for the policy's advantages, λ = 1 − 1 / (α · response length), at least 0, in place of
+    `lam` (VAPO, arXiv 2504.05118, with α 0.05 for answers of thousands of tokens). None: `lam`."""
     cliprange: Positive = 0.2
     """Clip range ε of the probability ratio in the policy loss (TRL's default)."""
     cliprange_value: Positive = 0.2
@@ -98,7 +111,12 @@ class PPOOptions:
     vf_coef: NonNegative = 0.1
     """Weight of the value loss (TRL's default)."""
     value_head_learning_rate: Positive | None = None
-    """Learning rate of the value head, whose weights start at zero. None: learning_rate."""
+    """Learning rate of the value head, whose weights start at zero, and its bias at the first rollout batch's mean return
+    (not under DeepSpeed). None: learning_rate."""
+    value_warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Number of updates, the first ones, in which only the critic is trained, without the values' clip range, and the
+    policy and β stay as they are (VC-PPO's value pretraining). They are updates of the run like others: they count in
+    num_train_epochs, max_steps and the learning rate's schedule. Not for sharded weights."""
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance without shifting the mean (TRL's default)."""
     max_ratio: Positive = 10.0
@@ -106,7 +124,7 @@ class PPOOptions:
     target_kl: Positive | None = None
     """Target of approxkl, in nats per token: above 1.5 · target_kl the update ends early (TRL 0.8). None: off."""
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Name of a guard → off | warn | stop, or {action, limit}. training/ppo/guards.py describes the guards."""
+    """Name of a guard → off | warn | stop, or {action, limit}. training/ppo/guards/ describes them."""
     missing_eos_penalty: NonNegative | None = None
     """Penalty that is subtracted from the score of a response without EOS or end-of-turn token (TRL). None: off."""
     score_clip: Positive | None = None
@@ -120,6 +138,16 @@ class PPOOptions:
     def steps_per_update(self) -> int:
         """Number of optimizer steps on one rollout batch."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value function is trained."""
+        return self.value in ("head", "adapter")
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """Number of responses in a rollout batch to each of its prompts."""
+        return self.num_generations if self.value == "group" else 1
 
     @property
     def corrects_sampling(self) -> bool:
@@ -137,6 +165,8 @@ class PPOOptions:
         count, on = self.num_mini_batches, f"{processes} processes"
         of = f"num_mini_batches {count}" + (f" × {on}" if processes > 1 else "")
         require_multiple(f"{prefix}batch_size", batch_size, count * processes, of)
+        group = self.responses_per_prompt
+        require_multiple(f"{prefix}batch_size", batch_size, group, f"num_generations {group}")
         local, share = batch_size // processes, batch_size // (count * processes)
         micro = micro_batch_size or share
         require(
@@ -155,6 +185,7 @@ class PPOOptions:
     def check_options(self, prefix: str) -> None:
         """Raise SalsaError for options that contradict one another. `prefix` starts the keys in messages."""
         parse_guards(self.guards, f"{prefix}guards")
+        self._check_critic(prefix)
         backend = self.rollout_backend
         check_rollout_options(prefix, backend, self.rollout_options)
         require(
@@ -195,4 +226,29 @@ class PPOOptions:
         require(
             self.kl_coef_max is None or self.kl_coef <= self.kl_coef_max,
             f"{prefix}kl_coef: {self.kl_coef:g} is above kl_coef_max {self.kl_coef_max or 0:g}; change one of the two",
+        )
+
+    def _check_critic(self, prefix: str) -> None:
+        """Raise SalsaError for options of the critic or of groups that would have no effect."""
+        for name in () if self.has_critic else CRITIC_OPTIONS:
+            found, default = getattr(self, name), getattr(PPOOptions, name)
+            require(
+                found == default,
+                f"{prefix}{name}: {found} has no effect with value {self.value}, which has no critic; set"
+                f" {prefix}{name}={'null' if default is None else default}, or value=head",
+            )
+        require(
+            self.vf_coef > 0 or not self.value_warmup_updates,
+            f"{prefix}value_warmup_updates: {self.value_warmup_updates} has no effect with vf_coef 0, with which the critic"
+            " is not trained; set value_warmup_updates=0",
+        )
+        require(
+            self.value == "group" or self.num_generations == PPOOptions.num_generations,
+            f"{prefix}num_generations: {self.num_generations} has no effect with value {self.value}; remove it, or set"
+            " value=group",
+        )
+        require(
+            self.lam_length_alpha is None or self.lam == PPOOptions.lam,
+            f"{prefix}lam: {self.lam:g} has no effect with lam_length_alpha, from which the policy's λ is computed; remove"
+            " one of the two (lam_value is the critic's λ)",
         )

@@ -1,7 +1,8 @@
 """Estimate of a judge's calls and tokens for --dry-run. Imports no torch.
 
-The number of calls is exact once the answers exist. Until then the calls are counted from the question files, and the
-tokens are an upper bound, for which every answer is assumed to be `generation.max_new_tokens` long.
+The number of calls is exact once the answers exist, except that the calls for the best of n responses of seed-0 are
+always counted in full. Until then the calls are counted from the question files, and the tokens are an upper bound, for
+which every answer is assumed to be `generation.max_new_tokens` long.
 """
 
 import itertools
@@ -85,6 +86,10 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
         times = 2 * (pairs + (len(sweeps.candidate_pairs(recipe)) if searched else 0))
         calls += times * len(lengths)
         tokens += times * sum(length + INSTRUCTION for length in lengths)
+    if recipe.judges_best_of_n:
+        more = 2 * recipe.reward.quality_prompts
+        calls += more
+        tokens += more * (recipe.model.max_length + recipe.generation.max_new_tokens + INSTRUCTION)
     return Cost(calls, tokens, calls * VERDICT, exact)
 
 

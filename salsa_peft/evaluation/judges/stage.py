@@ -2,7 +2,8 @@
 
 A model wins a turn only if it wins in both orders (FastChat's rule). Replies are stored in <run>/judge_cache.sqlite as
 soon as they arrive: after a killed run no answered request is repeated, and if a pair is added to the recipe, only
-the requests of that pair are sent.
+the requests of that pair are sent. It also compares seed-0's best of n responses by the reward with one response, which
+shows before any RL what the reward is worth.
 """
 
 import json
@@ -16,12 +17,15 @@ from salsa_peft.config.job import Job
 from salsa_peft.evaluation import comparisons, fastchat
 from salsa_peft.evaluation.judge_statistics import Judgment, pair_result
 from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
-from salsa_peft.evaluation.judges.registry import judge_of
+from salsa_peft.evaluation.judges.registry import PairwiseJudge, judge_of
 from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import read_json_lines, write_atomic
 from salsa_peft.utils.statistics import holm
 
 CACHE = "judge_cache.sqlite"
+SAMPLES, BEST, ONE = "prompts", "best of n", "one response"
+"""Names of PPO's prompts as a set of questions, and of seed-0's best response by the reward and first response."""
+TIE = Verdict("tie", prompt="", text="", asked=0)
 Pairs = list[tuple[str, str]]
 BOTH = {"A": ("a", "b"), "B": ("b", "a"), "tie": ("tie", "tie"), None: ("missing", "missing")}
 """Winner of a comparison → (winning model if a's answer was shown first, winning model if b's was)."""
@@ -137,6 +141,39 @@ def results(rows: Sequence[dict[str, Any]], datasets: dict[str, Dataset]) -> dic
     return found
 
 
+def read_samples(folder: Path) -> Dataset:
+    """Read the reward_quality stage's folder: its prompts, and seed-0's best response by the reward and first response."""
+    by_prompt: dict[int, list[dict[str, Any]]] = {}
+    for row in read_json_lines(folder / "samples.jsonl"):
+        by_prompt.setdefault(row["index"], []).append(row)
+    found = Dataset([], {})
+    for index, rows in by_prompt.items():
+        prompt = rows[0]["prompt"]
+        asked = {"messages": [{"role": "user", "content": prompt}], "turns": [prompt], "reference": None}
+        found.questions.append({"question_id": index, "index": index, "category": None, **asked})
+        found.answers[BEST, index] = [max(rows, key=lambda row: row["scores"]["reward"])]
+        found.answers[ONE, index] = rows[:1]
+    return found
+
+
+def judge_best_of_n(job: Job, judge: PairwiseJudge) -> dict[str, Any]:
+    """Statistics of seed-0's best of n responses by the reward against one response; equal responses tie unasked."""
+    samples = {SAMPLES: read_samples(job.inputs["reward_quality"])}
+    different, rows = [], []
+    for match in matches(samples, [(BEST, ONE)], samples):
+        best, one = (samples[SAMPLES].answers[name, match.question["index"]][0] for name in (BEST, ONE))
+        if best["response"] != one["response"]:
+            different.append(match)
+        else:
+            rows.append(judgment_row(match, samples, [TIE, TIE]))
+    asked = [comparison for match in different for comparison in both_orders(match, samples)]
+    with progress_bar(len(asked), f"{job.unit.id} best of n") as bar:
+        verdicts = judge(asked, bar.update)
+    for match, *both in zip(different, verdicts[::2], verdicts[1::2], strict=True):
+        rows.append(judgment_row(match, samples, both))
+    return {"responses": job.recipe.reward.quality_responses, **statistics(rows)}
+
+
 def run(job: Job) -> dict[str, Any]:
     """Run the stage: write judgments.jsonl, verdicts.json and the files for FastChat and arena-hard-auto."""
     recipe, section = job.recipe, job.recipe.evaluate.judge
@@ -167,13 +204,16 @@ def run(job: Job) -> dict[str, Any]:
     there = {(row["a"], row["b"], row["dataset"]) for row in rows}
     todo = matches(datasets, sweeps.with_picked(sweeps.compared_pairs(recipe), searched), list(datasets))
     judge_matches([match for match in todo if (match.a, match.b, match.dataset) not in there])
-    # 3. rates, and all files
+    # 3. the reward, by the responses of seed-0 that it prefers
+    best = judge_best_of_n(job, judge) if recipe.judges_best_of_n else None
+    # 4. rates, and all files
     fastchat.write_judgments(job.folder, section, rows, prompts)
     result = {
         "judge": {"kind": section.kind, "model": section.model, "prompt": section.prompt},
         "calls": dict(judge.calls),
         "datasets": results(rows, datasets),
         "search": searched,
+        "best_of_n": best,
     }
     write_atomic(job.folder / "verdicts.json", json.dumps(result, indent=2))
     return {**judge.calls, "judgments": len(rows), "missing": sum(row["winner"] == "missing" for row in rows)}

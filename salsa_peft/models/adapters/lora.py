@@ -183,6 +183,15 @@ def _add(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> P
     return model
 
 
+def duplicate(model: PeftModel, source: str, name: str) -> None:
+    """Add a trainable copy of the adapter `source` to its model, as `name` and not active."""
+    weights = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
+    _add(model, name, copy.deepcopy(model.peft_config[source]))  # type: ignore[arg-type]
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    set_trainable(model, name, True)
+    forward.install(model)
+
+
 @contextlib.contextmanager
 def removed(model: PeftModel, name: str) -> Iterator[None]:
     """Context without a frozen adapter, which is added again if the code in the context raises an error."""

@@ -43,7 +43,7 @@ LEARNED, LEARNED_BY_HEAD = 2, 3
 log-probs. LEARNED_BY_HEAD, with a trained head, in its backward: log-probs and the gradients of two operations."""
 ANEW = 1.25
 """Memory for the backward of a checkpointed layer, as a multiple of one layer's activations."""
-STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
+STAGES = ("synthetic", "sft", "reward", "reward_quality", "ppo", "landscape", "evaluate")
 Precision = Literal["master", "stochastic"]
 
 
@@ -78,7 +78,13 @@ def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None 
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages of a recipe that load the base on a GPU."""
     by_ppo = any(policy.algorithm == "ppo" for policy in recipe.policies.values())
-    optional = {"reward": recipe.reward.trained, "ppo": by_ppo, "landscape": recipe.landscape is not None}
+    optional = {
+        "reward": recipe.reward.trained,
+        "reward_quality": recipe.measures_reward,
+        "ppo": by_ppo,
+        "landscape": recipe.landscape is not None,
+    }
+    optional["synthetic"] = recipe.synthetic is not None
     return [stage for stage in STAGES if optional.get(stage, True)]
 
 
@@ -173,7 +179,10 @@ class _Stage:
 
     def roles(self) -> tuple[list[float], float]:
         """Bytes of each frozen model or adapter (references, rewards, …), and of the frozen shared base."""
-        ppo, kinds = self.stage == "ppo", [] if self.stage in ("sft", "reward") else self.recipe.reward.parts
+        ppo, kinds = (
+            self.stage == "ppo",
+            [] if self.stage in ("synthetic", "sft", "reward") else self.recipe.reward.parts,
+        )
         rewards = sum(part.kind == "adapter" for part in kinds)
         classifiers = [self.classifier(part.value) for part in kinds if part.kind == "classifier"]
         members = self.references() if ppo else []
@@ -181,7 +190,7 @@ class _Stage:
             model, reward = (float(self.width * (self.size.parameters - head)) for head in (0, self.size.head))
             return [model] * len(members) + [reward] * rewards + classifiers, 0.0 if self.trains else model
         rank = self.recipe.adapter.r if self.recipe.adapter else 0
-        answering = len(self.recipe.policies) + 2 if self.stage == "evaluate" else 0
+        answering = {"evaluate": len(self.recipe.policies) + 2, "reward_quality": 1}.get(self.stage, 0)
         stacked = len(self.recipe.sft.seeds) if self.stage == "landscape" else 0
         ranks = [rank * count for count in (*members, stacked) if count] + [rank] * (rewards + answering)
         return [4.0 * self.adapter(one) for one in ranks] + classifiers, self.base()

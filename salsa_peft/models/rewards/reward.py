@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from salsa_peft.config.rewards import ADAPTER, FUNCTION
+from salsa_peft.config.rewards import ADAPTER, FUNCTION, HELD_OUT_SCORE
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.models import precision
@@ -87,8 +87,9 @@ class Part(NamedTuple):
 class WeightedReward(Reward):
     """The weighted sum, as in TRL, of the rewards that apply to a response.
 
-    Weights are not rescaled where a reward does not apply. A reward of weight 0 is only logged. Raises SalsaError if no
-    reward with a nonzero weight applies to a response.
+    Weights are not rescaled where a reward does not apply. A reward of weight 0 is only logged; the first such reward is
+    the held-out reward, whose mean is logged as `objective/held_out_score` too and read by PPO's guard over_optimization.
+    Raises SalsaError if no reward with a nonzero weight applies to a response.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
@@ -108,8 +109,11 @@ class WeightedReward(Reward):
                 total = total + weight * scores
                 without_score &= ~applies
         *sums_and_counts, missing = torch.stack([one.float() for one in [*sums, without_score.sum()]]).tolist()
+        held_out = next((part for part in self.parts if not part.weight), None)
         for part, found, count in zip(self.parts, sums_and_counts[::2], sums_and_counts[1::2], strict=True):
             self.add_metric(f"rewards/{part.name}/mean", found, int(count))
+            if part is held_out:
+                self.add_metric(HELD_OUT_SCORE, found, int(count))
         names = ", ".join(part.name for part in self.parts if part.weight)
         require(
             not missing,

@@ -150,7 +150,7 @@ def steps_of(recipe: Recipe, stage: str) -> int | None:
     epochs: float = section.num_train_epochs
     if stage == "ppo":  # an epoch leaves out prompts that do not fill its last batch
         ppo = recipe.ppo
-        return None if prompts is None else math.ceil(prompts // ppo.batch_size * epochs) * ppo.steps_per_update
+        return None if prompts is None else math.ceil(prompts // ppo.prompts_per_update * epochs) * ppo.steps_per_update
     rows: float | None
     if stage == "sft":
         rows = None if demonstrations is None else demonstrations * recipe.sft.subset

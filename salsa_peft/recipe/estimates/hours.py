@@ -73,7 +73,13 @@ def unit_work(recipe: Recipe, unit: Unit) -> Planned | None:
         return units.sft(int(unit.name.removeprefix("seed-")))
     if unit.stage == "ppo":
         return units.ppo(unit.name)
-    stages = {"reward": units.reward, "landscape": units.landscape, "evaluate": units.evaluate}
+    stages = {
+        "synthetic": units.synthetic,
+        "reward": units.reward,
+        "reward_quality": units.reward_quality,
+        "landscape": units.landscape,
+        "evaluate": units.evaluate,
+    }
     return stages[unit.stage]() if unit.stage in stages else None
 
 
@@ -183,6 +189,14 @@ class _Units:
         self.recipe, self.costs = recipe, Costs(recipe, size)
         self.longest, self.response = recipe.model.max_length, recipe.generation.max_new_tokens
 
+    def synthetic(self) -> Planned | None:
+        """The base's answers to the prompts."""
+        section, data = self.recipe.synthetic, self._data("prompts")
+        if section is None or data.number is None:
+            return None
+        rows = min(data.number, section.limit or data.number) * section.num_generations
+        return Planned(self.costs.generating(rows, self.recipe.generation.batch_size, data.tokens, self.response), True)
+
     def sft(self, position: int) -> Planned | None:
         """Each demonstration once in every epoch."""
         section, data = self.recipe.sft, self._data("demonstrations")
@@ -203,13 +217,21 @@ class _Units:
         trained = self.costs.training(2 * rows * data.tokens, section.gradient_checkpointing)
         return Planned((trained + self.costs.scoring(2 * held_out * data.tokens)) * len(section.seeds), data.at_most)
 
+    def reward_quality(self) -> Planned:
+        """Several responses to some of the prompts, and their scores."""
+        section, data = self.recipe.reward, self._data("prompts")
+        asked = section.quality_prompts if data.number is None else min(section.quality_prompts, data.number)
+        rows = asked * section.quality_responses
+        work = self.costs.generating(rows, self.recipe.generation.batch_size, data.tokens, self.response)
+        return Planned(work + self._rewards(rows * (data.tokens + self.response)), True)
+
     def ppo(self, name: str) -> Planned | None:
         """Each update: sampling; scoring by policy, references and rewards; num_ppo_epochs of training."""
         section, data = self.recipe.ppo, self._data("prompts")
         if section.max_steps > 0:
             updates = section.max_steps // section.steps_per_update
         elif data.number is not None:
-            updates = math.ceil(data.number // section.batch_size * section.num_train_epochs)
+            updates = math.ceil(data.number // section.prompts_per_update * section.num_train_epochs)
         else:
             return None
         rows, forwards = updates * section.batch_size, 1 + (section.value == "adapter")

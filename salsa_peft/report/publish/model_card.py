@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from salsa_peft.config.load import saved_recipe
 from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import dump_yaml
-from salsa_peft.report.format import flatten, render
+from salsa_peft.report.format import Row, flatten, render
 from salsa_peft.report.gather import last_part, soup_rows
+from salsa_peft.report.sections import reward
 from salsa_peft.soup.lora.read import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 from salsa_peft.utils import manifests
 from salsa_peft.utils.errors import SalsaError, require
@@ -195,10 +196,11 @@ def check_secrets(files: dict[str, Path | bytes]) -> None:
 def render_card(item: Item, repo: str, *, online: bool = False) -> str:
     """Render README.md of a result. online: whether to ask the Hub for the base's licence."""
     data = metadata(item, repo, licence_of(item, online))
+    shown: dict[str, Callable[[dict[str, Any]], Row]] = {"soup": soup_rows, "reward": reward.facts}
     page = render(
         "card.md.jinja",
         item=item, repo=repo, title=TITLES[item.kind], load=loading_code(item, repo), lineage=lineage(item), members=members(item),
-        scores=scores(item), compared=compared(item), measured=flatten(soup_rows(item.metrics) if item.kind == "soup" else item.metrics),
+        scores=scores(item), compared=compared(item), measured=flatten(shown.get(item.kind, dict)(item.metrics)),
         figure=FIGURE if item.figure else None, recipe=recipe_yaml(item.recipe), versions=manifests.versions(),
     )  # fmt: skip
     return f"---\n{data.to_yaml().rstrip()}\n---\n\n{page}\n"

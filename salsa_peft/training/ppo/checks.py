@@ -188,6 +188,11 @@ def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
         f"micro_batch_tokens: {args.micro_batch_tokens} does not work with sharded weights, because all processes must"
         " make the same number of forward passes. Set micro_batch_size instead",
     )
+    require(
+        not args.value_warmup_updates,
+        f"value_warmup_updates: {args.value_warmup_updates} does not work with sharded weights, whose optimizer has no"
+        " frozen part. Set it to 0",
+    )
     if kind == DistributedType.FSDP:
         _check_fsdp(accelerator.state.fsdp_plugin)
     else:

@@ -126,6 +126,11 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         return self.batch_size // self.num_mini_batches
 
     @property
+    def prompts_per_update(self) -> int:
+        """Number of prompts in a rollout batch, of all processes together."""
+        return self.batch_size // self.responses_per_prompt
+
+    @property
     def micro_steps(self) -> int:
         """Number of forward and backward passes of one process for a rollout batch."""
         return self.steps_per_update * self.gradient_accumulation_steps
@@ -133,7 +138,8 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     def set_max_steps(self, prompts: int) -> None:
         """If max_steps is not set, compute it from num_train_epochs, as a whole number of updates.
 
-        Raises SalsaError if max_steps is set and ends within an update. prompts: number of prompts.
+        Raises SalsaError if max_steps is set and ends within an update, or if the policy would not be trained. prompts:
+        number of prompts.
         """
         steps = self.steps_per_update
         require(
@@ -142,7 +148,13 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
             " (num_ppo_epochs × num_mini_batches)",
         )
         if self.max_steps < 1:
-            self.max_steps = math.ceil(self.num_train_epochs * (prompts // self.batch_size)) * steps
+            self.max_steps = math.ceil(self.num_train_epochs * (prompts // self.prompts_per_update)) * steps
+        updates = self.max_steps // steps
+        require(
+            self.value_warmup_updates < updates,
+            f"value_warmup_updates: {self.value_warmup_updates} must be less than {updates}, the number of updates of the"
+            " run, or the policy would not be trained",
+        )
 
 
 def _mapping(name: str, value: Any) -> Any:

@@ -62,22 +62,55 @@ class Advantages(NamedTuple):
     returns: Tensor
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Advantages:
-    """Generalized advantage estimation (Schulman et al., 2016) over the response.
+def discounted_sums(terms: Tensor, decay: float | Tensor) -> Tensor:
+    """Sums over the rest of the row, S_t = x_t + decay · S_{t+1}, of terms (B, T). decay: a number, or one per row (B,)."""
+    sums = torch.empty_like(terms)
+    later = torch.zeros_like(terms[:, 0])
+    for t in reversed(range(terms.shape[1])):
+        later = terms[:, t] + decay * later
+        sums[:, t] = later
+    return sums
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float | Tensor,
+        lam_value: float | Tensor | None = None) -> Advantages:  # fmt: skip
+    """Generalized advantage estimation (Schulman et al., 2016) over the response, with a λ of its own for the critic.
 
     δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1}, returns = A + V; the value after the last token is 0. rewards,
-    values, mask: (B, T). In each row of the mask the True values are consecutive, beginning at the first token.
+    values, mask: (B, T). In each row of the mask the True values are consecutive, beginning at the first token. lam: λ
+    of the advantages, for all responses or for each (B,). lam_value: λ of the returns (decoupled GAE: VC-PPO, arXiv
+    2503.01491); None: lam.
     """
-    zeros = torch.zeros_like(rewards[:, 0])
-    advantages = torch.zeros_like(rewards)
-    values = torch.where(mask, values, torch.zeros_like(values))
-    next_advantage, next_value = zeros, zeros
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, zeros)
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
-    return Advantages(advantages, torch.where(mask, advantages + values, torch.zeros_like(values)))
+    values = torch.where(mask, values, 0.0)
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    deltas = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    advantages = discounted_sums(deltas, gamma * lam)
+    to_returns = advantages if lam_value is None else discounted_sums(deltas, gamma * lam_value)
+    return Advantages(advantages, to_returns + values)
+
+
+def length_dependent_lam(mask: Tensor, alpha: float) -> Tensor:
+    """λ of each response (B,), 1 − 1 / (α · length), at least 0 (VAPO, arXiv 2504.05118). mask: (B, T)."""
+    return (1 - 1 / (alpha * mask.sum(-1))).clamp(min=0.0)
+
+
+def batch_baseline(returns: Tensor, mask: Tensor) -> Tensor:
+    """Baseline (B, T) that is the mean of the returns (B, T) over the mask at each of its tokens; 0 outside."""
+    return torch.where(mask, returns.sum() / mask.sum(), 0.0)
+
+
+def leave_one_out_baseline(returns: Tensor, mask: Tensor, group: int) -> Tensor:
+    """Baseline (B, T): the mean return, at the same position, of the other responses to the prompt; 0 outside the mask.
+
+    As RLOO (Ahmadian et al., 2024), whose return is the same at each token of a response, since only the last one has a
+    reward. Where another response has ended, its return at its last token counts. returns, mask: (B, T), with the
+    `group` responses to a prompt one after another.
+    """
+    places = torch.arange(returns.shape[1], device=returns.device)
+    reached = torch.minimum(places, mask.sum(-1, keepdim=True) - 1)
+    groups = returns.gather(1, reached).view(-1, group, returns.shape[1])
+    others = (groups.sum(1, keepdim=True) - groups) / (group - 1)
+    return torch.where(mask, others.view_as(returns), 0.0)
 
 
 def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, mode: str) -> Tensor:
@@ -121,21 +154,23 @@ class PPOLoss(NamedTuple):
     ratio: Tensor
 
 
-def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor,
+def ppo_loss(logprobs: Tensor, values: Tensor | None, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor,
              returns: Tensor, *, tokens: int, cliprange: float, cliprange_value: float, vf_coef: float,
-             weights: Tensor | None = None) -> PPOLoss:  # fmt: skip
+             policy_coef: float = 1.0, weights: Tensor | None = None) -> PPOLoss:  # fmt: skip
     """PPO's clipped losses (Schulman et al., 2017) of the n response tokens of a micro-batch. All tensors are (n,).
 
     policy = mean of w · max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =
-    policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the whole minibatch,
-    so that the gradients of its micro-batches add up to the minibatch's gradient. weights: the importance weights w,
-    which have no gradient; None: 1.
+    policy_coef · policy + vf_coef · value. A mean is a sum divided by `tokens`, the number of response tokens in the
+    whole minibatch, so that the gradients of its micro-batches add up to the minibatch's gradient. values: None without
+    a critic; the value loss is then 0. weights: the importance weights w, which have no gradient; None: 1.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
-    value_unclipped, value_clipped = (values - returns).square(), (near - returns).square()
+    value_unclipped = value_clipped = torch.zeros_like(returns)
+    if values is not None:
+        near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
+        value_unclipped, value_clipped = (values - returns).square(), (near - returns).square()
     per_token = torch.maximum(unclipped, clipped)
     policy = (per_token if weights is None else weights.detach() * per_token).sum() / tokens
     value = 0.5 * torch.maximum(value_unclipped, value_clipped).sum() / tokens
@@ -146,7 +181,7 @@ def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values:
             (value_clipped > value_unclipped).float().sum() / tokens,
             ratio.sum() / tokens,
         )
-    return PPOLoss(policy + vf_coef * value, policy.detach(), value.detach(), *shown)
+    return PPOLoss(policy_coef * policy + vf_coef * value, policy.detach(), value.detach(), *shown)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, responses: int, least: float = 0.0,

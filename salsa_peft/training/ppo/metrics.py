@@ -21,7 +21,7 @@ from salsa_peft.models.responses import Responses, token_lists
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo import losses
-from salsa_peft.training.ppo.guards import repetition
+from salsa_peft.training.ppo.guards.measures import between_prompt_share, repetition, variety
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
     batch_size: number of responses in an update.
     """
     responses = rollout.responses
-    kl, score, entropy, length, empty, finished, explained = torch.stack(
+    means = torch.stack(
         [
             rollout.kl.sum(-1).mean(),
             rollout.scores.mean(),
@@ -53,7 +53,9 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
             responses.finished.float().sum(),
             losses.explained_variance(rollout.values, rollout.returns, responses.response_mask),
         ]
-    ).tolist()
+    )
+    # one copy from the device for all numbers
+    kl, score, entropy, length, empty, finished, explained, *scores = torch.cat([means, rollout.scores]).tolist()
     steps = dict(zip(losses.PPOLoss._fields, zip(*state.totals, strict=True), strict=True))  # of all optimizer steps
     mean = {name: statistics.fmean(numbers) for name, numbers in steps.items()}
     return {
@@ -61,13 +63,14 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
         "episode": state.update * batch_size,
         "objective/scores": score,
         "objective/kl": kl,
+        "objective/kl_per_token": kl / length,
         "objective/kl_coef": state.kl_coef,
         "objective/entropy": entropy,
         "objective/non_score_reward": -state.kl_coef * kl,
         "objective/rlhf_reward": score - state.kl_coef * kl,
         "objective/response_length": length,
         "objective/empty_share": empty,
-        "objective/repetition": repetition(token_lists(responses.response_ids, responses.response_mask)),
+        **variety_metrics(responses, scores),
         "policy/approxkl_avg": mean["approxkl"],
         "policy/clipfrac_avg": mean["clipfrac"],
         "policy/skipped_minibatches": state.skipped,
@@ -79,6 +82,19 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
         "val/num_eos_tokens": int(finished),
         "val/explained_variance": explained,
     }
+
+
+def variety_metrics(responses: Responses, scores: Sequence[float]) -> dict[str, float]:
+    """Repetition within responses, shares of distinct and commonest responses, and scores between and within prompts.
+
+    `objective/between_prompt_share` is left out unless the batch has several responses for most of its prompts.
+    """
+    tokens = token_lists(responses.response_ids, responses.response_mask)
+    distinct, commonest = variety(tokens)
+    between = between_prompt_share(token_lists(responses.prompt_ids, responses.prompt_mask), scores)
+    found = {"repetition": repetition(tokens), "distinct_share": distinct, "commonest_share": commonest}
+    found |= {} if between is None else {"between_prompt_share": between}
+    return {f"objective/{name}": value for name, value in found.items()}
 
 
 def sampling_metrics(rollout: Rollout, args: SalsaPPOConfig) -> dict[str, float]:

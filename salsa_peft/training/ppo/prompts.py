@@ -143,11 +143,13 @@ class PromptEncoder(NamedTuple):
 class RolloutBatches(Sampler[list[int]]):
     """Sampler of rollout batches (row indices), which repeats each batch for its micro-steps.
 
-    Rows are shuffled in every epoch. Rows that do not fill a last batch are left out of the epoch.
+    Rows are shuffled in every epoch. Rows that do not fill a last batch are left out of the epoch. batch_size: number
+    of prompts in a batch. copies: number of times that each prompt is in its batch, one after another.
     """
 
-    def __init__(self, rows: int, batch_size: int, repeats: int, seed: int) -> None:
-        self.rows, self.batch_size, self.repeats, self.seed, self.epoch = rows, batch_size, repeats, seed, 0
+    def __init__(self, rows: int, batch_size: int, repeats: int, seed: int, copies: int = 1) -> None:
+        self.rows, self.batch_size, self.repeats, self.seed, self.copies = rows, batch_size, repeats, seed, copies
+        self.epoch = 0
 
     def __len__(self) -> int:
         return self.rows // self.batch_size * self.repeats
@@ -161,8 +163,9 @@ class RolloutBatches(Sampler[list[int]]):
             self.rows, generator=torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         ).tolist()
         for start in range(0, self.rows // self.batch_size * self.batch_size, self.batch_size):
+            batch = [row for row in order[start : start + self.batch_size] for _ in range(self.copies)]
             for _ in range(self.repeats):
-                yield order[start : start + self.batch_size]
+                yield batch
 
 
 class RolloutLoader(DataLoader):

@@ -24,7 +24,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.training import checkpoints, reference_sync
-from salsa_peft.training.ppo.guards import GuardMonitor
+from salsa_peft.training.ppo.guards.monitor import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles
 from salsa_peft.training.ppo.rollout import Rollout, on_cpu
 from salsa_peft.training.ppo.state import PPOState
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 ROLLOUT, REFERENCES = "rollout.safetensors", "references.safetensors"
 REQUIRED = (
     "seed", "batch_size", "num_mini_batches", "num_ppo_epochs", "max_new_tokens", "min_new_tokens", "temperature",
-    "kl_estimator", "kl_per", "kl_control", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "value",
-    "whiten_rewards", "missing_eos_penalty", "score_clip", "normalize_scores", "optim", "optim_args", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon",
+    "kl_estimator", "kl_per", "kl_control", "gamma", "lam", "lam_value", "lam_length_alpha", "cliprange",
+    "cliprange_value", "vf_coef", "value", "whiten_rewards", "missing_eos_penalty", "score_clip", "normalize_scores",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 """Options that must match on resume."""
 CHANGEABLE = (
@@ -236,10 +236,13 @@ class RunCheckpoints:
 def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
     """The REQUIRED options as name → value, and whether value_head_learning_rate is set.
 
-    With that option the value head has its own parameter group in the optimizer's state.
+    With that option the value head has its own parameter group in the optimizer's state. num_generations and
+    value_warmup_updates count only where they have an effect, because older checkpoints lack them.
     """
     own = args.value_head_learning_rate is not None
-    return {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
+    found = {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
+    found["num_generations"] = args.num_generations if args.value == "group" else None
+    return found | {"value_warmup_updates": args.value_warmup_updates or None}
 
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from salsa_peft.models.responses import (
 )
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale
-from salsa_peft.models.sharding import gather_weights, gathered
+from salsa_peft.models.sharding import engine_of, gather_weights, gathered
 from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import Backend
@@ -58,6 +58,7 @@ class Rollout(NamedTuple):
     responses: Responses
     logprobs: Tensor
     values: Tensor
+    """Values of the critic or, without one, the baseline that is subtracted from the returns."""
     kl: Tensor
     entropy: Tensor
     scores: Tensor
@@ -85,6 +86,10 @@ class Rollout(NamedTuple):
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors that safetensors can save: contiguous and on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+NAMES = {"scores": "score", "logprobs": "log-prob", "values": "value", "kl": "KL"}
+"""Fields of a Rollout that are checked for NaN and infinity → their names in messages."""
 
 
 class NotFinite(SalsaError):
@@ -131,23 +136,38 @@ class RolloutMaker:
             sequences = Sequences(responses, args.min_new_tokens)
             given = recorded if args.old_logprobs == "rollout" else None
             largest = max(map(len, self._score_batches(sequences)))
-            logprobs, entropy, values, kl = self.scoring_limit.run(lambda: self._score(sequences, given), largest)
+            logprobs, entropy, *found, kl = self.scoring_limit.run(lambda: self._score(sequences, given), largest)
             scores = self._reward_scores(responses, sequences, [prompt.row for prompt in prompts])
-        made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
-        named = {"score": scores, "log-prob": logprobs, "value": values, "KL": kl}
-        numbers = torch.stack([first_not_finite(tensor) for tensor in named.values()]).tolist()
-        self.require_finite(dict(zip(named, numbers, strict=True)), made)
+        values = found[0] if found else None  # None without a critic
+        made = {"scores": scores, "logprobs": logprobs, **({} if values is None else {"values": values}), "kl": kl}
+        numbers = torch.stack([first_not_finite(tensor) for tensor in made.values()]).tolist()
+        named = {NAMES[name]: number for name, number in zip(made, numbers, strict=True)}
+        self.require_finite(named, responses._asdict() | made)
         # 3. per-token rewards, whitened if whiten_rewards is set; then advantages, always whitened
         mask = responses.response_mask
         shaped = apply_score_options(scores, responses, args, self.scale)
         rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
         if args.whiten_rewards:
             rewards = losses.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = losses.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
-        advantages = losses.whiten(advantages, mask)
+        if update == 1 and values is not None and self.model.starts_at_zero:
+            values = self._start_value_head(values, rewards, mask)
+        credit = assign_credit(rewards, values, mask, args)
         self.model.train()
-        rollout = Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
+        advantages = losses.whiten(credit.advantages, mask)
+        rollout = Rollout(responses, logprobs, credit.values, kl, entropy, scores, advantages, credit.returns)
         return with_importance_weights(rollout, recorded[0], args) if args.corrects_sampling and recorded else rollout
+
+    def _start_value_head(self, values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+        """Set the value head's bias so that the mean value of a batch is its mean return. Returns the values (B, T).
+
+        Not under DeepSpeed, whose optimizer holds its own copy of the weights: there the values do not change.
+        """
+        if engine_of(self.accelerator) is not None:
+            return values
+        errors = losses.discounted_sums(rewards, self.args.gamma) - values
+        shift = torch.where(mask, errors, 0.0).sum() / mask.sum()
+        self.model.shift_values(shift)
+        return torch.where(mask, values + shift, 0.0)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
         """Sample responses to prompts, with the same seeds in every call. Returns responses and scores (B,)."""
@@ -163,8 +183,8 @@ class RolloutMaker:
     ) -> tuple[Responses, tuple[Tensor, ...] | None]:
         """Sample responses in all processes. Returns them, and the tensors recorded while sampling, (B, T) each.
 
-        With `old_logprobs: rollout` these are log-probs, entropies and values; with importance_sampling_correction
-        log-probs; otherwise None. If one process raises Interrupted, all raise it.
+        With `old_logprobs: rollout` these are log-probs, entropies and the critic's values; with
+        importance_sampling_correction log-probs; otherwise None. If one process raises Interrupted, all raise it.
         """
         self.backend.sync_weights()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
@@ -192,14 +212,18 @@ class RolloutMaker:
         """Sample a micro-batch. Returns `rows`, the responses, and the recorded tensors if any."""
         recording = None
         if self.args.old_logprobs == "rollout" or self.args.corrects_sampling:
-            recording = Recording(self.model.value_head if self.args.old_logprobs == "rollout" else None)
+            whole = self.args.old_logprobs == "rollout"  # and not the log-probs alone, for the importance weights
+            recording = Recording(self.model.value_head if whole else None, with_entropy=whole)
         # the outermost autocast caches the cast weights, so that they are cast once for all tokens
         with self.accelerator.autocast():
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
 
     def _score(self, sequences: Sequences, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Log-probs, entropies, values and KL of responses, (B, T) each. recorded: what _score_part is given."""
+        """Log-probs, entropies, the critic's values and KL of responses, (B, T) each.
+
+        recorded: what _score_part is given.
+        """
         packed, parts = packs_rows(self.model.policy), self._score_batches(sequences)
         head, states, columns, cells = self.head(), [], [], []
         for rows in parts:
@@ -237,20 +261,19 @@ class RolloutMaker:
     def _score_part(
         self, batch: ForwardBatch, head: Head, given: list[Tensor] | None
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Hidden states (n, H), for the KL estimator `full` only; then log-probs, entropies and values, (n,) each.
+        """Hidden states (n, H), and log-probs, entropies and the critic's values, (n,) each.
 
-        given: log-probs, entropies and values if they were recorded in generation.
+        The states are None unless the KL estimator is `full`. given: log-probs, entropies and values if they were
+        recorded in generation.
         """
-        kept, inputs = None, (batch.input_ids, batch.before, batch.options)
-        if given is None:
-            states, values = self.model(*inputs)
-            logprobs, entropy = response_logprobs(states, batch, head, with_entropy=True)
-            kept = states if self.args.kl_estimator == "full" else None
-        else:
-            logprobs, entropy, values = given
-            if self.model.value_adapter is not None:
-                values = self.model.values(None, *inputs)
-        return kept, [logprobs, entropy, values]
+        inputs = (batch.input_ids, batch.before, batch.options)
+        if given is not None:
+            own_trunk = self.model.value_adapter is not None  # whose values are not those of the policy's states
+            return None, [*given[:2], self.model.values(None, *inputs)] if own_trunk else given
+        states, values = self.model(*inputs)
+        logprobs, entropy = response_logprobs(states, batch, head, with_entropy=True)
+        kept = states if self.args.kl_estimator == "full" else None
+        return kept, [logprobs, entropy] if values is None else [logprobs, entropy, values]
 
     def _kl(
         self, sequences: Sequences, parts: Sequence[list[int]], states: Sequence[Tensor | None],
@@ -330,6 +353,32 @@ class RolloutMaker:
 def first_not_finite(tensor: Tensor) -> Tensor:
     """The first number of a tensor that is NaN or infinite, as a tensor (); its first number if all are finite."""
     return tensor.take((~tensor.isfinite()).flatten().int().argmax())
+
+
+class Credit(NamedTuple):
+    """What the tokens of a rollout batch are credited with, (B, T) each and 0 outside the mask."""
+
+    values: Tensor
+    """The critic's values, or the baseline in their place."""
+    advantages: Tensor
+    returns: Tensor
+
+
+def assign_credit(rewards: Tensor, values: Tensor | None, mask: Tensor, args: SalsaPPOConfig) -> Credit:
+    """Advantages (not whitened) and returns of the tokens' rewards (B, T). values: the critic's, or None without one.
+
+    With a critic: GAE. Without one, returns with λ = 1, minus the batch's mean or, with `value: group`, minus the mean
+    of the other responses to the prompt.
+    """
+    if values is None:
+        returns = losses.discounted_sums(rewards, args.gamma)
+        if args.value == "group":
+            baseline = losses.leave_one_out_baseline(returns, mask, args.num_generations)
+        else:
+            baseline = losses.batch_baseline(returns, mask)
+        return Credit(baseline, returns - baseline, returns)
+    lam = args.lam if args.lam_length_alpha is None else losses.length_dependent_lam(mask, args.lam_length_alpha)
+    return Credit(values, *losses.gae(rewards, values, mask, gamma=args.gamma, lam=lam, lam_value=args.lam_value))
 
 
 def with_importance_weights(rollout: Rollout, sampling_logprobs: Tensor, args: SalsaPPOConfig) -> Rollout:

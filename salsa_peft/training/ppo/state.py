@@ -70,6 +70,10 @@ class PPOState:
         self.rollout, self.reward_metrics = rollout, reward_metrics
         self.totals, self.stopped_early = [], False
 
+    def trains_critic_only(self, args: SalsaPPOConfig) -> bool:
+        """Whether the current update is one of the first `value_warmup_updates`, in which the policy is frozen."""
+        return 0 < self.update <= args.value_warmup_updates
+
     def next_micro_batch(self, args: SalsaPPOConfig, step: int, process: int, processes: int) -> MicroBatch:
         """The next micro-batch of process number `process`. step: index of the optimizer step in the update."""
         assert self.rollout is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
 from salsa_peft.training.ppo.config import SalsaPPOConfig
-from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
+from salsa_peft.training.ppo.guards.checks import KLCoefBounds
+from salsa_peft.training.ppo.guards.monitor import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
@@ -106,9 +108,10 @@ class SalsaPPOTrainer(Trainer):
         self.encoder = PromptEncoder.of([causal_lm(model), *frozen], args, processing_class)
         prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
         require(
-            len(prompts) >= args.batch_size,
+            len(prompts) >= args.prompts_per_update,
             f"train_dataset: {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}) are fewer than"
-            f" batch_size = {args.batch_size}. Lower batch_size, add prompts, or allow longer prompts",
+            f" batch_size{' / num_generations' * (args.value == 'group')} = {args.prompts_per_update}. Lower batch_size,"
+            " add prompts, or allow longer prompts",
         )
         args.set_max_steps(len(prompts))
         eval_prompts = None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
@@ -152,7 +155,9 @@ class SalsaPPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """DataLoader of rollout batches' prompts, each batch repeated for its micro-steps; for all processes."""
         prompts: Any = self.train_dataset
-        batches = RolloutBatches(len(prompts), self.args.batch_size, self.args.micro_steps, self.args.seed)
+        args = self.args
+        copies = args.responses_per_prompt
+        batches = RolloutBatches(len(prompts), args.prompts_per_update, args.micro_steps, args.seed, copies)
         return RolloutLoader(prompts, batch_sampler=batches, collate_fn=list)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -160,6 +165,7 @@ class SalsaPPOTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         rate = self.args.value_head_learning_rate
         if rate is not None and len(optimizer.param_groups) <= 2:
+            assert self.model.value_head is not None  # or the options would have been refused
             head = list(self.model.value_head.parameters())
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if all(p is not other for other in head)]
@@ -260,7 +266,12 @@ class SalsaPPOTrainer(Trainer):
             return forward_and_backward(micro_batch.rows)
 
         largest = max(map(len, self._forward_batches(micro_batch.sequences, micro_batch.rows)))
-        return self.micro_batch_limit.run(run, largest)
+        loss = self.micro_batch_limit.run(run, largest)
+        if self.ppo.trains_critic_only(self.args):
+            # the gradient's norm and the optimizer leave out weights without gradient
+            for parameter in self.model.policy_parameters():
+                parameter.grad = None
+        return loss
 
     def _forward_batches(self, sequences: Sequences, rows: list[int]) -> list[list[int]]:
         """Split the rows of a micro-batch for forward passes with little padding.
@@ -288,14 +299,14 @@ class SalsaPPOTrainer(Trainer):
             table.flatten()[batch.cells]
             for table in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         )
-        weights = rollout.importance_weights
+        weights, warmup = rollout.importance_weights, self.ppo.trains_critic_only(args)
         with self.accelerator.autocast():  # as in the rollout, so that the first ratio is 1
             states, values = model(batch.input_ids, batch.before, batch.options)
             logprobs = response_logprobs(states, batch, self.rollout_maker.head()).logprobs
         return losses.ppo_loss(
             logprobs, values, old_logprobs, old_values, advantages, returns, tokens=micro_batch.tokens,
-            cliprange=args.cliprange, cliprange_value=args.cliprange_value, vf_coef=args.vf_coef,
-            weights=None if weights is None else weights.flatten()[batch.cells],
+            cliprange=args.cliprange, cliprange_value=math.inf if warmup else args.cliprange_value, vf_coef=args.vf_coef,
+            policy_coef=float(not warmup), weights=None if weights is None else weights.flatten()[batch.cells],
         )  # fmt: skip
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
@@ -344,7 +355,7 @@ class SalsaPPOTrainer(Trainer):
             if self.is_world_process_zero():
                 say(alarm.message)
         self.log({**row, "lr": self._get_learning_rate(), "seconds": time.perf_counter() - ppo.started})
-        if args.kl_control == "adaptive":
+        if args.kl_control == "adaptive" and not ppo.trains_critic_only(args):
             ppo.kl_coef = losses.adapt_kl_coef(
                 ppo.kl_coef, row["objective/kl"], target=args.kl_target, horizon=args.kl_horizon,
                 responses=args.batch_size, least=args.kl_coef_min, most=args.kl_coef_max,

@@ -557,6 +557,6 @@ class TestLoading:
         recipe.model.chat_template = "tokeniser"
         with pytest.raises(
             SalsaError,
-            match=r"Use tokenizer \(the base's template\), the path of a Jinja file, or a bundled template: chatml, zephyr$",
+            match=r"Use tokenizer \(the base's template\), the path of a Jinja file, or a bundled template: chatml, plain, zephyr$",
         ):
             paths.check_template(recipe)

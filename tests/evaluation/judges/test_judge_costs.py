@@ -47,7 +47,16 @@ def test_a_search_by_the_judge_is_counted_too(recipe: Any) -> None:
 def test_the_papers_sets_are_known(recipe: Any) -> None:
     """160 turns of MT-Bench, 500 questions of Arena-Hard, 2,000 of UltraFeedback's test set, as Tables 2 to 4 count them."""
     found = cost(load_recipe("mistral_full", lora=None, overrides=[]).recipe, None)
-    assert found is not None and found.calls == 2 * 4 * (160 + 500 + 2000)
+    assert found is not None and found.calls == 2 * 4 * (160 + 500 + 2000) + 2 * 64  # the best of n on 64 prompts
+
+
+def test_the_best_of_n_is_counted_too(recipe: Any) -> None:
+    """Both orders of each prompt, at most; not where the judge is the reward itself or nothing is measured."""
+    function = ("evaluate.judge={kind: openai, model: me}", "reward.quality_prompts=5")
+    found, without = (cost(recipe(*function, *more), None) for more in ((), ("reward.quality_prompts=0",)))
+    assert found is not None and without is not None and without.calls == 2 * 2 * 3
+    assert (found.calls, found.tokens_out) == (12 + 10, 22 * VERDICT)
+    assert found.tokens_in == without.tokens_in + 10 * (32 + 10 + INSTRUCTION)
 
 
 def test_other_questions_of_the_hub_are_not_known_yet(recipe: Any) -> None:

@@ -78,12 +78,14 @@ def rows(answers: dict[str, list[list[str]]], name: str = "mine") -> tuple[list[
 
 @pytest.fixture
 def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """judge(answers, more of the recipe) → the stage's folder after it ran with the function above as judge."""
+    """judge(answers, more of the recipe, samples) → the stage's folder after it ran with the function above as judge.
 
-    def make(sets: dict[str, dict[str, list[list[str]]]], more: str) -> Path:
+    samples: folder of the reward_quality stage; None: the recipe has no such stage."""
+
+    def make(sets: dict[str, dict[str, list[list[str]]]], more: str, samples: Path | None = None) -> Path:
         (tmp_path / "my_judge.py").write_text(JUDGE)
         monkeypatch.delitem(sys.modules, "my_judge", raising=False)
-        (tmp_path / "j.yaml").write_text(TEXT + more)
+        (tmp_path / "j.yaml").write_text(TEXT + more + ("reward: {quality_prompts: 0}\n" if samples is None else ""))
         recipe = load_recipe(str(tmp_path / "j.yaml"), lora="lora", overrides=[]).recipe
         (unit,) = units.judge_units(recipe, "salsa_peft.evaluation.judges.stage:run")
         evaluated, folder = tmp_path / "run" / "evaluate" / "1", tmp_path / "run" / "judge" / "2"
@@ -92,7 +94,9 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         made = [rows(answers, name) for name, answers in sets.items()]
         for file, place in (("questions.jsonl", 0), ("answers.jsonl", 1)):
             (evaluated / file).write_text("".join(json.dumps(row) + "\n" for pair in made for row in pair[place]))
-        judging.run(Job(recipe=recipe, unit=unit, folder=folder, inputs={"evaluate": evaluated}, recipe_yaml=""))
+        inputs = {"evaluate": evaluated} | ({} if samples is None else {"reward_quality": samples})
+        assert set(unit.inputs) == set(inputs)
+        judging.run(Job(recipe=recipe, unit=unit, folder=folder, inputs=inputs, recipe_yaml=""))
         return folder
 
     return make
@@ -224,3 +228,35 @@ def test_a_conversation_before_the_first_answer_is_shown() -> None:
     found = judging._opening([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     assert found == "[system]\nBe brief.\n\n[user]\nHi"
     assert judging._opening([{"role": "user", "content": "Hi"}]) == "Hi"
+
+
+def test_the_best_of_n_is_judged_against_one_response(judge: Any, tmp_path: Path) -> None:
+    """The judge prefers longer answers and the reward does in 2 of 4 prompts; equal responses tie and are not shown."""
+    given = [
+        [("ab", 0.0), ("abcd", 2.0), ("abc", 1.0)],  # the best is longer than the first
+        [("abc", 0.0), ("ab", 3.0), ("a", 1.0)],  # shorter
+        [("mute", 5.0), ("x", 0.0), ("y", 0.0)],  # the first itself
+        [("a", 0.0), ("b", 0.0), ("abcdef", 1.0)],
+    ]
+    rows = [
+        {"index": index, "prompt": f"p{index}", "response": text, "scores": {"reward": score}, "length": len(text)}
+        for index, of in enumerate(given)
+        for text, score in of
+    ]
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    (samples / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = f"evaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\nreward: {{quality_responses: 3}}\n"
+    folder = judge({"mine": ANSWERS}, more, samples)
+    found = json.loads((folder / "verdicts.json").read_text())
+    best = found["best_of_n"]
+    assert (best["responses"], best["wins"], best["losses"], best["ties"], best["missing"], best["n"]) == (
+        3,
+        2,
+        1,
+        1,
+        0,
+        4,
+    )
+    assert best["adjusted_win_rate"] == 0.625
+    assert list(found["datasets"]) == ["mine"] and len(read_json_lines(folder / "judgments.jsonl")) == 8

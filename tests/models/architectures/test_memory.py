@@ -250,6 +250,9 @@ def test_optimizers_and_a_value_adapter() -> None:
         2 * adapter,
     ]
     assert own.activations(7, False) == 2 * head.activations(7, False)
+    for value in ("none", "group"):
+        other, _ = paper("llama2_full", "lora", f"ppo.value={value}")
+        assert estimate(other, "ppo", size) == estimate(paper("llama2_full", "lora")[0], "ppo", size), value
 
 
 def test_a_limit_of_tokens() -> None:

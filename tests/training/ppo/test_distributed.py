@@ -31,7 +31,7 @@ from salsa_peft.training.ppo.checks import check_sharding
 from salsa_peft.utils.errors import SalsaError
 
 CONFIGS = ROOT / "recipes" / "accelerate"
-PLAIN = {"rollout_backend": "hf", "rollout_compile": False, "micro_batch_tokens": None}
+PLAIN = {"rollout_backend": "hf", "rollout_compile": False, "micro_batch_tokens": None, "value_warmup_updates": 0}
 """Options that sharded weights allow."""
 
 
@@ -101,7 +101,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def check_equal(one: Path, two: Path, kind: str) -> None:
+def check_equal(one: Path, two: Path, kind: str, updates: int = 2) -> None:
     """Losses and figures to 1e-5, the very same responses, weights to Adam's amplification of rounding; and that it was two processes."""
     world, alone = (json.loads((folder / "world.json").read_text()) for folder in (two, one))
     weights, expected = load_file(two / "weights.safetensors"), load_file(one / "weights.safetensors")
@@ -112,7 +112,7 @@ def check_equal(one: Path, two: Path, kind: str) -> None:
     else:  # ZeRO-3 makes the pieces of a weight equally large
         assert sum(world["held"]) == pytest.approx(whole, rel=1e-3) and whole > 1.5 * max(world["held"])
     assert world["pieces"] == (3 if kind == "FSDP" else 0)  # two layers, and what is in none
-    assert len(rows(one)) == len(rows(two)) == 2
+    assert len(rows(one)) == len(rows(two)) == updates
     for a, b in zip(rows(one), rows(two), strict=True):
         assert a.keys() == b.keys()
         for key, value in a.items():
@@ -202,10 +202,13 @@ def test_tied_embeddings_a_value_adapter_and_a_resumed_run(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_processes_that_make_different_numbers_of_forward_passes(one: Any, tmp_path: Path) -> None:
-    """DDP, with the rows of a micro-batch split by tokens: the gradients of all processes are added up once a step."""
-    with launched("ddp", tmp_path, "split") as two:
-        expected = one("split")
+    """DDP, with the rows of a micro-batch split by tokens: the gradients of all processes are added up once a step. And a run
+    without a critic, whose groups two processes sample together; and one whose critic trains first."""
+    with launched("ddp", tmp_path, "split", "group", "warmup") as two:
+        expected, grouped, warmed = one("split"), one("group"), one("warmup")
         finish(two)
+    check_equal(grouped, tmp_path / "group", "MULTI_CPU", updates=8)
+    check_equal(warmed, tmp_path / "warmup", "MULTI_CPU")
     first, second = json.loads((tmp_path / "split" / "world.json").read_text())["forwards"]
     assert first != second and min(first, second) > 0
     check_equal(expected, tmp_path / "split", "MULTI_CPU")
@@ -273,6 +276,7 @@ def sharded(**options: Any) -> Any:
         ),
         ({}, {"rollout_backend": "vllm"}, "rollout_backend: vllm does not work with sharded weights"),
         ({}, {"rollout_compile": True}, "rollout_backend: hf, compiled, does not work with sharded weights"),
+        ({}, {"value_warmup_updates": 2}, "value_warmup_updates: 2 does not work with sharded weights"),
         ({}, {"micro_batch_tokens": 64}, "micro_batch_tokens: 64 does not work with sharded weights"),
     ],
 )

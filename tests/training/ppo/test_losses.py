@@ -54,6 +54,71 @@ class TestGAE:
                 assert found.advantages[b, t].item() == pytest.approx(expected, abs=1e-5)
                 assert found.returns[b, t].item() == pytest.approx(expected + v[t] if t < length else 0.0, abs=1e-5)
 
+    @PROPERTY
+    @given(LENGTHS, st.integers(0, 999), st.floats(0, 1), st.floats(0, 1), st.sampled_from(POISON))
+    def test_the_critics_lambda_is_decoupled(
+        self, lengths: list[int], seed: int, gamma: float, lam_value: float, poison: float
+    ) -> None:
+        """The advantages with each response's own λ, the returns with the critic's: two double sums over the same δ."""
+        mask, (rewards, values) = mask_of(lengths), draw(lengths, seed, 2)
+        lams = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed))
+        found = losses.gae(
+            poisoned(rewards, mask, poison), poisoned(values, mask, poison), mask, gamma=gamma, lam=lams, lam_value=lam_value
+        )  # fmt: skip
+        for b, length in enumerate(lengths):
+            r, v = rewards[b].tolist(), [*values[b, :length].tolist(), 0.0]
+            delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
+            for t in range(length):
+                rest = range(t, length)
+                advantage = sum((gamma * lams[b].item()) ** (k - t) * delta[k] for k in rest)
+                target = sum((gamma * lam_value) ** (k - t) * delta[k] for k in rest) + v[t]
+                assert found.advantages[b, t].item() == pytest.approx(advantage, abs=1e-5)
+                assert found.returns[b, t].item() == pytest.approx(target, abs=1e-5)
+            assert not found.advantages[b, length:].any() and not found.returns[b, length:].any()
+
+    def test_the_critics_lambda_by_hand(self) -> None:
+        """γ = 1, rewards (0, 3), values (1, 2): δ = (1, 1). λ = 0: advantages (1, 1). λ = 1: returns (1 + 1 + 1, 1 + 2)."""
+        table = torch.ones(1, 2).bool()
+        found = losses.gae(torch.tensor([[0.0, 3]]), torch.tensor([[1.0, 2]]), table, gamma=1.0, lam=0.0, lam_value=1.0)
+        assert found.advantages.tolist() == [[1.0, 1.0]]
+        assert found.returns.tolist() == [[3.0, 3.0]]
+
+    def test_the_length_dependent_lambda_by_hand(self) -> None:
+        """α = ½: lengths 1, 2, 4, 10 give 1 − 2 → 0, 1 − 1 = 0, 1 − ½, 1 − 1/5."""
+        mask = torch.arange(10) < torch.tensor([1, 2, 4, 10])[:, None]
+        torch.testing.assert_close(losses.length_dependent_lam(mask, 0.5), torch.tensor([0.0, 0.0, 0.5, 0.8]))
+
+
+class TestBaselines:
+    def test_leave_one_out_by_hand(self) -> None:
+        """A prompt's three responses of lengths 2, 1, 3; where the second has ended, its last return, 7, counts."""
+        returns = torch.tensor([[1.0, 2, 0], [7, 0, 0], [3, 4, 6]])
+        mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
+        found = losses.leave_one_out_baseline(returns, mask, 3)
+        assert found.tolist() == [[5.0, 5.5, 0.0], [2.0, 0.0, 0.0], [4.0, 4.5, 4.5]]
+
+    @PROPERTY
+    @given(st.lists(st.integers(1, 6), min_size=6, max_size=6), st.sampled_from([2, 3, 6]), st.integers(0, 999))
+    def test_leave_one_out_equals_the_plain_loop(self, lengths: list[int], group: int, seed: int) -> None:
+        mask, (returns,) = mask_of(lengths), draw(lengths, seed, 1)
+        found = losses.leave_one_out_baseline(returns, mask, group)
+        for b, length in enumerate(lengths):
+            first = b - b % group
+            others = [other for other in range(first, first + group) if other != b]
+            for t in range(mask.shape[1]):
+                at = [returns[other, min(t, lengths[other] - 1)].item() for other in others]
+                assert found[b, t].item() == pytest.approx(statistics.fmean(at) if t < length else 0.0, abs=1e-5)
+
+    def test_the_batchs_mean_by_hand(self) -> None:
+        """Over tokens, not responses: (1 + 2 + 6) / 3."""
+        mask = torch.tensor([[True, True], [True, False]])
+        assert losses.batch_baseline(torch.tensor([[1.0, 2], [6, 0]]), mask).tolist() == [[3.0, 3.0], [3.0, 0.0]]
+
+    def test_sums_by_hand(self) -> None:
+        """Decay ½ and 1: 1 + ½·(2 + ½·4) = 3; 1 + 2 + 4 = 7."""
+        table = torch.tensor([[1.0, 2, 4], [1, 2, 4]])
+        assert losses.discounted_sums(table, torch.tensor([0.5, 1.0])).tolist() == [[3.0, 4, 4], [7, 6, 4]]
+
 
 class TestWhiten:
     def test_by_hand(self) -> None:
@@ -201,6 +266,15 @@ class TestPPOLoss:
         found = ppo_loss(*tensors.values(), mask, tokens=sum(lengths), **OPTIONS)  # type: ignore[arg-type]
         for name, expected in plain(tensors, lengths).items():
             assert getattr(found, name).item() == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+    def test_without_a_critic_there_is_no_value_loss(self) -> None:
+        """The policy's terms are the same to the bit, and the loss is theirs, whatever old values and returns are."""
+        mask, tensors = mask_of([3, 5]), batch([3, 5], 1)
+        whole = ppo_loss(*tensors.values(), mask, tokens=8, **OPTIONS)  # type: ignore[arg-type]
+        values = {name: table[mask] for name, table in tensors.items()} | {"values": None}
+        found = losses.ppo_loss(**values, tokens=8, **OPTIONS)  # type: ignore[arg-type]
+        assert torch.equal(found.policy, whole.policy) and torch.equal(found.loss, whole.policy)
+        assert (found.value.item(), found.value_clipfrac.item()) == (0.0, 0.0) and whole.value.item() > 0
 
     def test_both_sides_of_both_clips_are_reached(self) -> None:
         """Or the comparison above would prove little."""

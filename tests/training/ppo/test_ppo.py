@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, length_reward, loss_of, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, Keeping, length_reward, loss_of, plain_logprobs, roll_out
 
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.generation import generate, row_seeds
+from salsa_peft.models.responses import token_lists
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
@@ -140,17 +141,67 @@ def test_a_wild_minibatch_is_skipped(make_trainer: Any) -> None:
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     assert trainer.ppo.skipped == 2
+    before[-1] = trainer.model.value_head.bias  # the first rollout sets it
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), before, strict=True))
 
 
-def test_ppo_learns_what_is_rewarded(make_trainer: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"value": "none"}, {"value": "group", "num_train_epochs": 2}], ids=str)
+def test_ppo_learns_what_is_rewarded(make_trainer: Any, options: dict[str, Any]) -> None:
     """Longer responses pay: the mean length grows. (With the advantage's sign swapped it falls.)"""
-    trainer = make_trainer(num_train_epochs=8, learning_rate=1e-2, num_ppo_epochs=2, kl_coef=0.0, max_new_tokens=10)
+    settings = {"num_train_epochs": 8, "learning_rate": 1e-2, "num_ppo_epochs": 2, "kl_coef": 0.0, "max_new_tokens": 10}
+    trainer = make_trainer(**(settings | options))
     trainer.train()
     lengths = [
         row["objective/response_length"] for row in trainer.state.log_history if "objective/response_length" in row
     ]
-    assert sum(lengths[-4:]) / 4 > sum(lengths[:4]) / 4 + 1.5, lengths
+    assert sum(lengths[-4:]) / 4 > sum(lengths[:2]) / 2 + 1.5, lengths
+
+
+def test_a_group_is_a_prompt_answered_several_times(make_trainer: Any, tmp_path: Path) -> None:
+    """Batches of 8 responses to 2 prompts: 16 prompts make 8 updates; answers of a prompt differ, each by its own seed."""
+    kept: list[Any] = []
+    trainer = make_trainer(value="group", save_strategy="steps", save_steps=4)
+    maker = trainer.rollout_maker
+    trainer.rollout_maker = Keeping(maker, kept)
+    trainer.train()
+    assert (trainer.ppo.update, len(kept)) == (8, 8)
+    asked, several = [], 0
+    for rollout in kept:
+        prompts = token_lists(rollout.responses.prompt_ids, rollout.responses.prompt_mask)
+        assert prompts[:4] == prompts[:1] * 4 and prompts[4:] == prompts[4:5] * 4
+        asked += [prompts[0], prompts[4]]
+        answers = token_lists(rollout.responses.response_ids, rollout.responses.response_mask)
+        several += len({tuple(tokens) for tokens in answers[:4]}) + len({tuple(tokens) for tokens in answers[4:]})
+    assert several > 2 * 2 * len(kept)  # with one seed for a prompt, one answer of each
+    assert sorted(asked) == sorted(prompt.tokens for prompt in trainer.train_dataset)
+    rows = [json.loads(line) for line in (Path(trainer.args.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episode"] for row in rows] == [8 * update for update in range(1, 9)]
+    assert all(row["loss/value_avg"] == row["val/clipfrac_avg"] == 0 for row in rows)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = [tmp_path / "saved", Path(trainer.args.output_dir) / "checkpoint-8"]
+    assert not any((folder / "value_head.safetensors").exists() for folder in saved)
+
+
+def test_a_prompts_answers_compare_with_one_another(make_trainer: Any) -> None:
+    """A score that only depends on the prompt teaches nothing: all advantages of a group are 0. Without groups some are not."""
+
+    def by_prompt(prompts: list[Any], **_: Any) -> list[float]:
+        return [float(len(str(prompt))) for prompt in prompts]
+
+    found = {}
+    for value in ("group", "none"):
+        trainer = make_trainer(value=value, reward=by_prompt, kl_coef=0.0, max_steps=1)
+        rollout = trainer.rollout_maker(next(iter(trainer.get_train_dataloader())), 1, 0.0, lambda: None)
+        found[value] = rollout.advantages.abs().max().item()
+    assert found["group"] == 0 and found["none"] > 0.1
+
+
+@pytest.mark.parametrize("value", ["none", "group"])
+def test_log_probs_of_generation_without_a_critic(make_trainer: Any, value: str) -> None:
+    """Those that a forward pass gives, entropies too."""
+    one, other = (roll_out(make_trainer(value=value, old_logprobs=source)) for source in ("recompute", "rollout"))
+    for name in ("logprobs", "entropy", "values", "advantages"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-3, atol=1e-3)
 
 
 def test_the_kl_pulls_towards_the_reference_that_was_asked_for(make_trainer: Any) -> None:
@@ -205,6 +256,10 @@ def test_refusals(make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
         make_trainer(micro_batch_size=3)
     with pytest.raises(SalsaError, match=r"train_dataset: 16 prompts .* are fewer than batch_size = 64"):
         make_trainer(batch_size=64)
+    with pytest.raises(
+        SalsaError, match=r"train_dataset: 16 prompts .* are fewer than batch_size / num_generations = 32"
+    ):
+        make_trainer(batch_size=64, value="group", num_generations=2)
     with pytest.raises(SalsaError, match="references: 'policy' is the adapter that is trained"):
         make_trainer(["policy"])
     with pytest.raises(SalsaError, match="there is no complete checkpoint"):

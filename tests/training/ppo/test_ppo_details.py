@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, loss_of, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, Keeping, loss_of, plain_logprobs, roll_out
+from transformers import TrainerCallback
 
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.training.ppo.state import minibatches
@@ -27,7 +28,9 @@ def rows_of(trainer: SalsaPPOTrainer) -> list[dict[str, float]]:
 
 
 def with_values(trainer: SalsaPPOTrainer) -> SalsaPPOTrainer:
-    """A value head that is not zero."""
+    """A value head, if there is one, that is not zero."""
+    if trainer.model.value_head is None:
+        return trainer
     trainer.model.value_head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     return trainer
 
@@ -50,16 +53,35 @@ def plain_advantages(
         rewards.append([-beta * kl / share for kl in rollout.kl[row, :length].tolist()])
         rewards[-1][-1] += scores[row]
     for row, given in enumerate(whitened(rewards, False) if args.whiten_rewards else rewards):
-        values = [*rollout.values[row, : lengths[row]].tolist(), 0.0]
-        delta = [given[t] + args.gamma * values[t + 1] - values[t] for t in range(lengths[row])]
-        advantages.append(
-            [
-                sum((args.gamma * args.lam) ** (k - t) * delta[k] for k in range(t, lengths[row]))
-                for t in range(lengths[row])
-            ]
-        )
-        returns.append([a + v for a, v in zip(advantages[-1], values, strict=False)])
+        if not args.has_critic:
+            returns.append(
+                [sum(args.gamma ** (k - t) * given[k] for k in range(t, lengths[row])) for t in range(lengths[row])]
+            )
+            continue
+        length, values = lengths[row], [*rollout.values[row, : lengths[row]].tolist(), 0.0]
+        delta = [given[t] + args.gamma * values[t + 1] - values[t] for t in range(length)]
+        lam = args.lam if args.lam_length_alpha is None else max(0.0, 1 - 1 / (args.lam_length_alpha * length))
+        sums = [
+            [sum((args.gamma * decay) ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
+            for decay in (lam, lam if args.lam_value is None else args.lam_value)
+        ]
+        advantages.append(sums[0])
+        returns.append([a + v for a, v in zip(sums[1], values, strict=False)])
+    if not args.has_critic:
+        advantages = without_critic(returns, args.num_generations if args.value == "group" else None)
     return whitened(advantages, True), returns
+
+
+def without_critic(returns: list[list[float]], group: int | None) -> list[list[float]]:
+    """The returns minus their mean over all tokens, or minus the mean of the prompt's other responses at that place."""
+    if group is None:
+        mean = statistics.fmean(x for row in returns for x in row)
+        return [[x - mean for x in row] for row in returns]
+    found = []
+    for b, row in enumerate(returns):
+        others = [returns[o] for o in range(b - b % group, b - b % group + group) if o != b]
+        found.append([x - statistics.fmean(o[min(t, len(o) - 1)] for o in others) for t, x in enumerate(row)])
+    return found
 
 
 @pytest.mark.parametrize(
@@ -67,6 +89,13 @@ def plain_advantages(
     [
         {},
         {"gamma": 0.7, "lam": 0.4},
+        {"lam": 0.4, "lam_value": 1.0},
+        {"lam_length_alpha": 0.3, "lam_value": 0.8},
+        {"lam_length_alpha": 0.3},
+        {"value": "none"},
+        {"value": "none", "gamma": 0.8, "whiten_rewards": True},
+        {"value": "group"},
+        {"value": "group", "num_generations": 2, "gamma": 0.8, "kl_per": "token", "normalize_scores": True},
         {"whiten_rewards": True},
         {"kl_per": "token"},
         {"score_clip": 1.0},
@@ -98,10 +127,89 @@ def test_advantages_and_returns_are_the_plain_formulas(make_trainer: Any, option
     assert rollout.values[r.response_mask].abs().min() > 0
 
 
-def test_the_first_values_are_zero(make_trainer: Any) -> None:
-    """The value head starts there, whatever the base, so that the first returns are no noise."""
-    rollout = roll_out(make_trainer())
-    assert not rollout.values.any()
+def test_the_value_head_starts_at_the_first_batchs_mean_return(make_trainer: Any) -> None:
+    """Its weights at zero and its bias there, so that all first values are the mean of the tokens' returns; later batches
+    leave it alone."""
+    trainer = make_trainer(lam=1.0)
+    rollout = roll_out(trainer)
+    mask = rollout.responses.response_mask
+    mean = rollout.returns[mask].mean()  # with λ = 1 they do not depend on the values
+    torch.testing.assert_close(rollout.values, torch.where(mask, mean, 0.0))
+    torch.testing.assert_close(trainer.model.value_head.bias.detach(), mean.view(1))
+    assert not trainer.model.value_head.weight.any() and mean.abs() > 0.1
+    trainer = with_values(make_trainer(lam=1.0))
+    rollout = roll_out(trainer)
+    mask = rollout.responses.response_mask
+    torch.testing.assert_close(rollout.values[mask].mean(), rollout.returns[mask].mean())
+    assert rollout.values[mask].std() > 0.1
+    bias = trainer.model.value_head.bias.clone()
+    roll_out(trainer, update=2)
+    assert torch.equal(trainer.model.value_head.bias, bias)
+
+
+def weights_after_each_step(trainer: SalsaPPOTrainer) -> list[dict[str, torch.Tensor]]:
+    """Copies of what trains: at the start of training, and after each optimizer step."""
+
+    def copies() -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+    found = [copies()]
+
+    class Keep(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            found.append(copies())
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"full": True}, {"value": "adapter"}], ids=str)
+def test_the_critic_is_trained_before_the_policy_moves(make_trainer: Any, options: dict[str, Any]) -> None:
+    """In the first update the policy is the same to the bit, whatever its weight decay, and so is β. The policy's first
+    step is then as long as Adam's first: the learning rate, and not three times it."""
+    trainer = make_trainer(
+        value_warmup_updates=1, num_mini_batches=2, micro_batch_size=2, weight_decay=0.1, kl_control="adaptive", kl_target=1.0,
+        kl_horizon=50.0, lr_scheduler_type="constant", learning_rate=1e-3, max_grad_norm=1e9, **options
+    )  # fmt: skip
+    policy = {id(parameter) for parameter in trainer.model.policy_parameters()}
+    own = {name for name, parameter in trainer.model.named_parameters() if id(parameter) in policy}
+    start, *steps = weights_after_each_step(trainer)
+    assert len(steps) == 4 and 0 < len(own) < len(start)
+    for step in steps[:2]:
+        assert all(torch.equal(step[name], start[name]) for name in own)
+    critic = set(start) - own
+    assert all(not torch.equal(steps[0][name], start[name]) for name in critic if "value_head" in name)
+    assert all(not torch.equal(steps[1][name], start[name]) for name in critic)
+    moved = {name: (steps[2][name] - (1 - 1e-4) * start[name]).abs().max().item() for name in own}
+    assert max(moved.values()) == pytest.approx(1e-3, rel=0.15), moved
+    first, second = rows_of(trainer)
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-5) and first["policy/approxkl_avg"] == pytest.approx(
+        0, abs=1e-9
+    )
+    assert (first["objective/kl_coef"], second["objective/kl_coef"]) == (0.1, 0.1) != (0.1, trainer.ppo.kl_coef)
+
+
+def test_the_loss_while_the_critic_alone_trains(make_trainer: Any) -> None:
+    """½ · vf_coef · the mean of (V − R)², without the values' clip, and no policy term."""
+    trainer = with_values(make_trainer(value_warmup_updates=1, cliprange_value=0.01))
+    rollout = roll_out(trainer)
+    rollout = rollout._replace(values=rollout.values + 0.5 * torch.randn_like(rollout.values))
+    mask = rollout.responses.response_mask
+    trainer.ppo.update = 1
+    loss = loss_of(trainer, rollout, torch.arange(8), int(mask.sum()))
+    trainer.ppo.update = 2
+    clipped = loss_of(trainer, rollout, torch.arange(8), int(mask.sum()))
+    assert loss.loss.item() == pytest.approx(0.1 * loss.value.item(), rel=1e-5)
+    assert loss.value_clipfrac == 0 < clipped.value_clipfrac and loss.value < clipped.value
+    assert clipped.loss.item() == pytest.approx((clipped.policy + 0.1 * clipped.value).item(), rel=1e-5)
+
+
+def test_a_run_must_be_longer_than_its_warmup(make_trainer: Any) -> None:
+    with pytest.raises(
+        SalsaError, match="value_warmup_updates: 2 must be less than 2, the number of updates of the run"
+    ):
+        make_trainer(value_warmup_updates=2)
 
 
 class TestRandomNumbers:
@@ -319,7 +427,12 @@ def test_the_log_of_an_update(make_trainer: Any) -> None:
         "objective/non_score_reward": -0.1 * kl.mean().item(), "objective/rlhf_reward": (score - 0.1 * kl).mean().item(),
         "objective/entropy": rollout.entropy.sum(-1).mean().item(), "objective/response_length": statistics.fmean(r.lengths.tolist()),
         "objective/empty_share": statistics.fmean(map(float, r.empty.tolist())), "val/num_eos_tokens": int(r.finished.sum()),
+        "objective/kl_per_token": (kl.sum() / r.lengths.sum()).item(),
     }  # fmt: skip
+    texts = [tuple(ids[mask].tolist()) for ids, mask in zip(r.response_ids, r.response_mask, strict=True)]
+    expected["objective/distinct_share"] = len(set(texts)) / 8
+    expected["objective/commonest_share"] = max(map(texts.count, texts)) / 8
+    assert "objective/between_prompt_share" not in row and "objective/held_out_score" not in row
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     errors = (rollout.returns - rollout.values)[r.response_mask]
     spread = rollout.returns[r.response_mask].var(unbiased=False)
@@ -329,20 +442,6 @@ def test_the_log_of_an_update(make_trainer: Any) -> None:
     lines = (Path(str(trainer.args.output_dir)) / "completions.jsonl").read_text().splitlines()
     assert [json.loads(line)["kl"] for line in lines] == pytest.approx(kl[:3].tolist())
     assert [json.loads(line)["score"] for line in lines] == pytest.approx(score[:3].tolist())
-
-
-class Keeping:
-    """A RolloutMaker that keeps what it makes."""
-
-    def __init__(self, maker: Any, kept: list[Rollout]) -> None:
-        self._maker, self._kept = maker, kept
-
-    def __call__(self, *args: Any) -> Rollout:
-        self._kept.append(self._maker(*args))
-        return self._kept[-1]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._maker, name)
 
 
 class TestModels:

@@ -15,6 +15,7 @@ from salsa_peft import SalsaPPOConfig
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.responses import Responses
+from salsa_peft.models.value_head import load_policy
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
 
@@ -36,6 +37,15 @@ def test_the_gradient_is_that_of_the_plain_formula(make_trainer: Any, micro: int
     trainer = make_trainer(micro_batch_size=micro, pad_is_eos=pad_is_eos, full=full)
     check_gradients(trainer, micro)
     assert len(gradients(trainer)) == (23 if full else 30)  # 21 weights, or 28 factors, and the value head's two
+
+
+@pytest.mark.parametrize("value", ["none", "group"])
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_gradient_without_a_critic(make_trainer: Any, value: str, full: bool) -> None:
+    """The policy's term alone; nothing but the policy trains."""
+    trainer = make_trainer(micro_batch_size=2, value=value, full=full)
+    check_gradients(trainer, 2)
+    assert len(gradients(trainer)) == (21 if full else 28) and trainer.model.value_head is None
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -127,11 +137,28 @@ def test_a_value_adapter_starts_from_the_reward_and_needs_one(make_trainer: Any,
         "policy",
         "value",
     }
-    with pytest.raises(
-        SalsaError,
-        match=r"value: adapter needs a reward adapter on the policy's base, .*, but the reward is a FunctionReward",
-    ):
-        make_trainer(value="adapter")
+
+
+def test_a_value_adapter_without_a_reward_adapter_starts_from_the_policys(make_trainer: Any, tmp_path: Path) -> None:
+    """A copy with a memory of its own, whose head is zero but for its bias; its gradient is that of the plain formula, and it is saved."""
+    trainer = make_trainer(value="adapter", learning_rate=1e-2)
+    model = trainer.model.policy
+    own, copied = (list(adapters.parameters(model, name)) for name in ("policy", "value"))
+    assert len(own) == len(copied) == 28
+    for one, other in zip(own, copied, strict=True):
+        assert torch.equal(one, other) and one.data_ptr() != other.data_ptr() and other.requires_grad
+    assert model.active_adapter == "policy" and not any(p.requires_grad for p in adapters.parameters(model, "soup"))
+    values = roll_out(trainer).values
+    assert values.unique().numel() == 2  # the mean return, and 0 outside the mask
+    trainer.model.value_head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    check_gradients(trainer, 4)
+    trainer.train()
+    assert all(not torch.equal(one, other) for one, other in zip(own, copied, strict=True))
+    trainer.save_model(str(tmp_path / "saved"))
+    again = make_trainer(value="adapter")
+    load_policy(again.model, "policy", tmp_path / "saved")
+    found = dict(again.model.named_parameters())
+    assert all(torch.equal(p, found[n]) for n, p in trainer.model.named_parameters())
 
 
 def test_the_kl_to_a_model_of_its_own(make_trainer: Any, make_base: Any) -> None:
@@ -183,7 +210,7 @@ def test_references_of_full_weights_that_are_refused(make_trainer: Any, make_bas
         make_trainer([make_base(vocab_size=10)], full=True)
     with pytest.raises(
         SalsaError,
-        match=r"value: adapter needs a reward adapter on the policy's base, .*, but the policy has full weights",
+        match=r"value: adapter needs a policy that is an adapter, .* full weights\. Set value to head, none or group",
     ):
         make_trainer(full=True, value="adapter")
 

@@ -106,6 +106,38 @@ def test_every_checkpoint_leads_to_the_same_end(make_run: Any, tmp_path: Path, f
         assert digests(again) == expected, step
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"value": "none"},
+        {"value": "group", "num_train_epochs": 0.25},
+        {"value_warmup_updates": 1, "num_train_epochs": 1},
+        {"value": "adapter", "num_train_epochs": 1},
+    ],
+    ids=str,
+)
+def test_other_critics(make_run: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    """From within an update and from its end; another size of the groups is refused."""
+    first = make_run("a", save_steps=1, save_total_limit=None, **options)
+    first.train()
+    expected, last = digests(first), first.state.global_step
+    for step in (2, 4):
+        shutil.copytree(tmp_path / "a", tmp_path / f"from-{step}")
+        for other in range(step + 1, last + 1):
+            shutil.rmtree(tmp_path / f"from-{step}" / f"checkpoint-{other}")
+        again = make_run(f"from-{step}", save_strategy="no", **options)
+        again.train(resume_from_checkpoint=True)
+        assert digests(again) == expected, step
+    if "value_warmup_updates" in options:
+        with pytest.raises(
+            SalsaError, match="value_warmup_updates was 1 and is None now, so this run cannot be resumed"
+        ):
+            make_run("a", num_train_epochs=1).train(resume_from_checkpoint=True)
+    if options.get("value") == "group":
+        with pytest.raises(SalsaError, match="num_generations was 4 and is 2 now, so this run cannot be resumed"):
+            make_run("a", **options, num_generations=2).train(resume_from_checkpoint=True)
+
+
 def test_another_micro_batch_goes_on_with_the_same_global_batches(
     make_run: Any, tmp_path: Path, unbroken_folder: Path
 ) -> None:

@@ -13,7 +13,7 @@ from plain_ppo import PROMPTS
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
 
-BESIDES = 23
+BESIDES = 24
 """Waits of an update of one optimizer step without those of decoding; the responses go to the host for reward and logs."""
 
 
@@ -57,6 +57,9 @@ def test_each_optimizer_step_waits_once_and_each_epoch_shuffles_once(update: Any
         {"kl_estimator": "full", "references": ["soup", "seed-0", "base"]},
         {"value": "adapter", "reward": "reward"},
         {"full": True},
+        {"value": "none"},
+        {"value": "group"},
+        {"lam_length_alpha": 1.0, "lam_value": 1.0},
         {"old_logprobs": "rollout"},
         {"bf16": True, "whiten_rewards": True, "kl_per": "token", "missing_eos_penalty": 1.0, "score_clip": 2.0},
         {"micro_batch_tokens": 128},

@@ -1,0 +1,30 @@
+"""The `synthetic` section: training data that the base model writes and a Python function judges."""
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from salsa_peft.config.fields import STRICT, Count, Seed
+
+SYNTHETIC_DATA = ("demonstrations", "preferences")
+"""Kinds of training data that the synthetic stage writes, for those that the section `data` does not name."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Synthetic:
+    """Demonstrations and preferences made of the base's own answers to data.prompts (evaluation/synthetic.py).
+
+    Length and temperature of the answers are set in the section `generation`.
+    """
+
+    function: str
+    """module:name of the function that scores the answers: a Python function with the signature of TRL's reward
+    functions, in the recipe's folder or on Python's path."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Number of answers to each prompt (the name in TRL's GRPO). The best answer becomes a demonstration; the answers
+    are compared two by two, each in one pair only."""
+    limit: Count | None = None
+    """Number of prompts to answer: the first ones. None: all of data.prompts."""
+    seed: Seed = 0
+    """Seed of sampling."""

@@ -1,0 +1,1 @@
+"""Sections of the report that have a module of their own."""

@@ -1,0 +1,1 @@
+"""Guards: alarms on PPO's metrics if training goes wrong. Imports no torch."""
