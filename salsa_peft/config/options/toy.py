@@ -1,9 +1,14 @@
 """The `toy` section: sizes of the embedded world: a tiny toy model and its toy data."""
 
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import STRICT, Count, Positive, Seed, Share
 
+Operation = Literal["list", "copy", "repeat", "name", "kin", "some"]
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 """Name of each set of toy evaluation prompts, in and out of distribution → its file."""
 TOY_WORDS = {
@@ -21,6 +26,10 @@ class Toy:
 
     seed: Seed = 0
     """Seed of data, initialization, pre-training and sampling."""
+    operations: Annotated[list[Operation], Field(min_length=1)] = field(
+        default_factory=lambda: ["list", "copy", "repeat", "name", "kin"]
+    )
+    """Operations of the toy language that the data uses (data/toy_language.py). Answers to `some` have a free length."""
     hidden_size: Count = 64
     """Hidden size of the base; must be a multiple of 2 · num_heads."""
     num_layers: Count = 2
