@@ -16,7 +16,7 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import cache, run
 from salsa_peft.recipe.commits import keep_commits
 from salsa_peft.recipe.estimates import hours
-from salsa_peft.recipe.hardware import Gpu
+from salsa_peft.recipe.estimates.hardware import Gpu
 from salsa_peft.utils.console import say
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.manifests import MANIFEST, latest_report, read_manifest, replicate_folder, replicate_folders

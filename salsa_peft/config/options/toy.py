@@ -12,8 +12,8 @@ Operation = Literal["list", "copy", "repeat", "name", "kin", "some"]
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 """Name of each set of toy evaluation prompts, in and out of distribution → its file."""
 TOY_WORDS = {
-    "gold": "a program's grade of an answer: the share of right words, less ½ if the answer does not end. The reward model"
-    " learned from pairs of answers ranked by it; no policy is trained on it",
+    "gold": "the share of right words in an answer, computed by a program, less ½ if the answer does not end. It ranked the"
+    " answers that the reward model learned from; no policy is trained on it",
     "in": "in distribution: instructions of the lengths that training uses (answers of 2 to 4 words), none of them seen",
     "out": "out of distribution: instructions with answers of 5 or 6 words, as only the base's pre-training had",
 }

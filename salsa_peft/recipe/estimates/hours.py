@@ -24,7 +24,7 @@ from salsa_peft.evaluation.judges.costs import CHARACTERS, question_turns
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_base, architecture_of_recipe
 from salsa_peft.models.architectures.work import Costs, Work
 from salsa_peft.recipe.cache import Plan
-from salsa_peft.recipe.hardware import GPUS, Gpu
+from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.manifests import read_manifest
 from salsa_peft.utils.messages import duration
