@@ -60,7 +60,7 @@ def draw_prompts(job: Job, context: StageContext) -> Rows:
     Raises SalsaError if there are none.
     """
     recipe = job.recipe
-    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    source = datasets.training_sources(recipe, job.inputs)["prompts"]
     rows = datasets.prompts(source, columns=recipe.reward.reads_columns)
     longest = recipe.ppo.max_prompt_length or recipe.model.max_length - recipe.generation.max_new_tokens
     drawn = random.Random(recipe.ppo.seed).sample(rows, len(rows))

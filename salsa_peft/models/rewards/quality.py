@@ -19,6 +19,12 @@ from salsa_peft.utils.statistics import TAILS, mean_interval, paired_difference
 
 METRICS = "metrics.json"
 """File of the reward_quality stage with the measures on seed-0's responses."""
+LARGE_SHARE = 0.65
+"""Share of the score's variance between prompts from which remedies are advised.
+
+In the embedded world, PPO with a value head gained nothing from reward models with shares above it, and gained with
+centred ones, whose shares are below.
+"""
 MOST_BINS, PAIRS_IN_BIN = 5, 20
 """Most bins of a calibration table, and the fewest pairs in each if there are several."""
 

@@ -2,13 +2,8 @@
 
 from typing import Any
 
+from salsa_peft.models.rewards.quality import LARGE_SHARE
 from salsa_peft.report.format import Row, estimate, percent, signed
-
-LARGE_SHARE = 0.75
-"""Share of the score's variance between prompts from which the report advises to lower it.
-
-In the embedded world, PPO with a value head gained nothing at shares of 0.85 to 0.90, and gained at 0.6.
-"""
 
 
 def context(reward: Row, quality: Row | None, verdicts: Row | None) -> dict[str, Any] | None:
