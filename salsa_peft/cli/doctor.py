@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import salsa_peft
 from salsa_peft.models.architectures.memory import GIB
-from salsa_peft.recipe import cache, hardware
+from salsa_peft.recipe import cache
+from salsa_peft.recipe.estimates import hardware
 from salsa_peft.utils.console import Parser, say, silence_import_warnings
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import existing_parent, lock_holder

@@ -8,18 +8,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from salsa_peft.config.load import bundled_names, saved_recipe
+from salsa_peft.config.load import bundled_names
 from salsa_peft.recipe.__main__ import main as run_recipe
-from salsa_peft.utils import manifests
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.manifests import replicate_folders
 from salsa_peft.utils.messages import one_line
 
-HELP = """usage: salsa report RUN [RUN …] | --paper
+if TYPE_CHECKING:
+    from salsa_peft.report.replicates.runs import Run
+
+HELP = """usage: salsa report RUN [RUN …] [--claims] | --paper
 
   salsa report RUN                             write the report of a finished run again, given its folder
   salsa report RUN RUN … [--output-dir DIR]    write one report of several runs (default: joined/ beside the first run)
+  salsa report RUN [RUN …] --claims            print the paper's claims over the runs' replicates, as a Markdown table
   salsa report RECIPE --lora …                 write the report of a finished run again, given `salsa run`'s arguments
   salsa report --paper                         show the paper's Tables 1 to 5, with intervals and contradictions"""
 NO_RUN = "not the folder of a run, since it has no recipe.yaml; check the path"
@@ -39,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--paper" in words:
             require(words == ["--paper"], "--paper: takes no other arguments")
             return _paper()
+        if "--claims" in words:
+            return _claims([word for word in words if word != "--claims"])
         names = _names(words)
-        if names is not None and len(names) > 1:
+        if names is not None and (len(names) > 1 or [*map(_is_replicated, names)] == [True]):
             return _joined(names, words)
         recipes = bundled_names("recipes")
         if names and not os.path.isfile(names[0]) and names[0].removesuffix(".yaml") not in recipes:
@@ -89,26 +96,15 @@ def _paper() -> int:
 def _joined(names: Sequence[str], words: Sequence[str]) -> int:
     out_dir = words[words.index("--output-dir") + 1] if "--output-dir" in words[:-1] else None
     require(out_dir != "" and words[-1] != "--output-dir", "--output-dir: needs a folder's name")
-    from salsa_peft.report.gather import gather
-    from salsa_peft.report.joined import Run, write_joined
+    from salsa_peft.report.joined import write_joined
 
-    for name in names:
-        require(_is_run(name), f"{name}: {NO_RUN}")
-    found = []
-    for name in names:
-        folder = Path(os.path.abspath(name))
-        saved = folder / "recipe.yaml"
-        try:
-            recipe, results = saved_recipe(saved), manifests.finished_results(folder)
-            gathered = gather(recipe, results, saved.read_text(encoding="utf-8"))
-        except KeyError as error:
-            raise SalsaError(
-                f"{name}: its results have no {error}, since an earlier version of salsa_peft made them; run the recipe"
-                f" again: salsa run {name}/recipe.yaml --output-dir {name}"
-            ) from error
-        found.append(Run(gathered, folder))
-    out = Path(os.path.abspath(out_dir or found[0].folder.parent / JOINED))
-    require(not _is_run(str(out)), f"--output-dir: {out} is the folder of a run; choose a folder that is not one")
+    found, first = _read(names), os.path.abspath(names[0])
+    beside = first if len(names) == 1 else os.path.join(os.path.dirname(first), JOINED)
+    out = Path(os.path.abspath(out_dir or beside))
+    require(
+        not _is_run(str(out)) or (len(names) == 1 and out == Path(beside)),
+        f"--output-dir: {out} is the folder of a run; choose a folder that is not one",
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,6 +112,35 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
     write_joined(out, found)
     print(out / "report.html", flush=True)
     return 0
+
+
+def _claims(names: Sequence[str]) -> int:
+    """Print a table of the paper's claims for each recipe among the runs."""
+    wrong = next((name for name in names if name.startswith("-")), None)
+    require(wrong is None, f"--claims: does not work with {wrong}; give the folders of runs only")
+    require(bool(names), "--claims: give the folder of a run with replicates, or of several runs of one recipe")
+    from salsa_peft.report.joined import replicates
+    from salsa_peft.report.replicates.claims import claims
+    from salsa_peft.report.replicates.summary import Replicate
+    from salsa_peft.report.replicates.table import as_markdown, rows
+
+    for name, runs in replicates(_read(names)):
+        table = rows(claims([Replicate.of(run.report) for run in runs]))
+        print(f"## {name}: {len(runs)} replicate{'s' * (len(runs) > 1)}\n\n{as_markdown(table)}\n", flush=True)
+    return 0
+
+
+def _read(names: Sequence[str]) -> list["Run"]:
+    """The finished runs in some folders, replicates one by one."""
+    from salsa_peft.report.replicates.runs import read_runs
+
+    for name in names:
+        require(_is_run(name) or _is_replicated(name), f"{name}: {NO_RUN}")
+    return read_runs([Path(os.path.abspath(name)) for name in names])
+
+
+def _is_replicated(word: str) -> bool:
+    return os.path.isdir(word) and bool(replicate_folders(Path(word)))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from salsa_peft.config.yaml import parse_yaml, read_yaml
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, explain_validation_error, short
 
-ATOMIC = {"reference"}
+ATOMIC = {"reference", "controls"}
 """Keys whose value a later layer replaces as a whole: {soup: …} merged with {shrunk: …} would be no valid reference."""
-NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"), ("revisions",))
+NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"), ("evaluate", "controls"), ("revisions",))
 """Keys of mappings from names to values. A null in a later layer removes the name from the mapping."""
 SOURCE_KEYS = {field.name for field in dataclasses.fields(Source)}
 RECIPE_TYPE = TypeAdapter(Recipe)
@@ -65,8 +65,10 @@ class LoadedRecipe:
 
 
 def bundled_names(kind: str) -> list[str]:
-    """Names, without .yaml, of the bundled files of a kind: `recipes` or `adapters`."""
-    return sorted(path.stem for path in bundled_folder(kind).glob("*.yaml"))
+    """Names, without .yaml, of the bundled files of a kind: `recipes`, with those in recipes/studies, or `adapters`."""
+    folder = bundled_folder(kind)
+    found = [*folder.glob("*.yaml"), *folder.glob("studies/*.yaml")]
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
 
 
 def find_recipe(path_or_name: str) -> Path:

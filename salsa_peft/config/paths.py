@@ -140,6 +140,7 @@ PATHS: dict[str, Callable[[Any, str], Any]] = {
     "sweep.*.reference": _references,
     "evaluate.prompts.*": _source,
     "evaluate.models": partial(_references, bare=False),
+    "evaluate.controls.*": _references,
     "evaluate.pairs": partial(_references, bare=False),
     "evaluate.judge": _judge,
 }

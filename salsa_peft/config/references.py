@@ -58,7 +58,7 @@ class Reference:
     """A reference of the KL term: the base plus a weighted sum of seeds' deltas, or the model at `path`.
 
     seed-N has one member of weight 1. A soup has several members, whose weights sum to 1. `shrunk` has one member, with
-    the scale as its weight. `base` has no member.
+    the scale as its weight. `base` has no member. With `norm_of` the delta is scaled to the norm of another model's delta.
     """
 
     label: str
@@ -75,6 +75,23 @@ class Reference:
     """Number of updates between two EMA steps of a soup towards the policy (TR-DPO). None: no such steps."""
     mixup_alpha: float = 0.1
     """α of an EMA step: θ_ref ← (1 − α) θ_ref + α θ_policy."""
+    norm_of: str | None = None
+    """The model, "soup" or seed-N, to the norm of whose delta this delta is scaled. None: it is not scaled."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Positions in sft.seeds of all SFT models that the reference reads."""
+        of = SEED.match(self.norm_of or "")
+        return list(dict.fromkeys([*self.members, *([int(of[1])] if of else [])]))
+
+    @property
+    def reads_soup(self) -> bool:
+        """Whether the reference reads the recipe's own soup."""
+        return self.soup or self.norm_of == "soup"
+
+
+SOUP_NORM = "soup-norm"
+"""The scale of `shrunk` with which one seed's delta gets the norm of the recipe's soup."""
 
 
 def _shrunk(where: str, value: Any) -> Reference:
@@ -82,8 +99,31 @@ def _shrunk(where: str, value: Any) -> Reference:
     seed, scale = options.get("seed", 0), options.get("scale")
     fits = set(options) <= {"seed", "scale"} and type(seed) is int and seed >= 0
     require(fits, f"{where}.shrunk: must have the form {{seed: N, scale: λ}}, not {short(value)}")
-    require(is_number(scale), f"{where}.shrunk: scale must be a number such as 0.6, but the value is {short(value)}")
+    if scale == SOUP_NORM:
+        label = f"shrunk seed-{seed} with the norm of the soup"
+        return Reference(label=label, members=[seed], weights=[1.0], norm_of="soup")
+    require(
+        is_number(scale),
+        f"{where}.shrunk: scale must be a number such as 0.6, or {SOUP_NORM}, but the value is {short(value)}",
+    )
     return Reference(label=f"shrunk {scale:g}·seed-{seed}", members=[seed], weights=[float(options["scale"])])
+
+
+def _stretched(where: str, value: Any) -> Reference:
+    """A soup whose delta is scaled to the norm of one seed's delta; without `soup`, the recipe's own soup."""
+    options = value if isinstance(value, dict) else {}
+    seed = options.get("seed", 0)
+    fits = isinstance(value, dict) and set(options) <= {"soup", "seed"} and type(seed) is int and seed >= 0
+    require(fits, f"{where}.stretched: must have the form {{soup: {{members, weights}}, seed: N}}, not {short(value)}")
+    given = "soup" in options
+    soup = _inline_soup(f"{where}.stretched", options["soup"]) if given else Reference(label="soup", soup=True)
+    require(
+        soup.sync_every is None,
+        f"{where}.stretched.soup: sync_every does not work with a soup that is scaled to a norm; remove it",
+    )
+    return dataclasses.replace(
+        soup, label=f"stretched {soup.label} with the norm of seed-{seed}", norm_of=f"seed-{seed}"
+    )
 
 
 def _inline_soup(where: str, value: Any) -> Reference:
@@ -120,7 +160,7 @@ def _sync_options(where: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"sync_every": every, "mixup_alpha": float(alpha)}
 
 
-REFERENCE_KINDS = {"soup": _inline_soup, "shrunk": _shrunk}
+REFERENCE_KINDS = {"soup": _inline_soup, "shrunk": _shrunk, "stretched": _stretched}
 
 
 def parse_reference(where: str, value: Any) -> list[Reference]:
@@ -139,8 +179,8 @@ def parse_reference(where: str, value: Any) -> list[Reference]:
         return [REFERENCE_KINDS[kind](where, options)]
     require(
         isinstance(value, str) and bool(value),
-        f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, an adapter's path or a list of these, not"
-        f" {short(value)}",
+        f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, {{stretched: …}}, an adapter's path or a list"
+        f" of these, not {short(value)}",
     )
     if seed := SEED.match(value):
         return [Reference(label=value, members=[int(seed[1])], weights=[1.0])]

@@ -233,8 +233,8 @@ class Policy:
     """A policy, whose training starts from seed-0."""
 
     reference: Any
-    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | path of
-    an adapter (full weights: of a checkpoint) | a list of these, whose KLs are averaged."""
+    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | {stretched:
+    {soup, seed}} | path of an adapter (full weights: of a checkpoint) | a list of these, whose KLs are averaged."""
     kl_coef: NonNegative | None = None
     """Initial KL coefficient β. None: kl_coef of the algorithm's section."""
     algorithm: Literal["ppo", "dpo", "kto", "rloo", "grpo"] = "ppo"
@@ -264,6 +264,9 @@ class Landscape:
     """Values of α on the line."""
     scales: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
     """Values of λ of control models base + λ·δ, where δ is the delta of the line's first seed. An empty list: none."""
+    norm_controls: bool = False
+    """Measure two more control models: the first seed's delta scaled to the norm of the midpoint's, which joins the
+    values of λ, and the midpoint's delta scaled to the norm of the first seed's."""
     plane: list[int] | None = None
     """Three positions in sft.seeds, whose weights span the plane. None: no plane."""
     resolution: Count = 4
@@ -290,6 +293,8 @@ class Evaluate:
     temperature: Literal["category"] | NonNegative = "category"
     """Temperature of the answers. category: FastChat's temperatures for MT-Bench categories (0 for math, 0.7 for
     writing …) and generation.temperature for all other questions. A number: for all questions; 0 is greedy decoding."""
+    controls: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Name of each further model to evaluate → its reference, such as {shrunk: {seed: 0, scale: 0.6}}."""
     judge: Annotated[Judge | None, BeforeValidator(as_judge)] = None
     """Judge that compares the answers of `pairs`. None: only scores are compared."""
     samples: Count = 20
@@ -308,6 +313,9 @@ class Recipe:
     """Free text, shown in the report."""
     report_to: list[str] = dataclasses.field(default_factory=list)
     """Where PPO logs its metrics besides metrics.jsonl, as in TrainingArguments: tensorboard, trackio, wandb …"""
+    replicates: Count = 1
+    """Number of times that the whole recipe is trained, each time with other seeds of everything: toy data and base, SFT,
+    reward model and policies. The results are in the folders replicate-0, replicate-1 … of the run."""
     threads: Count | None = None
     """Number of CPU threads of each stage. None: PyTorch's default."""
     precision: Literal["auto", "master", "stochastic"] = "auto"

@@ -56,7 +56,7 @@ def members(where: str, values: list[float], seeds: int) -> ReferenceValues:
 def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup") -> ReferenceValues:
     """Yield the same reference once for each KL coefficient in `values` (paper, A.4)."""
     for parsed in parse_reference(f"{where}.reference", reference):
-        for member in parsed.members:
+        for member in parsed.seeds:
             require_seed(f"{where}.reference", member, seeds)
     for value in values:
         require(value >= 0, f"{where}.values: must be at least 0, not {value:g}")

@@ -260,15 +260,15 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
     seeds = len(recipe.sft.seeds)
-    for member in reference.members:
+    for member in reference.seeds:
         require_seed(where, member, seeds)
     if reference.path is not None:
         what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
         hint = _suggestion(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
         require(
             "/" in reference.path,
-            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or the folder or Hub id (namespace/name)"
-            f" of {what}, not {short(reference.path)}{hint}",
+            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, {{stretched: …}}, or the folder or Hub id"
+            f" (namespace/name) of {what}, not {short(reference.path)}{hint}",
         )
         _check_weights(where, reference.path, recipe)
 
@@ -353,6 +353,15 @@ def _check_evaluate(recipe: Recipe) -> None:
         for reference in [] if model in recipe.policies else parse_reference(where, model):
             _check_reference(where, reference, recipe)
     evaluated = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
+    for name, control in recipe.evaluate.controls.items():
+        where = f"evaluate.controls.{name}"
+        _check_name("evaluate.controls", name)
+        taken = name in evaluated or name == "base" or SEED.match(name)
+        require(not taken, f"{where}: is the name of another model of the run; rename it")
+        references = parse_reference(where, control)
+        require(len(references) == 1, f"{where}: must be one model, not a list of {len(references)}; name each one")
+        _check_reference(where, references[0], recipe)
+    evaluated += recipe.evaluate.controls
     sweeps.check_search(recipe, evaluated)
     for name in recipe.search.questions if recipe.search is not None else ():
         _check_prompt_set(recipe, "search.questions", name)
@@ -372,6 +381,11 @@ def _check_hub(recipe: Recipe) -> None:
     """Raise SalsaError for results to push that do not exist, and for a base that others cannot load."""
     section, base = recipe.hub, recipe.model.base
     section.check("hub")
+    require(
+        not section.push or recipe.replicates == 1,
+        f"hub.push: does not work with replicates {recipe.replicates}, which would be pushed over one another; remove"
+        " hub.push, and push one of them with `salsa hub push RUN/replicate-0 ITEM`",
+    )
     for name in section.push:
         try:
             unit_of(recipe, name)

@@ -8,10 +8,11 @@ in UltraFeedback: they compare samples of the base, or right answers with errors
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from salsa_peft.data.toy_language import (
+    FREE_LENGTH,
     GRADES,
     LENGTHS_IN,
     LENGTHS_OUT,
@@ -49,9 +51,12 @@ CHAT_TEMPLATE = (
 Progress = Callable[[int, int, str], None]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word. Its chat template marks the answer and its <eos> for the loss."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+def make_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word. Its chat template marks the answer and its <eos> for the loss.
+
+    more: words after those of VOCABULARY.
+    """
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*VOCABULARY, *more])}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -87,8 +92,9 @@ def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress
     model = LlamaForCausalLM(shape)
     rng = random.Random(f"{config.seed} pre-training")
     long = round(config.pretrain_examples * config.pretrain_long)
-    prompts = draw_prompts(rng, config.pretrain_examples - long, LENGTHS_IN, config.seed)
-    prompts += draw_prompts(rng, long, LENGTHS_OUT, config.seed)
+    draw = functools.partial(draw_prompts, operations=config.operations)
+    prompts = draw(rng, config.pretrain_examples - long, LENGTHS_IN, config.seed)
+    prompts += draw(rng, long, LENGTHS_OUT, config.seed)
     texts = []
     for prompt in prompts:
         answer = _noisy(rng, prompt, config.pretrain_noise)
@@ -164,7 +170,8 @@ def draw_preferences(
     kept: dict[str, set[tuple[str, str, str]]] = {kind: set() for kind in wanted}
     for kind, n in wanted.items():
         while len(kept[kind]) < n:
-            prompts = draw_prompts(rng, max(64, math.ceil(1.3 * (n - len(kept[kind])))), LENGTHS_IN, config.seed)
+            count = max(64, math.ceil(1.3 * (n - len(kept[kind]))))
+            prompts = draw_prompts(rng, count, LENGTHS_IN, config.seed, operations=config.operations)
             drawn[kind] += len(prompts)
             if kind == "sampled":
                 answers = sample(model, tokenizer, prompts + prompts, progress)
@@ -203,7 +210,7 @@ def build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
 
 def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
     # 1. the tokenizer and the pre-trained base
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer([word for word in config.operations if word == FREE_LENGTH])
     model, loss = pretrain(config, tokenizer, progress)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -221,7 +228,8 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
     for name, pairs in (("demonstrations", demonstrations), ("held_out", held_out)):
         files[name] = [{"messages": [_turn("user", p), _turn("assistant", " ".join(answer))]} for p, answer in pairs]
     for name, (n, lengths, evaluation) in draws.items():
-        drawn = draw_prompts(random.Random(f"{config.seed} {name}"), n, lengths, config.seed, evaluation)
+        rng = random.Random(f"{config.seed} {name}")
+        drawn = draw_prompts(rng, n, lengths, config.seed, evaluation, config.operations)
         files[name] = [{"prompt": [_turn("user", p)]} for p in drawn]
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -240,5 +248,5 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
 def draw_demonstrations(config: Toy, name: str, n: int) -> list[tuple[str, list[str]]]:
     """n prompts with answers, some of which have an error. `name` is part of the random seed."""
     rng = random.Random(f"{config.seed} {name}")
-    prompts = draw_prompts(rng, n, LENGTHS_IN, config.seed)
+    prompts = draw_prompts(rng, n, LENGTHS_IN, config.seed, operations=config.operations)
     return [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in prompts]

@@ -8,15 +8,19 @@ Five operations over 36 words of 6 categories:
     kin owl saw                    another bird, another tool
 Answers have 2–4 words in distribution and 5–6 out of distribution.
 
-Left out: tasks with answers of free length (a policy could lower the KL by short answers), conversations of several
-turns, system turns.
+A sixth operation, `some`, is used only if a recipe's `toy.operations` names it. Its answers have a free length, so that
+a policy can lower the KL by short answers:
+    some owl saw                   other birds and tools, all different; four or more earn the full reward
+
+Left out: conversations of several turns, system turns.
 """
 
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.errors import SalsaError, require
 
 CATEGORIES = {
     "birds": ("owl", "wren", "crow", "finch", "robin", "heron"),
@@ -30,6 +34,10 @@ CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word
 WORDS = tuple(CATEGORY_OF)
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 OPERATIONS = ("list", "copy", "repeat", "name", "kin")
+FREE_LENGTH = "some"
+"""The operation whose answers have a free length. It has no place in VOCABULARY, so that other worlds stay as they are."""
+ENOUGH, MOST = 4, 9
+"""Numbers of words of an answer to FREE_LENGTH: fewer than the first earn less, words after the second count as wrong."""
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>")
 GRADES = ("bad", "poor", "fair", "good", "perfect")
 VOCABULARY = (*SPECIALS, *OPERATIONS, "and", *NUMBERS, *CATEGORIES, *WORDS, *GRADES)
@@ -37,6 +45,8 @@ LENGTHS_IN, LENGTHS_OUT = (2, 3, 4), (5, 6)
 MAX_NEW_TOKENS = 10
 ERROR_WEIGHTS = (4, 3, 1, 1, 2, 2)
 """Relative frequencies of the six kinds of errors in `add_errors`, about as in answers of SFT models."""
+MOST_MISSES = 10_000
+"""Number of instructions that are drawn in a row without a new evaluation prompt before the search is given up."""
 UNFINISHED_PENALTY = 0.5
 """Penalty subtracted from the gold reward of a response without EOS."""
 
@@ -48,6 +58,8 @@ class Task(NamedTuple):
     """Words allowed at each position of the answer."""
     distinct: bool
     """Whether all words of the answer must differ."""
+    enough: int | None = None
+    """Number of right words that earn the full reward, if the length is free. None: one at each position."""
 
 
 def parse(prompt: str) -> Task:
@@ -60,6 +72,10 @@ def parse(prompt: str) -> Task:
             if len(parts) == 2 and (len(rest) != 5 or rest[2] != "and"):
                 raise ValueError
             return Task(tuple(CATEGORIES[c] for n, c in parts for _ in range(NUMBERS.index(n) + 1)), True)
+        if operation == FREE_LENGTH and rest:
+            categories = dict.fromkeys(CATEGORY_OF[word] for word in rest)
+            words_left = tuple(word for name in categories for word in CATEGORIES[name] if word not in rest)
+            return Task((words_left,) * MOST, True, min(ENOUGH, len(words_left)))
         if operation == "repeat":
             number, word = rest
             return Task((_allowed("copy", word),) * (NUMBERS.index(number) + 1), False)
@@ -102,7 +118,7 @@ def grade(prompt: str, answer: str) -> float:
     right = 0
     for i, (word, allowed) in enumerate(zip(words, task.allowed, strict=False)):
         right += word in allowed and not (task.distinct and word in words[:i])
-    return right / max(len(task.allowed), len(words))
+    return right / max(task.enough or len(task.allowed), len(words))
 
 
 def _split(text: str) -> list[str]:
@@ -117,22 +133,28 @@ def _text(turns: Any, role: str) -> str:
     return next((message["content"] for message in reversed(turns) if message["role"] == role), "")
 
 
-def draw_prompt(rng: random.Random, lengths: tuple[int, ...]) -> str:
-    """A random instruction, uniform in the operation and in the answer's number of words (from `lengths`)."""
-    operation, n = rng.choice(OPERATIONS), rng.choice(lengths)
+def draw_prompt(rng: random.Random, lengths: tuple[int, ...], operations: Sequence[str] = OPERATIONS) -> str:
+    """A random instruction, uniform in the operation and in the answer's number of words (from `lengths`).
+
+    An instruction of free length names two or three words in distribution and four out of it.
+    """
+    operation, n = rng.choice(operations), rng.choice(lengths)
     if operation == "list":
         first = rng.choice(range(1, n + 1))
         a, b = rng.sample(list(CATEGORIES), 2)
         return f"list {NUMBERS[first - 1]} {a}" + (f" and {NUMBERS[n - first - 1]} {b}" if first < n else "")
     if operation == "repeat":
         return f"repeat {NUMBERS[n - 1]} {rng.choice(WORDS)}"
+    if operation == FREE_LENGTH:
+        n = 4 if n in LENGTHS_OUT else min(n, 3)
     return f"{operation} {' '.join(rng.choice(WORDS) for _ in range(n))}"
 
 
 def draw_answer(rng: random.Random, prompt: str) -> list[str]:
     """A right answer, drawn uniformly."""
     task, answer = parse(prompt), []
-    for allowed in task.allowed:
+    length = None if task.enough is None else min(rng.randint(2, 6), len(task.allowed[0]))
+    for allowed in task.allowed[:length]:
         answer.append(rng.choice([word for word in allowed if not (task.distinct and word in answer)]))
     return answer
 
@@ -165,14 +187,30 @@ def is_held_out(prompt: str, seed: int) -> bool:
 
 
 def draw_prompts(
-    rng: random.Random, n: int, lengths: tuple[int, ...], seed: int, evaluation: bool = False
+    rng: random.Random,
+    n: int,
+    lengths: tuple[int, ...],
+    seed: int,
+    evaluation: bool = False,
+    operations: Sequence[str] = OPERATIONS,
 ) -> list[str]:
-    """n instructions for training, which may repeat, or n different ones for evaluation."""
+    """n instructions for training, which may repeat, or n different ones for evaluation.
+
+    Raises SalsaError if the operations have fewer than n different evaluation prompts.
+    """
     prompts: list[str] = []
     seen: set[str] = set()
+    misses = 0
     while len(prompts) < n:
-        prompt = draw_prompt(rng, lengths)
+        prompt = draw_prompt(rng, lengths, operations)
         if is_held_out(prompt, seed) == evaluation and not (evaluation and prompt in seen):
             seen.add(prompt)
             prompts.append(prompt)
+            misses = 0
+        misses += 1
+        require(
+            misses < MOST_MISSES,
+            f"toy.eval_prompts: the operations {', '.join(operations)} have only {len(prompts)} different evaluation"
+            f" prompts, fewer than {n}; lower toy.eval_prompts, or add toy.operations",
+        )
     return prompts

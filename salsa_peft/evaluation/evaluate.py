@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from salsa_peft.config.job import Job, policy_id
-from salsa_peft.config.references import parse_reference
+from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
@@ -31,8 +31,16 @@ from salsa_peft.utils.statistics import mean_interval
 
 
 def model_names(recipe: Recipe) -> list[str]:
-    """Names of the evaluated models: seed-0, soup, the models in evaluate.models, and every policy."""
-    return list(dict.fromkeys(["seed-0", "soup", *recipe.evaluate.models, *recipe.policies]))
+    """Names of the evaluated models: seed-0, soup, evaluate.models, evaluate.controls, and every policy."""
+    section = recipe.evaluate
+    return list(dict.fromkeys(["seed-0", "soup", *section.models, *section.controls, *recipe.policies]))
+
+
+def reference_of(recipe: Recipe, name: str) -> Reference:
+    """The reference that an evaluated model other than a policy stands for."""
+    controls = recipe.evaluate.controls
+    (reference,) = parse_reference("evaluate.controls" if name in controls else "evaluate.models", controls.get(name, name))  # fmt: skip
+    return reference
 
 
 def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Path]) -> str | None:
@@ -41,7 +49,7 @@ def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Pat
     if name in recipe.policies:
         lora.attach(model, inputs[policy_id(recipe, name)], adapter)
         return adapter
-    (reference,) = parse_reference("evaluate.models", name)
+    reference = reference_of(recipe, name)
     return attach_reference(model, reference, seed_folders(inputs), inputs.get("soup"), adapter).adapter
 
 
@@ -59,8 +67,10 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
     model = context.load_base()
 
     def load(name: str) -> None:
-        source = str(inputs[policy_id(recipe, name)]) if name in recipe.policies else name
-        (reference,) = parse_reference("evaluate.models", source)
+        if name in recipe.policies:
+            reference = Reference(label=name, path=str(inputs[policy_id(recipe, name)]))
+        else:
+            reference = reference_of(recipe, name)
         load_reference(model, reference, context, inputs)
 
     return model, {name: functools.partial(load, name) for name in names}
@@ -108,7 +118,7 @@ def answer_all(
     recipe = job.recipe
     # 1. one model, on which each name's adapter or weights are activated in turn
     others = [name for name in model_names(recipe) if name not in recipe.policies]
-    context.check(job.inputs, [reference for name in others for reference in parse_reference("evaluate.models", name)])
+    context.check(job.inputs, [reference_of(recipe, name) for name in others])
     model, loaders = adapter_loaders(job, context)
     rewards = measures(job, model, context)
     # 2. every model answers every set of questions

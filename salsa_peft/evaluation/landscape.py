@@ -32,6 +32,7 @@ from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.console import progress_bar, say
+from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import append_checked_lines, read_checked_lines, write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
@@ -127,7 +128,7 @@ def run(job: Job) -> dict[str, Any]:
     # 2. one model whose weights are set for each point
     context.check(job.inputs)
     seeds = seed_folders(job.inputs)
-    model, adapter, set_weights = adjustable_model(context, seeds)
+    model, adapter, set_weights, norm = adjustable_model(context, seeds)
     rewards = measures(job, model, context)
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
@@ -141,7 +142,10 @@ def run(job: Job) -> dict[str, Any]:
         say(f"{damaged}; their points are measured again")
     known = {_point(dict(weights)): scores for weights, scores in rows}
     keep = functools.partial(append_checked_lines, partial)
-    result = measure_points(points(section), score, job.unit.id, known, keep)
+    figures = points(section)
+    if section.norm_controls:
+        add_norm_controls(figures, section, lambda weights: norm([weights.get(seed, 0.0) for seed in sorted(seeds)]))
+    result = measure_points(figures, score, job.unit.id, known, keep)
     measured = [
         point["scores"] for line in [*result["lines"], result["plane"] or {}] for point in line.get("points", [])
     ]
@@ -151,20 +155,60 @@ def run(job: Job) -> dict[str, Any]:
     return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(asked)}
 
 
+def add_norm_controls(
+    figures: dict[str, dict[str, Any]], section: Landscape, norm: Callable[[Mapping[int, float]], float]
+) -> None:
+    """Add the points of `norm_controls`: the line's first seed and its midpoint, each with the other's norm.
+
+    norm: the norm of Σ w δ, given seed → w. The scaled seed joins the control line `shrunk`; the scaled midpoint is the
+    only point of the line `stretched`, at its scale.
+    """
+    if section.line is None:
+        return
+    a, b = section.line
+    of_seed, of_midpoint = norm({a: 1.0}), norm({a: 0.5, b: 0.5})
+    require(
+        of_seed > 0 and of_midpoint > 0,
+        f"landscape.norm_controls: the delta of seed-{a} or of the midpoint is 0, which no scale changes; set"
+        " landscape.norm_controls=false",
+    )
+    shrink, stretch = of_midpoint / of_seed, of_seed / of_midpoint
+    ends = ["base", f"seed-{a}"]
+    shrunk = {"name": f"base – seed-{a} (shrunk, the control)", "parameter": "scale", "ends": ends, "kind": "shrunk"}
+    line = figures.setdefault("shrunk", {**shrunk, "points": []})
+    line["points"] = sorted([*line["points"], (shrink, {a: shrink})], key=lambda point: point[0])
+    line["soup_norm"] = shrink
+    figures["stretched"] = {
+        "name": f"base – midpoint of seed-{a} and seed-{b} (stretched, a control)",
+        "parameter": "scale",
+        "ends": ["base", "soup"],
+        "kind": "stretched",
+        "points": [(stretch, {a: stretch / 2, b: stretch / 2})],
+    }
+
+
 def adjustable_model(
     context: StageContext, seeds: Mapping[int, Path]
-) -> tuple[Any, str | None, Callable[[list[float]], None]]:
-    """A model, its adapter's name or None, and a function that sets its weights to base + Σ w δ."""
+) -> tuple[Any, str | None, Callable[[list[float]], None], Callable[[list[float]], float]]:
+    """A model, its adapter's name or None, and two functions of the seeds' weights.
+
+    The first sets the model to base + Σ w δ, the second returns the norm of Σ w δ.
+    """
     positions = sorted(seeds)
     if context.recipe.adapter is None:
         model: Any = context.load_base()
         folders = [*(seeds[position] for position in positions), context.folder]
         live = LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders])
-        return model, None, lambda weights: live.set([*weights, round(1 - math.fsum(weights), 12)])
+        return (
+            model,
+            None,
+            lambda weights: live.set([*weights, round(1 - math.fsum(weights), 12)]),
+            lambda weights: live.norm([*weights, -math.fsum(weights)]),
+        )
     stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])
     model = lora.attach(context.load_base(), seeds[positions[0]], "start")
     stacked.attach(model, POINT, [0.0] * len(positions))
-    return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights)
+    return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights), stacked.norm
 
 
 Point = tuple[tuple[int, float], ...]

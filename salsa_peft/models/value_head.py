@@ -76,11 +76,10 @@ class PolicyWithValueHead(nn.Module):
         own = set() if name is None else {id(parameter) for parameter in lora.parameters(policy, name)}
         return [parameter for parameter in policy.parameters() if parameter.requires_grad and id(parameter) not in own]
 
-    def shift_values(self, shift: Tensor) -> None:
-        """Add a number () to all values, through the value head's bias."""
+    def set_value_bias(self, bias: Tensor) -> None:
+        """Set the value head's bias to a number ()."""
         assert self.value_head is not None
-        bias = sharding.whole(self.value_head.bias.detach())
-        sharding.load(self.value_head, {"bias": bias + shift}, strict=False)
+        sharding.load(self.value_head, {"bias": bias.view(1)}, strict=False)
 
     def _states(self, input_ids: Tensor, before: Tensor, options: dict[str, Any]) -> Tensor:
         return hidden_states(self.policy, input_ids, **options).flatten(0, 1)[before]

@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from salsa_peft.config.load import bundled_names, load_recipe
 from salsa_peft.data.check import check_local
 from salsa_peft.models.architectures.checks import check
 from salsa_peft.recipe.commits import check_revisions, found_commits, kept_commits, with_commits
-from salsa_peft.recipe.hardware import GPUS, Gpu
+from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
 from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
+from salsa_peft.recipe.replicates import run_replicates
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError
@@ -44,14 +45,16 @@ def main(
     folder = Path()
     try:
         with raise_on_sigterm():
+            sets = [*args.set, *([] if args.replicates is None else [f"replicates={args.replicates}"])]
             checks = (check_local, check, check_revisions)
-            loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set, more=checks)
+            loaded = load_recipe(args.recipe, lora=args.lora, overrides=sets, more=checks)
             folder = run_folder(loaded, args.output_dir)
             kept = kept_commits(folder, loaded.recipe, report_of is not None)
             recipe = with_commits(loaded.recipe, record=not args.dry_run, kept=kept)
             commits = found_commits(loaded.recipe, recipe)
+            run_all: Callable[..., None] = run if loaded.recipe.replicates == 1 else run_replicates
             with pinned(recipe.model_revisions):
-                run(
+                run_all(
                     replace(loaded, recipe=recipe), folder, stages=stages, only=args.stages, force=args.force,
                     prune=args.prune, dry_run=args.dry_run, gpu=args.gpu, commits=commits, report_of=report_of,
                     debug=args.debug,
@@ -91,6 +94,7 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     names = ", ".join(presets)
     add("--lora", nargs="?", const="lora", metavar="PRESET", help=f"train adapters; presets: {names} (default: lora)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key, such as ppo.learning_rate=1e-6")
+    add("--replicates", type=int, metavar="N", help="train everything N times with other seeds, and join the reports")
     add("--dry-run", action="store_true", help="print the plan and write nothing")
     gpus = ", ".join(GPUS)
     add("--gpu", type=_gpu, metavar="GPU", help=f"with --dry-run: {gpus}, or GiB of memory (default: this machine's)")

@@ -22,7 +22,7 @@ from salsa_peft.models.architectures.sizes import Architecture, architecture_of_
 from salsa_peft.recipe.cache import Plan
 from salsa_peft.recipe.commits import unknown_commits
 from salsa_peft.recipe.estimates import disk, hours
-from salsa_peft.recipe.hardware import Gpu
+from salsa_peft.recipe.estimates.hardware import Gpu
 
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")

@@ -17,9 +17,9 @@ from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data.check import check_every_row
-from salsa_peft.recipe import cache, hardware, processes, units
+from salsa_peft.recipe import cache, processes, units
 from salsa_peft.recipe.commits import keep_commits, unknown_commits
-from salsa_peft.recipe.estimates import disk, hours
+from salsa_peft.recipe.estimates import disk, hardware, hours
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked, read_json, timestamp, write_atomic

@@ -100,8 +100,9 @@ class _UnitBuilder:
         }
 
     def reference(self, reference: Reference) -> dict[str, Any]:
-        """The key field of a reference, without its label, and without sync options if it is not synced."""
-        unused = ("sync_every", "mixup_alpha") if reference.sync_every is None else ()
+        """The key field of a reference, without its label and the options that it does not use."""
+        unused = {"sync_every", "mixup_alpha"} if reference.sync_every is None else set()
+        unused |= {"norm_of"} if reference.norm_of is None else set()
         fields = {name: value for name, value in asdict(reference).items() if name not in unused}
         return {**fields, "label": None, "path": self.path(reference.path)}
 
@@ -146,8 +147,8 @@ def _reward(recipe: Recipe) -> list[str]:
 
 def _of_references(references: list[Reference]) -> list[str]:
     """Ids of the SFT and soup units whose results the references use."""
-    soup = ["soup"] if any(reference.soup for reference in references) else []
-    return [_seed(member) for reference in references for member in reference.members] + soup
+    soup = ["soup"] if any(reference.reads_soup for reference in references) else []
+    return [_seed(member) for reference in references for member in reference.seeds] + soup
 
 
 def _comparisons(recipe: Recipe) -> dict[str, Any]:
@@ -304,9 +305,11 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
         return []
     builder = _UnitBuilder(recipe, run)
     prompts = landscape.prompts or next(iter(recipe.evaluate.prompts or TOY_PROMPTS))
+    unused = () if landscape.norm_controls else ("norm_controls",)
+    section = {name: value for name, value in asdict(landscape).items() if name not in unused}
     fields = {
         "model": builder.model(),
-        "landscape": {**asdict(landscape), "prompts": prompts},
+        "landscape": {**section, "prompts": prompts},
         "temperature": recipe.evaluate.temperature,
         "prompts": builder.source(recipe.evaluate.prompts.get(prompts)),
         "reward": builder.reward(),
@@ -321,6 +324,7 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     builder, options = _UnitBuilder(recipe, run), recipe.evaluate
     others = [model for model in options.models if model not in recipe.policies]
     references = [reference for model in others for reference in parse_reference("evaluate.models", model)]
+    controls = {name: parse_reference("evaluate.controls", value)[0] for name, value in options.controls.items()}
     fields = {
         "model": builder.model(),
         "prompts": {name: builder.source(source) for name, source in options.prompts.items()},
@@ -331,6 +335,9 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
         "seed": options.seed,
         "generation": asdict(recipe.generation),
     }
+    if controls:
+        fields["controls"] = {name: builder.reference(reference) for name, reference in controls.items()}
+        references += controls.values()
     policies = [policy_id(recipe, name) for name in recipe.policies]
     inputs = [_seed(0), "soup", *_of_references(references), *_reward(recipe), *policies]
     return [builder.unit("evaluate", fields, *inputs)]

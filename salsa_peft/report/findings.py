@@ -135,42 +135,35 @@ def headline(evaluation: Row) -> str:
 def finding(
     evaluation: Row, landscape: Row | None, compared: Sequence[Row], policies: Row
 ) -> tuple[list[str], list[str]]:
-    """Sentences for the first paragraph (first dataset, without untuned controls) and the list below it."""
+    """Sentences on the compared pairs: for the report's first paragraphs, and for the list below them.
+
+    The list has the pairs with controls that are not policies, and the landscape.
+    """
+    along = _along(landscape) if landscape else []
     if not compared:
-        nothing = "This run compared no two models on the same prompts, so there is nothing to conclude about them."
-        return [nothing], _along(landscape) if landscape else []
-    first = compared[0]["dataset"]
+        return [
+            "This run compared no two models on the same prompts, so there is nothing to conclude about them."
+        ], along
     lead: list[str] = []
-    others: dict[str, list[str]] = {}
-    for one in compared:
-        a, b, dataset, measure = one["a"], one["b"], one["dataset"], one["measure"]
-        if dataset != first or is_untuned_control(one, policies):
-            others.setdefault(dataset, []).append(f"{a} − {b} {signed(one)}, {conclusion(one, a, b)}")
-            continue
-        models = evaluation["datasets"][dataset]["models"]
-        x, y = (models.get(name, {}).get("scores", {}).get(measure) for name in (a, b))
-        text = f"{a} scored {estimate(x)} against {b}’s {estimate(y)}" if x and y else f"{a} against {b}"
-        where = "" if lead else f"On {one['n']} prompts of “{dataset}”, by {MEASURES.get(measure, measure)}, "
-        lead.append(f"{where}{text}: {signed(one)}, {conclusion(one, a, b)}{_aside(one, policies)}.")
-    more = [
-        f"On “{dataset}”{' also' if dataset == first and lead else ''}: {'; '.join(points)}."
-        for dataset, points in others.items()
-    ]
-    return lead, more + (_along(landscape) if landscape else [])
+    more: list[str] = []
+    for pair in dict.fromkeys((one["a"], one["b"]) for one in compared):
+        sets = [one for one in compared if (one["a"], one["b"]) == pair]
+        (more if is_untuned_control(sets[0], policies) else lead).append(_on_all_sets(sets, policies))
+    measure = headline(evaluation)
+    by = [f"Mean differences of the {MEASURES.get(measure, measure)} on the same prompts:"] if lead else []
+    return [*by, *lead], more + along
 
 
-def _aside(one: Row, policies: Row) -> str:
-    """The win rate in parentheses and, if b is a control, what the result means for averaging."""
-    rate, b = one["rate"], one["b"]
-    text = (
-        f" (adjusted win rate {percent(rate['adjusted_win_rate'])}% [{percent(rate['low'])}, {percent(rate['high'])}])"
-    )
+def _on_all_sets(sets: Sequence[Row], policies: Row) -> str:
+    """A sentence on one pair on every set of questions and, if b is a control, on what this means for averaging."""
+    a, b = sets[0]["a"], sets[0]["b"]
+    points = "; ".join(f"{signed(one)} on “{one['dataset']}”, {conclusion(one, a, b)}" for one in sets)
     if not is_control(b, policies):
-        return text
-    text += f"; “{b}” is the control without averaging"
-    if undecided(one):
-        return f"{text} and not distinguishable from {one['a']} here, so this run is no evidence that averaging helps"
-    return f"{text} and scored higher, so this run is no evidence that averaging helps" if one["high"] < 0 else text
+        return f"{a} − {b}: {points}."
+    without = [one["dataset"] for one in sets if undecided(one) or one["mean"] < 0]
+    where = "" if len(without) == len(sets) else " on " + " and ".join(f"“{name}”" for name in without)
+    evidence = f"; this is no evidence{where} that averaging helps" if without else ""
+    return f"{a} − {b}, a control without averaging: {points}{evidence}."
 
 
 def _along(landscape: Row) -> list[str]:

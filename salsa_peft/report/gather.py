@@ -10,6 +10,8 @@ from typing import Any
 
 from salsa_peft.config.job import policy_id
 from salsa_peft.config.options.toy import TOY_PROMPTS, TOY_WORDS
+from salsa_peft.config.options.trl import ALGORITHMS
+from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
 from salsa_peft.evaluation import comparisons
@@ -21,7 +23,16 @@ from salsa_peft.utils.fingerprints import FINGERPRINT
 
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb", "planned_seconds")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
-NOT_THE_RECIPE = ("name", "description", "threads", "report_to", "landscape", "num_processes", "accelerate")
+NOT_THE_RECIPE = (
+    "name",
+    "description",
+    "replicates",
+    "threads",
+    "report_to",
+    "landscape",
+    "num_processes",
+    "accelerate",
+)
 """Keys of the recipe in which replicates may differ; these keys affect neither policies nor answers."""
 
 
@@ -83,6 +94,10 @@ class ReportInput:
     """Number of questions of each set that are shown: the first ones, whatever their outcome."""
     limit: int | None = None
     """generation.max_new_tokens: an answer of this length was truncated. None: unknown."""
+    controls: dict[str, str] = field(default_factory=dict)
+    """Name of each model in evaluate.controls → the label of its reference."""
+    toy: bool = False
+    """Whether base and data are made by the run (section `toy`), so that replicates have their own."""
     explained: dict[str, str] = field(default_factory=dict)
     """Explanations of this run's measures and sets of questions, by name."""
 
@@ -127,6 +142,8 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         temperature=_temperature(recipe, answers),
         samples=recipe.evaluate.samples,
         limit=recipe.generation.max_new_tokens,
+        toy=recipe.toy is not None,
+        controls={name: parse_reference("", of)[0].label for name, of in recipe.evaluate.controls.items()},
         explained=_explained(recipe),
     )
 
@@ -164,6 +181,11 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     """Hash of the recipe without its training seeds, which replicates share, and these seeds as text."""
     parts = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in NOT_THE_RECIPE}
     seeds = {name: parts[name].pop("seeds") for name in ("sft", "reward")} | {"ppo": [parts["ppo"].pop("seed")]}
+    used = {policy.algorithm for policy in recipe.policies.values()}
+    for name in ("toy", *ALGORITHMS):
+        seed = None if parts[name] is None else parts[name].pop("seed")
+        if seed is not None and (name == "toy" or name in used):
+            seeds[name] = [seed]
     parts["evaluate"].pop("samples")
     parts["counts"] = [len(of) for of in seeds.values()]
     text = json.dumps(parts, sort_keys=True, default=str)

@@ -68,22 +68,24 @@ def gains(tables: Sequence[Row]) -> list[str]:
 
 
 def meaning(tables: Sequence[Row]) -> list[str]:
-    """One sentence on what the gains on the first set mean; `findings.REPLICATE` says what they do not mean."""
+    """One sentence on what the gains mean; `findings.REPLICATE` says what they do not mean."""
     if not tables:
         return []
-    higher, _, lower = _by_outcome(tables[0])
-    answers = f"the answers to “{tables[0]['dataset']}”"
     if tables[0]["measure"] == "reward":
         text = "the policies were trained to raise this score, so a gain shows that training worked, but not that"
         return [f"What this means: {text} the answers are better."]
-    if higher and lower:
-        text = f"training made {answers} better for {_listed(higher)} and worse for {_listed(lower)}"
-    elif higher or lower:
-        text = f"in this run, RLHF {'improved' if higher else 'worsened'} {answers}"
-    else:
-        text = f"this run shows no effect of RLHF on {answers}; an effect smaller than the intervals is possible"
-        return [f"What this means: {text}."]
-    return [f"What this means: {text}, by a measure that the policies were not trained on."]
+    changes: dict[str, list[str]] = {}
+    for part in tables:
+        higher, _, lower = _by_outcome(part)
+        if higher and lower:
+            change = "improved some policies' answers to {} and made others worse"
+        elif higher or lower:
+            change = "improved the answers to {}" if higher else "made the answers to {} worse"
+        else:
+            change = "shows no effect on the answers to {}"
+        changes.setdefault(change, []).append(f"“{part['dataset']}”")
+    text = ", and ".join(change.format(_listed(sets)) for change, sets in changes.items())
+    return [f"What this means: in this run RLHF {text}, by a measure that the policies were not trained on."]
 
 
 def _by_outcome(part: Row) -> tuple[list[str], list[str], list[str]]:

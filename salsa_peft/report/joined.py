@@ -1,9 +1,10 @@
-"""Report on several runs: win rates by model and set of questions (paper, Table 1).
+"""Report on several runs: win rates by model and set of questions (paper, Table 1), and what replicates found together.
 
-Runs that differ only in their training seeds form one group. Win rates are by the run's judge, or without a judge by its
-headline measure; a group with several judges has several rows. A group has one rate over its runs and their questions
-(`judge_statistics.over_seeds`). P-values are over questions, with Holm's correction over the cells of a column. Details
-of a run are in its own report.
+Runs that differ only in their training seeds form one group: they are replicates. Win rates are by the run's judge, or
+without a judge by its headline measure; a group with several judges has several rows. A group whose runs share their
+questions has one rate over runs and questions (`judge_statistics.over_seeds`), and its p-values are over questions. If
+each run has questions of its own (toy data of another seed), rate and p-value are over runs: a t-interval and a t-test of
+the runs' rates. P-values have Holm's correction over the cells of a column. Details of a run are in its own report.
 """
 
 import os
@@ -11,25 +12,20 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from salsa_peft.evaluation.judge_statistics import NET, Judgment, counts, over_seeds, seeds_warning
+from salsa_peft.evaluation.judge_statistics import NET, Judgment, OverSeeds, counts, over_seeds, seeds_warning
 from salsa_peft.report import findings, judge_tables, paper, plots, style
 from salsa_peft.report.format import Row, finite
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.page import write_pages
+from salsa_peft.report.replicates.runs import Run
+from salsa_peft.report.replicates.table import as_markdown, over_replicates
 from salsa_peft.report.style import MEASURES, Panel
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.statistics import holm, sign_flip_test
-
-
-class Run(NamedTuple):
-    """A finished run and its folder."""
-
-    report: ReportInput
-    folder: Path
+from salsa_peft.utils.statistics import holm, mean_interval, sign_flip_test, t_test
 
 
 def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
@@ -48,14 +44,17 @@ def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
         "warnings": _warnings(groups, rows),
         "runs": [_run(run, name, folder) for name, of in groups for run in of],
         "scores": [one for _, of in groups for run in of for one in _scores(run)],
+        "replicates": [_over_replicates(name, of) for name, of in groups if len(of) > 1],
     }
     keys = ("model", "dataset", "by")
     cells = [{key: row[key] for key in keys} | cell for row in rows for cell in row["cells"].values()]
     context = {
         **summary,
         "title": " · ".join(name for name, _ in groups),
+        "scores": [one for _, of in groups if len(of) == 1 for one in _scores(of[0])],  # of replicates: their means
         "rows": rows,
         "pairs": pairs,
+        "as_markdown": as_markdown,
         "paper": any(cell["paper"] for cell in cells),
     }
     return write_pages(folder, "joined", context, {"pairs": _draw(rows, pairs)}, finite({**summary, "cells": cells}))
@@ -68,7 +67,8 @@ def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """
     found: dict[tuple[str, str | None], list[Run]] = {}
     for run in runs:
-        same = found.setdefault((run.report.replicate_of, run.report.fingerprint), [])
+        base = None if run.report.toy else run.report.fingerprint
+        same = found.setdefault((run.report.replicate_of, base), [])
         for other in same:
             require(
                 other.report.training_seeds != run.report.training_seeds,
@@ -143,16 +143,26 @@ def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] |
     if not judged:
         nothing = dict.fromkeys(("adjusted_win_rate", "low", "high", "spread", "paper"))
         return {**cell, "rates": [], "p_value": 1.0, **nothing}
+    beside = paper.beside(runs[0].report.base, dataset, a, b)
+    cell |= {"paper": None if beside is None else beside.adjusted_rate()}
+    if len({_questions(run.report, dataset) for run in runs}) > 1:
+        rates = [over_seeds([rows]).adjusted_win_rate for rows in judged]
+        over_runs, spread = mean_interval(rates), float(np.std(rates, ddof=1)) if len(rates) > 1 else None
+        return {
+            **cell,
+            **asdict(OverSeeds(over_runs.mean, over_runs.low, over_runs.high, rates, spread)),
+            "p_value": t_test(rates, 0.5),
+        }
     nets = Counter[Hashable]()
     for row in (row for rows in judged for row in rows if row.winner != "missing"):
         nets[row.question] += NET[row.winner]
-    beside = paper.beside(runs[0].report.base, dataset, a, b)
-    return {
-        **cell,
-        **asdict(over_seeds(judged)),
-        "p_value": sign_flip_test(np.array(list(nets.values()))),
-        "paper": None if beside is None else beside.adjusted_rate(),
-    }
+    return {**cell, **asdict(over_seeds(judged)), "p_value": sign_flip_test(np.array(list(nets.values())))}
+
+
+def _questions(run: ReportInput, dataset: str) -> tuple[str, ...]:
+    """The prompts of a set of questions, in order."""
+    found = {(row["index"], row["turn"]): str(row["prompt"]) for row in run.answers if row["dataset"] == dataset}
+    return tuple(found[place] for place in sorted(found))
 
 
 def _judgments(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]:
@@ -176,6 +186,11 @@ def finding(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
             " cells."
         )
     return sentences
+
+
+def _over_replicates(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+    pairs = {dataset: _pairs(runs, dataset) for dataset in _datasets(runs[0].report)}
+    return {"name": name, **over_replicates([run.report for run in runs], pairs)}
 
 
 def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row]) -> list[str]:

@@ -317,7 +317,7 @@ def _ablations(run: ReportInput, styles: Styles) -> list[Panel]:
 def draw_landscape(landscape: Row, styles: Styles) -> list[Panel]:
     """Panels of the landscape: lines and control lines of each measure, on one scale, then the planes."""
     drawn, planes = [], []
-    lines = [one for one in landscape["lines"] if one["kind"] != "shrunk"]
+    lines = [one for one in landscape["lines"] if one["kind"] == "line"]
     shrunk = [one for one in landscape["lines"] if one["kind"] == "shrunk"]
     for measure in landscape["measures"]:
         title = MEASURES.get(measure, measure).capitalize()

@@ -7,6 +7,7 @@ is computed again from the members' files, one tensor at a time. Greedy and lear
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -112,11 +113,21 @@ class LiveCheckpoints:
     def set(self, weights: Sequence[float]) -> None:
         """Set every parameter to the members' weighted mean, summed in float32 and rounded once."""
         for name, parameter in self.parameters.items():
-            total = torch.zeros(parameter.shape, device=parameter.device)
-            for member, weight in zip(self.members, weights, strict=True):
-                if weight:
-                    total.add_(member.read(name).to(parameter.device).float(), alpha=weight)
-            parameter.copy_(total)
+            parameter.copy_(self._weighted_sum(name, parameter, weights))
+
+    @torch.no_grad()
+    def norm(self, weights: Sequence[float]) -> float:
+        """‖Σ w_i θ_i‖ over all parameters, such as the distance of two members with the weights 1 and −1."""
+        sums = (self._weighted_sum(name, parameter, weights) for name, parameter in self.parameters.items())
+        return math.sqrt(sum(float(total.double().square().sum()) for total in sums))
+
+    def _weighted_sum(self, name: str, parameter: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+        """Σ w_i θ_i of one parameter, in float32."""
+        total = torch.zeros(parameter.shape, device=parameter.device)
+        for member, weight in zip(self.members, weights, strict=True):
+            if weight:
+                total.add_(member.read(name).to(parameter.device).float(), alpha=weight)
+        return total
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:
         """Context that does nothing, because the mean is in the model's own parameters."""

@@ -49,6 +49,7 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
     named = [(f"policies.{name}.reference", policy.reference) for name, policy in recipe.policies.items()]
     models = enumerate(recipe.evaluate.models)
     named += [(f"evaluate.models[{index}]", model) for index, model in models if model not in recipe.policies]
+    named += [(f"evaluate.controls.{name}", control) for name, control in recipe.evaluate.controls.items()]
     for where, value in named:
         for reference in parse_reference(where, value):
             if reference.path is not None:

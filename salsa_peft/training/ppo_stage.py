@@ -12,6 +12,7 @@ from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.data import datasets
 from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import resolve_dtype
+from salsa_peft.models.rewards.quality import between_prompt_share
 from salsa_peft.models.rewards.reward import recipe_reward
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, seed_folders
 from salsa_peft.models.weights import cast_weights
@@ -99,6 +100,7 @@ def run(job: Job) -> dict[str, Any]:
         eval_dataset=evaluation_prompts(job),
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
+    trainer.guards.between_prompt_share = between_prompt_share(job.inputs)
     trainer.how_to_resume = "the same command continues from it"
     trainer.checkpoints.remedy = checkpoints.start_again(job.unit.id)
     remove_printer(trainer)

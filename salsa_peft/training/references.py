@@ -1,7 +1,8 @@
 """References of the KL term: adapters on the policy's base, the base itself, or separate models.
 
 A recipe's reference is `base`, a `path`, or the base plus a weighted sum of the seeds' deltas: a seed, the soup, or
-`shrunk`, which is one seed with a weight below 1. Adapters share one copy of the base; each reference with full weights
+`shrunk`, which is one seed with a weight below 1. With `norm_of` the sum is scaled to the norm of another model's
+delta: a soup to a seed's norm (`stretched`), or a seed to the soup's. Adapters share one copy of the base; each reference with full weights
 is a separate model. training/ppo/rollout.py computes the references' log-probs and the KL to them.
 
 With `offload: frozen`, separate models of references and rewards stay in CPU memory and move to the device, one at a
@@ -32,6 +33,7 @@ from salsa_peft.models.stage_context import StageContext, reference_folder, seed
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
 
@@ -59,23 +61,53 @@ def attach_reference(
 
     seeds: position in sft.seeds → adapter folder. soup: the soup stage's folder.
     """
+    require(
+        soup is not None or not reference.reads_soup,
+        "reference soup: the result of the soup stage is missing. Run that stage first",
+    )
+    members, weights = members_of(reference, seeds, soup)
     if reference.sync_every is not None:  # seed-0, which has weight 0, adds only the policy's rank
-        members = [Path(str(soup))] if reference.soup else [seeds[member] for member in reference.members]
-        weights = [1.0] if reference.soup else reference.weights
         StackedAdapter.load([*members, seeds[0]]).attach(model, name, [*weights, 0.0])
         return FrozenReference(reference.label, name, None, reference.sync_every, reference.mixup_alpha)
-    if reference.soup:
-        require(soup is not None, "reference soup: the result of the soup stage is missing. Run that stage first")
-        lora.attach(model, Path(str(soup)), name)
+    if reference.norm_of is not None:
+        stacked, other = StackedAdapter.load(members), StackedAdapter.load([norm_folder(reference, seeds, soup)])
+        scale = norm_ratio(reference, other.norm([1.0]), stacked.norm(weights))
+        stacked.attach(model, name, [scale * weight for weight in weights])
+    elif reference.soup:
+        lora.attach(model, members[0], name)
     elif reference.path is not None:
         lora.attach(model, lora.adapter_folder(reference.path), name)
     elif not reference.members:
         return FrozenReference(reference.label, None)
-    elif reference.weights == [1.0]:
-        lora.attach(model, seeds[reference.members[0]], name)
+    elif weights == [1.0]:
+        lora.attach(model, members[0], name)
     else:
-        StackedAdapter.load([seeds[member] for member in reference.members]).attach(model, name, reference.weights)
+        StackedAdapter.load(members).attach(model, name, weights)
     return FrozenReference(reference.label, name)
+
+
+def members_of(reference: Reference, seeds: Mapping[int, Path], soup: Path | None) -> tuple[list[Path], list[float]]:
+    """The folders whose deltas a reference sums, and their weights; none for `base` and a `path`."""
+    if reference.soup:
+        return [Path(str(soup))], [1.0]
+    return [seeds[member] for member in reference.members], list(reference.weights)
+
+
+def norm_folder(reference: Reference, seeds: Mapping[int, Path], soup: Path | None) -> Path:
+    """The folder of the model that `norm_of` names, which is "soup" or seed-N."""
+    name = str(reference.norm_of)
+    return Path(str(soup)) if name == "soup" else seeds[int(name.removeprefix("seed-"))]
+
+
+def norm_ratio(reference: Reference, wanted: float, own: float) -> float:
+    """Scale with which a delta of norm `own` gets the norm `wanted`; it is printed. Raises SalsaError for norm 0."""
+    require(
+        own > 0,
+        f"reference {reference.label}: its delta is 0, so it cannot be scaled to the norm of {reference.norm_of}; use"
+        " seeds that were trained",
+    )
+    say(f"reference {reference.label}: scaled by {wanted / own:.4g}")
+    return wanted / own
 
 
 def load_reference(
@@ -85,17 +117,22 @@ def load_reference(
 
     Such a reference is base + Σ w δ = (1 − Σ w) θ_base + Σ w θ. Raises SalsaError for a checkpoint that does not fit.
     """
-    weights = [1.0]
-    if reference.soup:
-        folders = [inputs["soup"]]
-    elif reference.path is not None:
-        folders = [reference_folder(context.recipe, reference.path)]
-    else:
-        seeds, weights = seed_folders(inputs), list(reference.weights)
-        folders = [seeds[member] for member in reference.members]
-        rest = 1 - math.fsum(weights)
-        if abs(rest) > 1e-9:
-            folders, weights = [*folders, context.folder], [*weights, rest]
+    seeds, soup = seed_folders(inputs), inputs.get("soup")
+    folders, weights = members_of(reference, seeds, soup)
+    if reference.path is not None:
+        folders, weights = [reference_folder(context.recipe, reference.path)], [1.0]
+    if reference.norm_of is not None:
+        other = norm_folder(reference, seeds, soup)
+        live = LiveCheckpoints(model, [read_checkpoint(folder) for folder in (*folders, other, context.folder)])
+        zeros = [0.0] * len(folders)
+        own = live.norm([*weights, 0.0, -math.fsum(weights)])
+        scale = norm_ratio(reference, live.norm([*zeros, 1.0, -1.0]), own)
+        weights = [scale * weight for weight in weights]
+        live.set([*weights, 0.0, 1 - math.fsum(weights)])
+        return
+    rest = 1 - math.fsum(weights)
+    if abs(rest) > 1e-9:
+        folders, weights = [*folders, context.folder], [*weights, rest]
     LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders]).set(weights)
 
 

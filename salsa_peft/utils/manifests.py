@@ -1,6 +1,7 @@
 """The manifest.json of a result: reading it, and checking files against their size and SHA-256."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from salsa_peft.utils.fingerprints import canonical_json, sha256
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 """The libraries, besides salsa-peft itself, whose versions are in reports and in most cache keys."""
 MANIFEST = "manifest.json"
+REPLICATE = re.compile(r"replicate-(0|[1-9]\d*)")
+"""Name of the folder of a run's replicate."""
 
 
 def versions(libraries: Iterable[str] = LIBRARIES) -> dict[str, str]:
@@ -67,6 +70,17 @@ def latest_report(run: Path) -> Path | None:
     """The folder of the most recent finished report; None if there is no finished report."""
     there = [path for path in run.glob(f"report/*/{MANIFEST}") if read_manifest(path.parent) is not None]
     return max(there, key=lambda path: path.stat().st_mtime_ns).parent if there else None
+
+
+def replicate_folder(run: Path, number: int) -> Path:
+    """The folder of one replicate of a run."""
+    return run / f"replicate-{number}"
+
+
+def replicate_folders(run: Path) -> list[Path]:
+    """The folders of a run's replicates that have been begun, by number; [] for a run without replicates."""
+    found = {int(match[1]): path for path in run.glob("replicate-*") if (match := REPLICATE.fullmatch(path.name))}
+    return [found[number] for number in sorted(found)]
 
 
 def finished_results(run: Path) -> dict[str, Path]:

@@ -66,9 +66,10 @@ def one_line(message: object) -> str:
 
 
 def did_you_mean(found: str, known: list[str], what: str = "known keys") -> str:
-    """Suggestion of the known name nearest to `found`, or else a list of all known names."""
+    """Suggestion of the known name nearest to `found`, or else a list of all known names or of the 30 nearest."""
     close = difflib.get_close_matches(found, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"{what}: {', '.join(known) or 'none'}"
+    names = known if len(known) <= 30 else difflib.get_close_matches(found, known, n=len(known), cutoff=0.0)
+    return f"did you mean {close[0]}?" if close else f"{what}: {listed(names, 30) or 'none'}"
 
 
 def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:

@@ -176,6 +176,18 @@ def sign_flip_test(nets: np.ndarray) -> float:
     return min(1.0, float(chances[far].sum()))
 
 
+def t_test(values: Sequence[float], mean: float) -> float:
+    """P-value of the two-sided one-sample t-test of a mean; 1 for a single value, and for values that all equal it.
+
+    For equal values other than `mean` it is 0.
+    """
+    from scipy.stats import ttest_1samp
+
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(len(values) < 2 or values[0] == mean)
+    return float(ttest_1samp(values, mean).pvalue)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values with Holm's (1979) step-down correction, in the order given.
 

@@ -75,7 +75,7 @@ def run(model: str, arm: str, replicate: int, tokens: int, updates: int) -> dict
     tokenizer = AutoTokenizer.from_pretrained(model)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
-    from_zero = mock.patch.object(RolloutMaker, "_start_value_head", lambda _, values, *__: values)
+    from_zero = mock.patch.object(RolloutMaker, "_start_value_bias", lambda _, values, *__: values)
     with tempfile.TemporaryDirectory() as folder, from_zero if "from 0" in arm else contextlib.nullcontext():
         config = SalsaPPOConfig(
             output_dir=folder, seed=replicate, learning_rate=1e-3, batch_size=64, num_mini_batches=2, num_ppo_epochs=2,

@@ -165,7 +165,7 @@ REFUSED = [
     ),
     (
         "policies.a.reference={shrunk: {seed: 0}}",
-        ["policies.a.reference.shrunk: scale must be a number such as 0.6, but the value is {'seed': 0}"],
+        ["policies.a.reference.shrunk: scale must be a number such as 0.6, or soup-norm, but the value is {'seed': 0}"],
     ),
     (
         "policies.a.reference={shrunk: {seed: 5, scale: 0.6}}",
@@ -178,7 +178,7 @@ REFUSED = [
     (
         "policies.a.reference=a b",
         [
-            "policies.a.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'a b'"
+            "policies.a.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, {stretched: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'a b'"
         ],
     ),
     ("policies.soup.reference=base", ["policies.soup: is the name of another model of the run; rename the policy"]),
@@ -746,7 +746,7 @@ def test_max_steps_of_ppo_are_whole_updates(load):
         ),
         (
             "policies.a25={reference: soups}",
-            "policies.a25.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'soups'; did you mean soup?",
+            "policies.a25.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, {stretched: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'soups'; did you mean soup?",
         ),
     ],
 )

@@ -117,6 +117,54 @@ def test_drawn_answers_are_right_and_damage_is_not() -> None:
     assert {0 <= score <= 1 for score in damaged} == {True}
 
 
+SOME = Toy(**{**vars(TINY), "operations": ["some", "copy"]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("wren crow axe drill", 1.0),
+        ("wren crow axe drill finch rake", 1.0),  # more are not worth more
+        ("wren crow", 0.5),
+        ("wren wren crow axe", 0.75),  # the second wren was given before
+        ("owl crow axe drill", 0.75),  # the prompt's own word
+        ("wren crow axe drill tin", 0.8),
+        ("", 0.0),
+    ],
+)
+def test_gold_of_an_answer_of_free_length(answer: str, expected: float) -> None:
+    assert gold(["some owl saw"], [answer]) == [pytest.approx(expected)]
+
+
+def test_free_length_in_a_world(tmp_path: Path) -> None:
+    """Only where a recipe asks for it: other worlds have neither its prompts nor its word."""
+    rng = random.Random(0)
+    prompts = [language.draw_prompt(rng, language.LENGTHS_IN, ("some",)) for _ in range(200)]
+    assert {len(prompt.split()) for prompt in prompts} == {3, 4}
+    assert {len(language.draw_prompt(rng, language.LENGTHS_OUT, ("some",)).split()) for _ in range(50)} == {5}
+    answers = [language.draw_answer(rng, prompt) for prompt in prompts]
+    assert {len(answer) for answer in answers} == {2, 3, 4, 5, 6}
+    scores = gold(prompts, [" ".join(answer) for answer in answers])
+    enough = [language.parse(prompt).enough for prompt in prompts]
+    assert set(enough) == {3, 4}, "a prompt of three words of one category leaves three"
+    assert scores == [min(1.0, len(answer) / least) for answer, least in zip(answers, enough, strict=True) if least]
+    toy.build(SOME, tmp_path, silent)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert tokenizer.convert_tokens_to_ids("some") == len(language.VOCABULARY) == len(tokenizer) - 1
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").config.vocab_size == len(tokenizer)
+    for name in ("prompts", "eval_in", "eval_out", "preferences"):
+        asked = [row["prompt"][0]["content"] for row in rows(tmp_path, name)]
+        assert {prompt.split()[0] for prompt in asked} == {"some", "copy"}
+    assert "some" not in language.VOCABULARY and len(toy.make_tokenizer()) == len(language.VOCABULARY)
+
+
+def test_more_evaluation_prompts_than_there_are() -> None:
+    with pytest.raises(
+        SalsaError, match=r"toy.eval_prompts: the operations repeat have only \d\d different evaluation"
+    ):
+        language.draw_prompts(random.Random(0), 200, language.LENGTHS_IN, 0, True, ("repeat",))
+
+
 def test_tokenizer_round_trip_after_loading(world: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]

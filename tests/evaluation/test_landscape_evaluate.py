@@ -20,6 +20,7 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.responses import Responses
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.utils.errors import SalsaError
 
 
 class TestPlane:
@@ -66,6 +67,23 @@ class TestPoints:
         assert found["plane"]["members"] == ["seed-2", "seed-0", "seed-1"]
         weights = [weights for _, weights in found["plane"]["points"]]
         assert [tuple(w[m] for m in (2, 0, 1)) for w in weights] == landscape.plane_weights(3)
+
+    def test_controls_of_the_same_norm(self) -> None:
+        """The seed with the midpoint's norm stands among the control's points, the stretched midpoint on its own line."""
+        section = Landscape(line=[2, 0], scales=[0.0, 0.6, 0.8], norm_controls=True)
+        figures, norms = landscape.points(section), {(2, 1.0): 4.0, (2, 0.5): 3.0}
+        landscape.add_norm_controls(figures, section, lambda weights: norms[next(iter(weights.items()))])
+        assert figures["shrunk"]["points"] == [(0.0, {2: 0.0}), (0.6, {2: 0.6}), (0.75, {2: 0.75}), (0.8, {2: 0.8})]
+        assert figures["shrunk"]["soup_norm"] == 0.75
+        assert figures["stretched"]["points"] == [(4 / 3, {2: 2 / 3, 0: 2 / 3})]
+        alone = landscape.points(Landscape(line=[2, 0], scales=[], norm_controls=True))
+        landscape.add_norm_controls(alone, section, lambda weights: norms[next(iter(weights.items()))])
+        assert alone["shrunk"]["points"] == [(0.75, {2: 0.75})] and alone["shrunk"]["ends"] == ["base", "seed-2"]
+        with pytest.raises(SalsaError, match="the delta of seed-2 or of the midpoint is 0"):
+            landscape.add_norm_controls(figures, section, lambda weights: 0.0)
+        plane: dict[str, Any] = {}
+        landscape.add_norm_controls(plane, Landscape(line=None, norm_controls=True), lambda weights: 1.0)
+        assert plane == {}
 
     def test_what_is_not_asked_for_is_left_out(self) -> None:
         assert landscape.points(Landscape(line=None)) == {}

@@ -16,7 +16,7 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.models.base import causal_lm
 from salsa_peft.recipe import processes
 from salsa_peft.recipe.__main__ import main as salsa_run
-from salsa_peft.recipe.hardware import halve_batches
+from salsa_peft.recipe.estimates.hardware import halve_batches
 from salsa_peft.training.ppo.backends import CompiledHF
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.utils.errors import SalsaError

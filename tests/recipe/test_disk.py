@@ -15,10 +15,9 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.architectures.memory import GIB
 from salsa_peft.recipe import cache as runs
-from salsa_peft.recipe import hardware
 from salsa_peft.recipe import run as recipe
 from salsa_peft.recipe.__main__ import main as salsa_run
-from salsa_peft.recipe.estimates import disk
+from salsa_peft.recipe.estimates import disk, hardware
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
 STAGES = ("toy", "data", "sft", "reward", "reward_quality", "soup", "ppo", "dpo")

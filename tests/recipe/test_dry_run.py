@@ -7,9 +7,9 @@ from paper_models import paper
 
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.memory import GIB, estimate
-from salsa_peft.recipe import hardware
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.dry_run import advice
+from salsa_peft.recipe.estimates import hardware
 
 ONE = ("ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8")
 TWO = ("num_processes=2", "ppo.batch_size=36", "ppo.micro_batch_size=18", "sft.batch_size=36", "sft.micro_batch_size=9")

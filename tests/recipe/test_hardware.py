@@ -14,9 +14,9 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.memory import GIB, Estimate, estimate
 from salsa_peft.recipe import cache as runs
-from salsa_peft.recipe import hardware
 from salsa_peft.recipe import run as recipe
 from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.recipe.estimates import hardware
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -13,11 +13,10 @@ from salsa_peft.config.job import Unit
 from salsa_peft.config.schema import Recipe
 from salsa_peft.evaluation.landscape import plane_weights
 from salsa_peft.models.architectures.work import Costs, Work
-from salsa_peft.recipe import hardware
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.cache import PlannedUnit
-from salsa_peft.recipe.estimates import hours
-from salsa_peft.recipe.hardware import GPUS, Gpu, Speed
+from salsa_peft.recipe.estimates import hardware, hours
+from salsa_peft.recipe.estimates.hardware import GPUS, Gpu, Speed
 
 N = 6_738_415_616 - 32_000 * 4096  # Llama-2-7B without its input embeddings
 A = 39_976_960  # an adapter of rank 16 on all linear layers

@@ -22,8 +22,9 @@ from small_recipe import read, unit
 
 from salsa_peft.config import job as runs
 from salsa_peft.config.load import load_recipe
-from salsa_peft.recipe import hardware, processes
+from salsa_peft.recipe import processes
 from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.recipe.estimates import hardware
 from salsa_peft.utils.errors import SalsaError
 
 RECIPE = """

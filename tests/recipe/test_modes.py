@@ -84,8 +84,26 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     ):  # fmt: skip
         load_reference(model, parse_reference("reference", said)[0], context, inputs)
         check(weights)
-    model, adapter, move = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
+
+    def norm(weights: list[float]) -> float:
+        sums = (
+            sum(w * (seed[name] - origin[name]).double() for w, seed in zip(weights, seeds, strict=True))
+            for name in origin
+        )
+        return sum(float(total.square().sum()) for total in sums) ** 0.5
+
+    mixed = norm([0.0, 1.0]) / norm([0.25, 0.75])
+    for said, weights in (  # the soup's folder holds seed-1
+        ({"shrunk": {"seed": 0, "scale": "soup-norm"}}, [norm([0.0, 1.0]) / norm([1.0, 0.0]), 0.0]),
+        ({"stretched": {}}, [0.0, norm([1.0, 0.0]) / norm([0.0, 1.0])]),
+        ({"stretched": {"soup": {"weights": [0.25, 0.75]}, "seed": 1}}, [0.25 * mixed, 0.75 * mixed]),
+    ):  # fmt: skip
+        load_reference(model, parse_reference("reference", said)[0], context, inputs)
+        check(weights)
+    model, adapter, move, measure = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
     assert adapter is None
+    assert measure([0.5, 0.5]) == pytest.approx(norm([0.5, 0.5]), rel=1e-5)
+    assert measure([1.0, 0.0]) == pytest.approx(norm([1.0, 0.0]), rel=1e-5)
     for weights in ([0.6, 0.0], [-0.5, 1.5], [0.5, 0.5]):
         move(weights)
         check(weights)

@@ -82,8 +82,8 @@ def test_a_policy_is_compared_with_the_plain_one_of_its_algorithm(run: ReportInp
         ({"a": UP, "b": UP}, "2 of 2 policies scored higher than seed-0, where training started.", "RLHF improved"),
         ({"a": UP, "b": SAME}, "1 of 2 policies scored higher than seed-0, where training started; not distinguishable from it: b.", "RLHF improved"),
         ({"a": SAME, "b": SAME}, "0 of 2 policies scored higher than seed-0, where training started; not distinguishable from it: a and b.", "shows no effect"),
-        ({"a": DOWN, "b": SAME, "c": DOWN}, "0 of 3 policies scored higher than seed-0, where training started; not distinguishable from it: b; lower: a and c.", "RLHF worsened"),
-        ({"a": UP, "b": DOWN}, "1 of 2 policies scored higher than seed-0, where training started; lower: b.", "better for a and worse for b"),
+        ({"a": DOWN, "b": SAME, "c": DOWN}, "0 of 3 policies scored higher than seed-0, where training started; not distinguishable from it: b; lower: a and c.", "RLHF made the answers to “in” worse"),
+        ({"a": UP, "b": DOWN}, "1 of 2 policies scored higher than seed-0, where training started; lower: b.", "RLHF improved some policies' answers to “in” and made others worse"),
     ],
 )  # fmt: skip
 def test_the_sentences_follow_the_intervals(given: dict[str, Any], gain: str, means: str) -> None:
@@ -93,6 +93,14 @@ def test_the_sentences_follow_the_intervals(given: dict[str, Any], gain: str, me
     (trained,) = headline.meaning([{**part(**given), "measure": "reward"}])
     assert "not that the answers are better" in trained and "RLHF" not in trained
     assert headline.gains([]) == headline.meaning([]) == []
+
+
+def test_the_meaning_is_one_sentence_for_all_sets() -> None:
+    other = {**part(a=SAME), "dataset": "out"}
+    (both,) = headline.meaning([part(a=UP), {**part(a=UP), "dataset": "out"}])
+    assert "RLHF improved the answers to “in” and “out”, by" in both
+    (mixed,) = headline.meaning([part(a=UP), other])
+    assert "RLHF improved the answers to “in”, and shows no effect on the answers to “out”, by" in mixed
 
 
 def test_html_markdown_summary_and_terminal_say_the_same(run: ReportInput, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from salsa_peft.report.joined import Run, replicates, table, write_joined
 from salsa_peft.report.judge_tables import judgments_of
 from salsa_peft.utils import manifests as runs_of
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.statistics import holm, sign_flip_test
+from salsa_peft.utils.statistics import holm, mean_interval, sign_flip_test, t_test
 
 import numpy as np  # isort: skip
 
@@ -87,6 +87,32 @@ def test_a_groups_rate_is_over_its_runs_and_questions(runs: list[Run]) -> None:
     assert cell["p_value"] == sign_flip_test(np.array(list(nets.values())))
     column = [row["cells"][PAIR] for row in rows]
     assert [one["p_holm"] for one in column] == holm([one["p_value"] for one in column])
+
+
+def test_runs_with_questions_of_their_own_are_compared_run_by_run(runs: list[Run]) -> None:
+    """Worlds of other seeds share no question: the interval and the test are over the runs' rates."""
+    own = [
+        Run(
+            replace(
+                run.report, answers=[{**row, "prompt": f"{number}: {row['prompt']}"} for row in run.report.answers]
+            ),
+            run.folder,
+        )
+        for number, run in enumerate(runs[:2])
+    ]
+    shared, apart = (table(replicates(of))[0]["cells"][PAIR] for of in (runs[:2], own))
+    rates = [over_seeds([judgments_of(run.report, "in", *PAIR, "reward")]).adjusted_win_rate for run in own]
+    found = mean_interval(rates)
+    assert (apart["adjusted_win_rate"], apart["low"], apart["high"]) == (found.mean, found.low, found.high)
+    assert apart["rates"] == rates and apart["p_value"] == t_test(rates, 0.5)
+    assert (shared["low"], shared["high"]) != (apart["low"], apart["high"]) and shared["wins"] == apart["wins"]
+
+
+def test_a_base_that_each_run_makes_is_no_other_recipe(runs: list[Run]) -> None:
+    made_here = [
+        Run(replace(run.report, toy=True, fingerprint=f"base {n}"), run.folder) for n, run in enumerate(runs[:2])
+    ]
+    assert [len(of) for _, of in replicates(made_here)] == [2]
 
 
 def test_the_page(runs: list[Run], tmp_path: Path) -> None:
@@ -235,17 +261,24 @@ def test_identity(tmp_path: Path) -> None:
         return identity(load_recipe(str(tmp_path / "r.yaml"), lora="lora", overrides=list(words)).recipe)
 
     plain, seeds = of()
-    assert seeds == "sft 0, 1; reward 0; ppo 0"
-    assert of("sft.seeds=[2, 3]", "ppo.seed=4", "name=other", "threads=1", "evaluate.samples=3") == (
-        plain,
-        "sft 2, 3; reward 0; ppo 4",
+    assert seeds == "sft 0, 1; reward 0; ppo 0; toy 0"
+    words = (
+        "sft.seeds=[2, 3]",
+        "ppo.seed=4",
+        "toy.seed=1",
+        "dpo.seed=7",
+        "name=other",
+        "threads=1",
+        "evaluate.samples=3",
+        "replicates=2",
     )
+    assert of(*words) == (plain, "sft 2, 3; reward 0; ppo 4; toy 1")
     for word in (
         "sft.seeds=[0, 1, 2]",
         "ppo.learning_rate=1e-5",
         "evaluate.seed=1",
         "policies.salsa.kl_coef=0.5",
-        "toy.seed=1",
+        "toy.demonstrations=100",
     ):
         assert of(word)[0] != plain
 

@@ -119,29 +119,34 @@ def test_summary_has_every_number_and_no_nan(written: tuple[ReportInput, Path, d
 
 
 def compared(mean: float, low: float, high: float, n: int = 96, b: str = "ppo") -> str:
-    """The first sentence on SALSA − b, given the difference."""
+    """The sentence on SALSA − b, given the difference on the first set; on the second it is +0.2 [+0.1, +0.3]."""
     run = synthetic(n=4)
-    for pair in run.evaluation["datasets"]["in"]["pairs"]:
-        if (pair["a"], pair["b"], pair["measure"]) == ("salsa", b, "gold"):
-            pair["difference"] = {"mean": mean, "low": low, "high": high, "n": n}
+    for dataset, data in run.evaluation["datasets"].items():
+        for pair in data["pairs"]:
+            if (pair["a"], pair["b"], pair["measure"]) == ("salsa", b, "gold"):
+                given = {"mean": mean, "low": low, "high": high, "n": n}
+                pair["difference"] = given if dataset == "in" else {"mean": 0.2, "low": 0.1, "high": 0.3, "n": 96}
     lines, _ = findings.finding(
         run.evaluation, run.landscape, findings.comparisons(run.evaluation, run.answers, run.policies), run.policies
     )
-    return next(line for line in lines if "salsa scored" in line and f"against {b}’s" in line)
+    return next(line for line in lines if line.startswith(f"salsa − {b}"))
 
 
 def test_the_words_follow_the_interval() -> None:
-    assert "+0.031 [−0.010, +0.072], not distinguishable from 0" in compared(0.031, -0.010, 0.072)
-    assert "salsa is higher" in compared(0.031, 0.010, 0.052)
-    assert "ppo is higher" in compared(-0.031, -0.052, -0.010)
+    assert (
+        compared(0.031, -0.010, 0.072)
+        == "salsa − ppo: +0.031 [−0.010, +0.072] on “in”, not distinguishable from 0 on these prompts; +0.200 [+0.100, +0.300] on “out”, salsa is higher on these prompts."
+    )
+    assert "“in”, salsa is higher" in compared(0.031, 0.010, 0.052)
+    assert "“in”, ppo is higher" in compared(-0.031, -0.052, -0.010)
     assert "nothing to conclude" in compared(0.5, 0.5, 0.5, n=1)
 
 
 def test_the_control_is_spoken_of_however_it_comes_out() -> None:
-    assert "not distinguishable from salsa here, so this run is no evidence" in compared(
-        -0.004, -0.02, 0.012, b="shrunk"
-    )
-    assert "scored higher, so this run is no evidence" in compared(-0.04, -0.06, -0.02, b="shrunk")
+    for given in ((-0.004, -0.02, 0.012), (0.004, -0.012, 0.02), (-0.04, -0.06, -0.02)):
+        line = compared(*given, b="shrunk")
+        assert line.startswith("salsa − shrunk, a control without averaging: ")
+        assert line.endswith("; this is no evidence on “in” that averaging helps.")
     better = compared(0.04, 0.02, 0.06, b="shrunk")
     assert "control without averaging" in better
     assert "no evidence" not in better
@@ -190,7 +195,7 @@ def test_missing_pieces_leave_their_sections_out(tmp_path: Path) -> None:
     assert "Landscape" not in page.text
     assert "gold" not in page.text
     assert summary["landscape"] is None
-    assert "soup scored" in page.text
+    assert "soup − seed-0: " in page.text
     assert page.tags.count("figure") == 1 + 1 + 4 + 1
     assert "Only 12 prompts in “in”" in page.text
     assert "Only 12 prompts in “in”" in (tmp_path / "one" / "report.md").read_text("utf-8")

@@ -50,6 +50,7 @@ def run(job: Job) -> dict[str, Any]:
     write_atomic(job.folder / "deeper" / "more.bin", b"1234")
     if job.unit.stage == "report":
         write_atomic(job.folder / "report.html", result)
+        write_atomic(job.folder / "summary.json", "{}")
     action = json.loads(job.recipe.description or "{}").get(job.unit.id)
     if action == "refuse":
         raise SalsaError("data.prompts: found nothing, expected something")

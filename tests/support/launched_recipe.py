@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from salsa_peft.config.schema import Recipe
-from salsa_peft.recipe import hardware, processes
+from salsa_peft.recipe import processes
 from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.recipe.estimates import hardware
 
 launch_command = processes.launch_command
 

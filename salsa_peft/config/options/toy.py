@@ -1,14 +1,19 @@
 """The `toy` section: sizes of the embedded world: a tiny toy model and its toy data."""
 
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import STRICT, Count, Positive, Seed, Share
 
+Operation = Literal["list", "copy", "repeat", "name", "kin", "some"]
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 """Name of each set of toy evaluation prompts, in and out of distribution → its file."""
 TOY_WORDS = {
-    "gold": "a program's grade of an answer: the share of right words, less ½ if the answer does not end. The reward model"
-    " learned from pairs of answers ranked by it; no policy is trained on it",
+    "gold": "the share of right words in an answer, computed by a program, less ½ if the answer does not end. It ranked the"
+    " answers that the reward model learned from; no policy is trained on it",
     "in": "in distribution: instructions of the lengths that training uses (answers of 2 to 4 words), none of them seen",
     "out": "out of distribution: instructions with answers of 5 or 6 words, as only the base's pre-training had",
 }
@@ -21,6 +26,10 @@ class Toy:
 
     seed: Seed = 0
     """Seed of data, initialization, pre-training and sampling."""
+    operations: Annotated[list[Operation], Field(min_length=1)] = field(
+        default_factory=lambda: ["list", "copy", "repeat", "name", "kin"]
+    )
+    """Operations of the toy language that the data uses (data/toy_language.py). Answers to `some` have a free length."""
     hidden_size: Count = 64
     """Hidden size of the base; must be a multiple of 2 · num_heads."""
     num_layers: Count = 2

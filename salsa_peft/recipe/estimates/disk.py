@@ -21,8 +21,8 @@ from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.data.check import number_of_rows
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
-from salsa_peft.recipe import hardware
 from salsa_peft.recipe.cache import Plan
+from salsa_peft.recipe.estimates import hardware
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import existing_parent, size_text
 

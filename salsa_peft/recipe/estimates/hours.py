@@ -24,7 +24,7 @@ from salsa_peft.evaluation.judges.costs import CHARACTERS, question_turns
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_base, architecture_of_recipe
 from salsa_peft.models.architectures.work import Costs, Work
 from salsa_peft.recipe.cache import Plan
-from salsa_peft.recipe.hardware import GPUS, Gpu
+from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.manifests import read_manifest
 from salsa_peft.utils.messages import duration
@@ -266,7 +266,8 @@ class _Units:
         section, prompts = self.recipe.landscape, self.recipe.evaluate.prompts
         if section is None or not prompts:
             return None
-        points = (len(section.alphas) + len(section.scales)) * (section.line is not None)
+        controls = len(section.scales) + 2 * section.norm_controls
+        points = (len(section.alphas) + controls) * (section.line is not None)
         if section.plane is not None:
             ends = section.resolution + 1
             grid = itertools.product(range(-1, ends + 1), repeat=2)
@@ -277,7 +278,7 @@ class _Units:
     def evaluate(self) -> Planned | None:
         """Answers and scores of every model."""
         section = self.recipe.evaluate
-        models = len({"seed-0", "soup", *section.models, *self.recipe.policies})
+        models = len({"seed-0", "soup", *section.models, *section.controls, *self.recipe.policies})
         asked = [question_turns(source) for source in section.prompts.values()]
         known = [turn for one in asked if one is not None for turn in one]
         return self._answers(known, models) if known and None not in asked else None

@@ -10,6 +10,7 @@ rank, alpha, rsLoRA, patterns and modules. Parameters without LoRA factors are a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,13 @@ class StackedAdapter:
                 blocks = [moments(A, B) for A, B in stack.each_block()]
                 total += torch.from_numpy(stack.gram(blocks, len(self.members)))
         return total
+
+    def norm(self, weights: Sequence[float]) -> float:
+        """Norm of the weighted delta, with all modules with LoRA as one vector."""
+        import torch
+
+        w = torch.tensor(self.check(weights), dtype=torch.float64)
+        return math.sqrt(max(float(w @ self.gram() @ w), 0.0))
 
     def attach(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
         """Add the soup to a PEFT model in memory, as a frozen, inactive float32 adapter.

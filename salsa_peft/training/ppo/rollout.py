@@ -20,6 +20,7 @@ from torch import Tensor
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, packs_rows
+from salsa_peft.models.batches import tokens_per_pass
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
 from salsa_peft.models.precision import autocast_as
@@ -112,6 +113,7 @@ class RolloutMaker:
         self.micro_batch_limit, self.scoring_limit = (
             MicroBatchLimit(rows, "rollout_batch_size", single_process=world == 1) for _ in range(2)
         )
+        self.pass_tokens = tokens_per_pass(model.policy)
         self.scale = RunningScale()
 
     def head(self, model: PreTrainedModel | None = None) -> Head:
@@ -129,6 +131,10 @@ class RolloutMaker:
         """
         args = self.args
         self.model.eval()
+        # not under DeepSpeed, whose optimizer holds its own copy of the weights
+        starts_bias = update == 1 and self.model.starts_at_zero and engine_of(self.accelerator) is None
+        if starts_bias:  # an interrupted first update has set it already
+            self.model.set_value_bias(torch.zeros((), device=self.accelerator.device))
         with gathered(self.model, self.accelerator):
             # 1. sample responses from the policy, prompts of similar length together
             responses, recorded = self.micro_batch_limit.run(lambda: self._sample(prompts, update, check), len(prompts))
@@ -149,25 +155,20 @@ class RolloutMaker:
         rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
         if args.whiten_rewards:
             rewards = losses.whiten(rewards, mask, shift_mean=False)
-        if update == 1 and values is not None and self.model.starts_at_zero:
-            values = self._start_value_head(values, rewards, mask)
+        if values is not None and starts_bias:
+            values = self._start_value_bias(values, rewards, mask)
         credit = assign_credit(rewards, values, mask, args)
         self.model.train()
         advantages = losses.whiten(credit.advantages, mask)
         rollout = Rollout(responses, logprobs, credit.values, kl, entropy, scores, advantages, credit.returns)
         return with_importance_weights(rollout, recorded[0], args) if args.corrects_sampling and recorded else rollout
 
-    def _start_value_head(self, values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-        """Set the value head's bias so that the mean value of a batch is its mean return. Returns the values (B, T).
-
-        Not under DeepSpeed, whose optimizer holds its own copy of the weights: there the values do not change.
-        """
-        if engine_of(self.accelerator) is not None:
-            return values
+    def _start_value_bias(self, values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+        """Set the value head's bias so that the mean value of a batch is its mean return. Returns the values (B, T)."""
         errors = losses.discounted_sums(rewards, self.args.gamma) - values
-        shift = torch.where(mask, errors, 0.0).sum() / mask.sum()
-        self.model.shift_values(shift)
-        return torch.where(mask, values + shift, 0.0)
+        bias = torch.where(mask, errors, 0.0).sum() / mask.sum()
+        self.model.set_value_bias(bias)
+        return torch.where(mask, values + bias, 0.0)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
         """Sample responses to prompts, with the same seeds in every call. Returns responses and scores (B,)."""
@@ -244,7 +245,7 @@ class RolloutMaker:
         """Row indices of each forward pass in which this process scores."""
         limit, packed = min(self.scoring_limit.rows, self.micro_batch_limit.rows), packs_rows(self.model.policy)
         rows, tokens = self._own_rows(sequences.lengths), self.args.micro_batch_tokens
-        return sequences.batches(rows, limit, tokens, packed=packed)
+        return sequences.batches(rows, limit, tokens, packed=packed, pass_tokens=self.pass_tokens)
 
     def _reward_scores(self, responses: Responses, sequences: Sequences, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""

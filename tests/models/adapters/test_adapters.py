@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,6 +329,22 @@ class TestSave:
         close(logits(adapters.attach(make_base(), out, "x")), logits(model))
 
 
+def norm_of(members: dict[int, Path], weights: dict[int, float]) -> float:
+    """‖Σ w δ‖ of adapters, from the factors in their files."""
+    deltas: dict[str, torch.Tensor] = {}
+    for seed, weight in weights.items():
+        config, tensors = (
+            json.loads((members[seed] / adapters.CONFIG).read_text()),
+            load_file(members[seed] / adapters.WEIGHTS),
+        )
+        scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+        for name, A in tensors.items():
+            if name.endswith("lora_A.weight"):
+                delta = tensors[name.replace("lora_A", "lora_B")].double() @ A.double()
+                deltas[name] = deltas.get(name, torch.zeros(())) + weight * scaling * delta
+    return math.sqrt(sum(float(delta.square().sum()) for delta in deltas.values()))
+
+
 class TestReferences:
     @pytest.mark.parametrize(
         ("value", "weights"),
@@ -349,6 +367,35 @@ class TestReferences:
         close(logits(model), summed({0: 1.0}))
         assert trainable(model) == before
         assert (summed(weights) - summed({0: 0.9, 1: 0.1})).abs().max() > 0.05
+
+    @pytest.mark.parametrize(
+        ("value", "weights", "other"),
+        [({"shrunk": {"seed": 1, "scale": "soup-norm"}}, {1: 1.0}, {0: 0.5, 1: 0.25, 2: 0.25}),
+         ({"stretched": {}}, {0: 0.5, 1: 0.25, 2: 0.25}, {0: 1.0}),
+         ({"stretched": {"seed": 2, "soup": {"members": [0, 1], "weights": [0.25, 0.75]}}}, {0: 0.25, 1: 0.75}, {2: 1.0})],
+    )  # fmt: skip
+    def test_a_delta_is_scaled_to_the_norm_of_another(self, make_base: Any, members: dict[int, Path], summed: Any,
+                                                      tmp_path: Path, value: Any, weights: dict[int, float],
+                                                      other: dict[int, float]) -> None:  # fmt: skip
+        """The norm over all modules of scaling · B · A, added up by hand from the files."""
+        soup(tmp_path / "soup", list(members.values()), [0.5, 0.25, 0.25])
+        scale = norm_of(members, other) / norm_of(members, weights)
+        assert abs(scale - 1) > 0.05
+        model = adapters.attach(make_base(), members[0], "policy", trainable=True)
+        before = trainable(model)
+        (reference,) = parse_reference("reference", value)
+        frozen = references.attach_reference(model, reference, members, tmp_path / "soup", "reference-0")
+        with adapters.active(model, frozen.adapter):
+            close(logits(model), summed({seed: scale * weight for seed, weight in weights.items()}))
+        close(logits(model), summed({0: 1.0}))
+        assert trainable(model) == before
+
+    def test_a_delta_of_norm_zero_has_no_scale(self, make_base: Any, members: dict[int, Path]) -> None:
+        (reference,) = parse_reference("reference", {"stretched": {"soup": {"members": [0], "weights": [1]}}})
+        reference = dataclasses.replace(reference, weights=[0.0])
+        model = adapters.attach(make_base(), members[0], "policy")
+        with pytest.raises(SalsaError, match="its delta is 0, so it cannot be scaled to the norm of seed-0"):
+            references.attach_reference(model, reference, members, None, "x")
 
     def test_a_soup_that_is_not_there(self, make_base: Any, members: dict[int, Path]) -> None:
         model = adapters.attach(make_base(), members[0], "policy")

@@ -47,7 +47,7 @@ def test_the_same_loss_and_its_gradient_by_the_chain_rule(make_both: Any) -> Non
     """W = W₀ + s·B·A: dL/dB = s · dL/dW · Aᵀ and dL/dA = s · Bᵀ · dL/dW for each layer; the value head's are equal. Old log-probs
     and values are moved away, so that both clips bind."""
     lora, full = make_both(["soup"])
-    rollout = roll_out(lora)
+    rollout, _ = roll_out(lora), roll_out(full)  # each sets its value head's bias
     noise = 0.4 * torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(0))
     rollout = rollout._replace(logprobs=rollout.logprobs + noise, values=rollout.values + noise)
     tokens, rows = int(rollout.responses.lengths.sum()), torch.arange(8)

@@ -65,7 +65,7 @@ class GuardInput(NamedTuple):
     best: Row | None = None
     """`window_means` of the WINDOW successive updates whose mean held-out score is the highest so far."""
     between_prompt_share: float | None = None
-    """Share of the score's variance that lies between prompts, as the reward stage measured it; None: not known."""
+    """Share of the score's variance that lies between prompts, as the stage reward_quality measured it; None: not known."""
 
 
 def empty(metrics: GuardInput, limit: float) -> str | None:
@@ -268,8 +268,8 @@ def between_prompts(metrics: GuardInput, limit: float) -> str | None:
 
     The pairwise loss of a reward model leaves the level of each prompt free. PPO has to learn that level before it
     sees which responses are good. The share is the batch's where it has several responses a prompt, else the one that
-    the reward stage measured; without both there is no alarm. The default limit of three quarters lies between
-    reward models trained with center_rewards_coefficient (0.58 in the embedded world) and without (0.85 to 0.9).
+    the stage reward_quality measured; without both there is no alarm. The default limit of 0.65 lies between reward
+    models of the embedded world trained with center_rewards_coefficient (0.24 to 0.58) and without (0.74 to 0.9).
     """
     share = metrics.row.get(BETWEEN_PROMPTS, metrics.between_prompt_share)
     explained = [row[EXPLAINED] for row in metrics.recent[-SEVERAL:] if EXPLAINED in row]

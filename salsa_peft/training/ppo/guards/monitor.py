@@ -120,7 +120,7 @@ class GuardMonitor:
     def __init__(self, settings: Mapping[str, GuardSetting], bounds: KLCoefBounds | None = None) -> None:
         self.settings, self.bounds = settings, bounds
         self.between_prompt_share: float | None = None
-        """The reward stage's measurement (see GuardInput), which the ppo stage sets."""
+        """The measurement of the stage reward_quality (see GuardInput), which the ppo stage sets."""
         self.start: dict[str, float] = {}
         self.recent: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None

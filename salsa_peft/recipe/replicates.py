@@ -1,0 +1,134 @@
+"""Replicates: a whole recipe trained several times, each time with other seeds of everything.
+
+Each replicate is an ordinary run in <run>/replicate-N with a cache of its own, so a stopped command goes on where it
+was. The report of the run joins the reports of its finished replicates (report/joined.py). What the recipe takes from
+elsewhere (sft.from, data, questions) and the sampling seeds of landscape and evaluation are the same in all replicates.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salsa_peft.config.load import LoadedRecipe
+from salsa_peft.config.options.trl import ALGORITHMS
+from salsa_peft.config.schema import Recipe
+from salsa_peft.recipe import cache, run
+from salsa_peft.recipe.commits import keep_commits
+from salsa_peft.recipe.estimates import hours
+from salsa_peft.recipe.estimates.hardware import Gpu
+from salsa_peft.utils.console import say
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.manifests import MANIFEST, latest_report, read_manifest, replicate_folder, replicate_folders
+from salsa_peft.utils.messages import duration
+
+STRIDE = 1000
+"""Difference between the seeds of two replicates; a multiple of it if the recipe's own seeds are larger."""
+
+
+def replicate(recipe: Recipe, number: int) -> Recipe:
+    """The recipe of one replicate. Replicate 0 has the recipe's own seeds; the others have larger ones."""
+    toy, algorithms = recipe.toy, {name: getattr(recipe, name) for name in ("ppo", *ALGORITHMS)}
+    single = [*(section.seed for section in algorithms.values()), *([] if toy is None else [toy.seed])]
+    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *single])
+    shift = number * STRIDE * (1 + largest // STRIDE)
+
+    def moved(seed: int) -> int:
+        return (seed + shift) % 2**32
+
+    return dataclasses.replace(
+        recipe,
+        replicates=1,
+        toy=None if toy is None else dataclasses.replace(toy, seed=moved(toy.seed)),
+        sft=dataclasses.replace(recipe.sft, seeds=[moved(seed) for seed in recipe.sft.seeds]),
+        reward=dataclasses.replace(recipe.reward, seeds=[moved(seed) for seed in recipe.reward.seeds]),
+        **{name: dataclasses.replace(section, seed=moved(section.seed)) for name, section in algorithms.items()},
+    )
+
+
+def run_replicates(
+    loaded: LoadedRecipe, folder: Path, *, only: list[str] | None, dry_run: bool, gpu: Gpu | None, **options: Any
+) -> None:
+    """Run the replicates of a recipe one after the other, and join their reports; or print their plan (`dry_run`).
+
+    The arguments are those of `run.run`. Raises its errors; the replicates that are finished are kept.
+    """
+    count = loaded.recipe.replicates
+    of = [dataclasses.replace(loaded, recipe=replicate(loaded.recipe, number)) for number in range(count)]
+    if dry_run:
+        run.run(of[0], replicate_folder(folder, 0), only=only, dry_run=True, gpu=gpu, **options)
+        print(cost_line(loaded.recipe, folder, options.get("stages", run.STAGES), gpu), flush=True)
+        return
+    commits = options.get("commits") or {}
+    keep_commits(folder, commits, finished=False)
+    for number, one in enumerate(of):
+        say(f"replicate {number + 1} of {count}")
+        run.run(one, replicate_folder(folder, number), only=only, **options)
+        write_atomic(folder / "recipe.yaml", run.resolved_yaml(loaded))
+    keep_commits(folder, commits, finished=only is None)
+    if only is None or "report" in only:
+        join(folder)
+
+
+def join(folder: Path) -> None:
+    """Write the joined report of a run's finished replicates into its folder, and print the report's path."""
+    from salsa_peft.report.joined import write_joined
+    from salsa_peft.report.replicates.runs import read_runs
+
+    write_joined(folder, read_runs([folder]))
+    print(folder / run.REPORT, flush=True)
+
+
+class Cost(NamedTuple):
+    """Seconds of the replicates of a run."""
+
+    each: float
+    """Seconds of one replicate: measured, and for units that were never run the mean of their stage."""
+    left: float
+    """Seconds of all units that are not finished."""
+    unknown: tuple[str, ...]
+    """Stages of which no unit is finished and whose seconds are not planned: they are counted as 0."""
+
+
+def cost(recipe: Recipe, folder: Path, stages: dict[str, run.Stage], gpu: Gpu | None) -> Cost:
+    """Seconds of a run's replicates from the manifests of finished units, or as planned by the GPU's speed."""
+    found = replicate_folders(folder)
+    measured: dict[str, list[float]] = {}
+    for stage in stages:
+        for manifest in (path for one in found for path in one.glob(f"{stage}/**/{MANIFEST}")):
+            took = (read_manifest(manifest.parent) or {}).get("seconds")
+            measured.setdefault(stage, []).extend([] if took is None else [took])
+    each = left = 0.0
+    unknown: dict[str, None] = {}
+    for number in range(recipe.replicates):
+        one = replicate(recipe, number)
+        units = [unit for stage in stages.values() for unit in stage.units(one, stage.run)]
+        for planned in cache.plan(units, replicate_folder(folder, number)).values():
+            known = measured.get(planned.unit.stage)
+            seconds = sum(known) / len(known) if known else hours.seconds(one, planned.unit, gpu)
+            if seconds is None:
+                unknown[planned.unit.stage] = None
+                continue
+            each += seconds / recipe.replicates
+            left += 0.0 if planned.why is None else seconds
+    return Cost(each, left, tuple(unknown))
+
+
+def cost_line(recipe: Recipe, folder: Path, stages: dict[str, run.Stage], gpu: Gpu | None) -> str:
+    """The plan's line about the cost of all replicates."""
+    count, found = recipe.replicates, cost(recipe, folder, stages, gpu)
+    finished = sum(latest_report(one) is not None for one in replicate_folders(folder))
+    start = f"replicates: {count} runs like this one, of which {finished} are finished"
+    if found.each == 0.0:
+        return (
+            f"{start}; their cost is known when the first units are finished, since no hours are planned without a"
+            " GPU: run --dry-run again then"
+        )
+    on = "GPU" if gpu is not None and gpu.speed is not None else "core"
+    cores = recipe.num_processes if on == "GPU" else (recipe.threads or os.cpu_count() or 1) * recipe.num_processes
+    total, left = (seconds * cores / 3600 for seconds in (found.each * count, found.left))
+    unknown = f" (without {', '.join(found.unknown)}, which no run has measured yet)" if found.unknown else ""
+    return (
+        f"{start}; {duration(found.each)} each on {cores} {on}{'s' * (cores > 1)}: {total:.2g} {on} hours in all,"
+        f" {left:.2g} of them left{unknown}"
+    )
