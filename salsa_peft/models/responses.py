@@ -8,7 +8,6 @@ forward pass: b sequences, L tokens of the longest, n response tokens of all. A 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -114,39 +113,47 @@ class Sequences:
     def __init__(self, responses: Responses, min_new_tokens: int = 0) -> None:
         self.tokens, self.min_new_tokens = responses.input_ids.flatten(), min_new_tokens
         self.prompt_width, self.width = responses.prompt_ids.shape[1], responses.response_ids.shape[1]  # P, T
-        counts = torch.stack([responses.prompt_mask.sum(-1), responses.response_mask.sum(-1)])
-        self.prompts, self.responses = counts.tolist()
+        self.counts = torch.stack([responses.prompt_mask.sum(-1), responses.response_mask.sum(-1)]).cpu()
+        self.prompts, self.responses = self.counts.tolist()
         """Number of tokens of each prompt, and of each response."""
         self.lengths = [sum(pair) for pair in zip(self.prompts, self.responses, strict=True)]
         """Number of tokens of each sequence."""
         require(all(self.lengths), "responses: a prompt and its response have no tokens together; leave such rows out")
 
-    def batches(self, rows: Sequence[int], limit: int, tokens: int | None, *, packed: bool = False) -> list[list[int]]:
-        """Split rows for forward passes of at most `limit` rows and `tokens` tokens. packed: without padding."""
-        split = split_by_tokens if packed else split_by_length
-        return [[rows[place] for place in part] for part in split([self.lengths[row] for row in rows], limit, tokens)]
+    def batches(
+        self, rows: Sequence[int], limit: int, tokens: int | None, *, packed: bool = False, pass_tokens: int = 0
+    ) -> list[list[int]]:
+        """Split rows for forward passes of at most `limit` rows and `tokens` tokens.
+
+        packed: without padding. pass_tokens: the model's tokens_per_pass, for padded rows.
+        """
+        lengths = [self.lengths[row] for row in rows]
+        if packed:
+            parts = split_by_tokens(lengths, limit, tokens)
+        else:
+            parts = split_by_length(lengths, limit, tokens, pass_tokens=pass_tokens)
+        return [[rows[place] for place in part] for part in parts]
 
     def forward_batch(self, rows: Sequence[int], *, packed: bool = False) -> ForwardBatch:
         """The input of a forward pass over these rows. packed: one after another, without padding."""
-        lengths = [self.lengths[row] for row in rows]
-        longest = max(lengths)
-        starts = list(accumulate(lengths, initial=0)) if packed else [longest * place for place in range(len(rows) + 1)]
-        tokens, before, cells = [], [], []
-        for row, start, length in zip(rows, starts, lengths, strict=False):
-            prompt = self.prompts[row]
-            # a sequence's tokens are consecutive, because prompts are padded on the left and responses on the right
-            first = row * (self.prompt_width + self.width) + self.prompt_width - prompt
-            tokens.append(torch.arange(first, first + length))
-            before.append(torch.arange(start + prompt - 1, start + length - 1))
-            cells.append(torch.arange(length - prompt) + row * self.width)
+        index = torch.tensor(rows)
+        prompts, responses = self.counts[:, index]
+        lengths, longest = prompts + responses, max(self.lengths[row] for row in rows)
+        starts = lengths.cumsum(0) - lengths if packed else torch.arange(len(rows)) * longest
+        # a sequence's tokens are consecutive, because prompts are padded on the left and responses on the right
+        first = index * (self.prompt_width + self.width) + self.prompt_width - prompts
+        places = torch.arange(longest)
+        inside = places < lengths[:, None]
+        tokens = torch.where(inside, first[:, None] + places, 0)
+        row, place = (torch.arange(self.width) < responses[:, None]).nonzero(as_tuple=True)
         parts = [
-            torch.cat(tokens) if packed else pad_sequence(tokens, batch_first=True),
-            torch.cat(before),
-            torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=False)]),
-            torch.cat(cells),
+            tokens[inside] if packed else tokens,
+            (starts + prompts - 1)[row] + place,
+            starts + lengths - 1,
+            (index * self.width)[row] + place,
         ]
         if packed:
-            parts += [torch.cat([torch.arange(length) for length in lengths]), torch.tensor(starts)]
+            parts += [places.expand_as(inside)[inside], torch.cat([starts, lengths.sum()[None]])]
         source, positions, last, cell, *packing = send(parts, self.tokens.device)
         options = packed_options(packing[0], packing[1], longest) if packed else {}
         forbidden = cell % self.width < self.min_new_tokens if self.min_new_tokens else None

@@ -212,7 +212,8 @@ def ours(setup: Setup, **options: Any) -> Any:
     task = setup.task
     args = SalsaPPOConfig(
         **setup.arguments, batch_size=task.batch, num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS,
-        max_steps=task.steps, max_new_tokens=task.tokens, kl_coef=task.kl_coef, kl_control="fixed", **options,
+        max_steps=task.steps, max_new_tokens=task.tokens, kl_coef=task.kl_coef, kl_control="fixed",
+        guards={"collapse": "warn"}, **options,
     )  # fmt: skip
     return SalsaPPOTrainer(
         get_peft_model(*setup.policy.values()), args, [{"input_ids": ids} for ids in setup.tokens],

@@ -4,15 +4,16 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
-from salsa_peft.models.batches import overhead, split_by_length, split_by_tokens
+from salsa_peft.models.batches import MULTIPLICATIONS, overhead, split_by_length, split_by_tokens, tokens_per_pass
 
 
-def cost(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+def cost(batches: Sequence[Sequence[int]], lengths: Sequence[int], pass_tokens: int) -> int:
     """Tokens with padding, and the overhead of each batch."""
-    return sum(len(batch) * max(lengths[row] for row in batch) + overhead(lengths) for batch in batches)
+    return sum(len(batch) * max(lengths[row] for row in batch) + overhead(lengths, pass_tokens) for batch in batches)
 
 
 def every_split(lengths: Sequence[int]) -> list[list[list[int]]]:
@@ -37,12 +38,12 @@ def allowed(batches: Sequence[Sequence[int]], lengths: Sequence[int], rows: int,
 def test_the_split_is_the_cheapest_of_all(seed: int) -> None:
     draw = random.Random(seed)
     lengths = [draw.choice([draw.randint(0, 40), draw.randint(30, 300)]) for _ in range(draw.randint(1, 9))]
-    rows, tokens = draw.randint(1, 9), draw.choice([None, 60, 200, 700])
-    found = split_by_length(lengths, rows, tokens)
+    rows, tokens, pass_tokens = draw.randint(1, 9), draw.choice([None, 60, 200, 700]), draw.choice([0, 0, 130])
+    found = split_by_length(lengths, rows, tokens, pass_tokens=pass_tokens)
     assert allowed(found, lengths, rows, tokens)
     assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
-    best = min(cost(batches, lengths) for batches in every_split(lengths) if allowed(batches, lengths, rows, tokens))
-    assert cost(found, lengths) == best
+    splits = [batches for batches in every_split(lengths) if allowed(batches, lengths, rows, tokens)]
+    assert cost(found, lengths, pass_tokens) == min(cost(batches, lengths, pass_tokens) for batches in splits)
 
 
 def test_the_order_is_by_length_and_stable() -> None:
@@ -97,3 +98,15 @@ def test_rows_without_padding_are_split_in_their_order(
     rows: int, tokens: int | None, expected: list[list[int]]
 ) -> None:
     assert split_by_tokens([2, 4, 7, 2], rows, tokens) == expected
+
+
+def test_a_small_model_has_fewer_passes(make_base: Any, make_adapter: Any) -> None:
+    """The largest matrix counts, without the embeddings and whatever the adapters."""
+    model = make_base()
+    shape = model.config
+    largest = max(shape.hidden_size * shape.intermediate_size, shape.hidden_size**2)
+    assert tokens_per_pass(model) == MULTIPLICATIONS // largest > 64
+    assert tokens_per_pass(make_adapter(model, "policy", 1)) == tokens_per_pass(model)
+    lengths = [8, 9, 10, 11, 12, 13, 14, 15] * 8
+    assert len(split_by_length(lengths, 64)) > 2
+    assert len(split_by_length(lengths, 64, pass_tokens=tokens_per_pass(model))) == 1

@@ -111,12 +111,12 @@ def test_the_plan_says_the_cost(here: Path, inline: None, capsys: pytest.Capture
     assert not (here / "run").exists()
     assert salsa_run([*words[:4], "--replicates", "1", "--output-dir", "run/replicate-0"], stages=FAKE) == 0
     for manifest in (here / "run").rglob("manifest.json"):
-        manifest.write_text(json.dumps({**read(manifest), "seconds": 90.0}))
+        manifest.write_text(json.dumps({**read(manifest), "seconds": 100.0}))
     units = len(list((here / "run").rglob("manifest.json")))
     capsys.readouterr()
     assert salsa_run([*words, "--dry-run"], stages=FAKE) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("replicates:")]
-    hours = units * 90 * 2 / 3600
+    hours = units * 100 * 2 / 3600
     assert "of which 1 are finished" in line and " each on 2 cores: " in line
     assert f"{4 * hours:.2g} core hours in all, {3 * hours:.2g} of them left" in line
 

@@ -33,27 +33,34 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
     Under autocast the factors are cast to its dtype; their gradients are float32, as the factors are.
     """
-    names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    linear = type(self.base_layer) is nn.Linear
+    base, As, Bs, kind = (
+        self.base_layer,
+        self.lora_A,
+        self.lora_B,
+        x.device.type,
+    )  # once: nn.Module looks names up slowly
+    names = [] if self.disable_adapters else [name for name in self.active_adapters if name in As]
+    factors = [(As[name], Bs[name]) for name in names]
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    linear = type(base) is nn.Linear
     if dtype is None:
-        same = all(x.dtype == self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype for name in names)
+        same = all(x.dtype == A.weight.dtype == B.weight.dtype for A, B in factors)
     else:
         same = linear or x.dtype == dtype
-    plain = all(self.lora_B[name].bias is None and name not in self.lora_variant for name in names)
+    plain = all(B.bias is None for _, B in factors) and self.lora_variant.keys().isdisjoint(names)
     if self.merged or args or kwargs or not (same and plain):
         return type(self).forward(self, x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])  # in two dimensions, since autograd copies gradients of a view changed in place
     if dtype is not None:  # once, rather than in W and in A
         rows = rows.to(dtype)
-    out = self.base_layer(rows)
+    out = base(rows)
     if out.dtype != rows.dtype:
         return type(self).forward(self, x)
-    for name in names:
-        inner = self.lora_A[name](self.lora_dropout[name](rows))
-        B = self.lora_B[name].weight.to(inner.dtype).t()
+    for name, (A, B) in zip(names, factors, strict=True):
+        inner = A(self.lora_dropout[name](rows))
+        weight = B.weight.to(inner.dtype).t()
         # in place, since nothing else holds `out` and the backward of a linear layer does not read its output; the
         # output of bitsandbytes' autograd function must not be changed
         add = out.addmm_ if linear else out.addmm
-        out = add(inner, B, alpha=self.scaling[name])
+        out = add(inner, weight, alpha=self.scaling[name])
     return out.view(*x.shape[:-1], out.shape[-1])

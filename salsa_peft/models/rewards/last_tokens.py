@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from salsa_peft.models.base import apply_scalar_head, packs_rows
+from salsa_peft.models.batches import tokens_per_pass
 from salsa_peft.models.responses import Responses, Sequences, last_states, send
 
 
@@ -21,7 +22,8 @@ def last_token_scores(
     padding at all.
     """
     sequences, packed = Sequences(responses), packs_rows(model)
-    batches = sequences.batches(range(len(sequences.lengths)), rows, tokens, packed=packed)
+    count, pass_tokens = len(sequences.lengths), tokens_per_pass(model)
+    batches = sequences.batches(range(count), rows, tokens, packed=packed, pass_tokens=pass_tokens)
     inputs = (sequences.forward_batch(batch, packed=packed) for batch in batches)
     return in_rows_order([apply_scalar_head(head, last_states(model, one)) for one in inputs], batches)
 

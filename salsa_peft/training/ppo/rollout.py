@@ -20,6 +20,7 @@ from torch import Tensor
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, packs_rows
+from salsa_peft.models.batches import tokens_per_pass
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
 from salsa_peft.models.precision import autocast_as
@@ -112,6 +113,7 @@ class RolloutMaker:
         self.micro_batch_limit, self.scoring_limit = (
             MicroBatchLimit(rows, "rollout_batch_size", single_process=world == 1) for _ in range(2)
         )
+        self.pass_tokens = tokens_per_pass(model.policy)
         self.scale = RunningScale()
 
     def head(self, model: PreTrainedModel | None = None) -> Head:
@@ -243,7 +245,7 @@ class RolloutMaker:
         """Row indices of each forward pass in which this process scores."""
         limit, packed = min(self.scoring_limit.rows, self.micro_batch_limit.rows), packs_rows(self.model.policy)
         rows, tokens = self._own_rows(sequences.lengths), self.args.micro_batch_tokens
-        return sequences.batches(rows, limit, tokens, packed=packed)
+        return sequences.batches(rows, limit, tokens, packed=packed, pass_tokens=self.pass_tokens)
 
     def _reward_scores(self, responses: Responses, sequences: Sequences, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The reward's scores (B,). Each process calls the reward once, with all rows of its share."""

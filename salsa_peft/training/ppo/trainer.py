@@ -278,8 +278,11 @@ class SalsaPPOTrainer(Trainer):
 
         With sharded weights there is one forward pass, because all processes must make the same number of them.
         """
-        limit, packed = self.micro_batch_limit.rows, packs_rows(self.model.policy)
-        return [rows] if self.sharded else sequences.batches(rows, limit, self.args.micro_batch_tokens, packed=packed)
+        if self.sharded:
+            return [rows]
+        packed, pass_tokens = packs_rows(self.model.policy), self.rollout_maker.pass_tokens
+        limit, tokens = self.micro_batch_limit.rows, self.args.micro_batch_tokens
+        return sequences.batches(rows, limit, tokens, packed=packed, pass_tokens=pass_tokens)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
