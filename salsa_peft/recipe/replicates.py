@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Recipe
-from salsa_peft.recipe import cache, run
+from salsa_peft.recipe import cache, commits, run
 from salsa_peft.recipe.commits import keep_commits
 from salsa_peft.recipe.estimates import hours
 from salsa_peft.recipe.estimates.hardware import Gpu
 from salsa_peft.utils.console import say
 from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.hub import Repository
 from salsa_peft.utils.manifests import MANIFEST, latest_report, read_manifest, replicate_folder, replicate_folders
 from salsa_peft.utils.messages import duration
 
@@ -44,6 +45,14 @@ def replicate(recipe: Recipe, number: int) -> Recipe:
         reward=dataclasses.replace(recipe.reward, seeds=[moved(seed) for seed in recipe.reward.seeds]),
         **{name: dataclasses.replace(section, seed=moved(section.seed)) for name, section in algorithms.items()},
     )
+
+
+def kept_commits(folder: Path, recipe: Recipe, report: bool) -> dict[Repository, str]:
+    """The commits that a run keeps, as in recipe/commits.py; replicates keep those of the first until all are finished."""
+    if recipe.replicates == 1:
+        return commits.kept_commits(folder, recipe, report)
+    finished = sum(latest_report(one) is not None for one in replicate_folders(folder))
+    return commits.kept_commits(replicate_folder(folder, 0), recipe, report or finished < recipe.replicates)
 
 
 def run_replicates(
