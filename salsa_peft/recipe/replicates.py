@@ -26,25 +26,26 @@ from salsa_peft.utils.messages import duration
 STRIDE = 1000
 """Difference between the seeds of two replicates; a multiple of it if the recipe's own seeds are larger."""
 
+ONE_SEED = ("toy", "synthetic", "ppo", *ALGORITHMS)
+"""Sections with one training seed. `sft` and `reward` have several."""
+
 
 def replicate(recipe: Recipe, number: int) -> Recipe:
     """The recipe of one replicate. Replicate 0 has the recipe's own seeds; the others have larger ones."""
-    toy, algorithms = recipe.toy, {name: getattr(recipe, name) for name in ("ppo", *ALGORITHMS)}
-    single = [*(section.seed for section in algorithms.values()), *([] if toy is None else [toy.seed])]
-    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *single])
+    sections = {name: section for name in ONE_SEED if (section := getattr(recipe, name)) is not None}
+    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *(section.seed for section in sections.values())])
     shift = number * STRIDE * (1 + largest // STRIDE)
 
     def moved(seed: int) -> int:
         return (seed + shift) % 2**32
 
-    return dataclasses.replace(
-        recipe,
-        replicates=1,
-        toy=None if toy is None else dataclasses.replace(toy, seed=moved(toy.seed)),
-        sft=dataclasses.replace(recipe.sft, seeds=[moved(seed) for seed in recipe.sft.seeds]),
-        reward=dataclasses.replace(recipe.reward, seeds=[moved(seed) for seed in recipe.reward.seeds]),
-        **{name: dataclasses.replace(section, seed=moved(section.seed)) for name, section in algorithms.items()},
-    )
+    changed: dict[str, Any] = {
+        name: dataclasses.replace(section, seed=moved(section.seed)) for name, section in sections.items()
+    }
+    for name in ("sft", "reward"):
+        section = getattr(recipe, name)
+        changed[name] = dataclasses.replace(section, seeds=[moved(seed) for seed in section.seeds])
+    return dataclasses.replace(recipe, replicates=1, **changed)
 
 
 def kept_commits(folder: Path, recipe: Recipe, report: bool) -> dict[Repository, str]:

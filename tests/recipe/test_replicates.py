@@ -67,6 +67,13 @@ class TestSeeds:
         assert identity(one)[0] == identity(two)[0] == identity(recipe)[0]
         assert identity(two)[1] == "sft 1000, 1007, 1002; reward 1001, 1003; ppo 1004; toy 1005; dpo 1000"
 
+    def test_synthetic_data_is_sampled_anew(self, here: Path) -> None:
+        (here / "judge.py").write_text("def score(completions, **_): return [0.0] * len(completions)\n")
+        recipe = load("synthetic={function: 'judge:score', seed: 3}")
+        one, two = (replicates.replicate(recipe, number) for number in (0, 1))
+        assert (one.synthetic.seed, two.synthetic.seed) == (3, 1003)
+        assert identity(one)[0] == identity(two)[0]
+
     def test_what_is_refused(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for words, said in (
             (["--replicates", "0"], "replicates: must be"),
