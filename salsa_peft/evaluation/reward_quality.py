@@ -16,7 +16,7 @@ from torch import nn
 
 from salsa_peft.config.job import Job
 from salsa_peft.data import datasets
-from salsa_peft.evaluation.answers import Rewards, Rows
+from salsa_peft.evaluation.answers import Rewards, Rows, scores_of
 from salsa_peft.evaluation.fastchat import lines
 from salsa_peft.evaluation.landscape import measures
 from salsa_peft.models import precision
@@ -44,7 +44,8 @@ def run(job: Job) -> dict[str, Any]:
     samples = sample(job, context, prompts, model, adapter, rewards)
     write_atomic(job.folder / "samples.jsonl", lines(samples))
     # 3. measures
-    scores = {name: np.array([row["scores"][name] for row in samples]).reshape(len(prompts), -1) for name in rewards}
+    everywhere = [name for name in rewards if all(name in row["scores"] for row in samples)]
+    scores = {name: np.array([row["scores"][name] for row in samples]).reshape(len(prompts), -1) for name in everywhere}
     found = {"prompts": len(prompts), "responses": job.recipe.reward.quality_responses, **spread(scores["reward"])}
     if "gold" in scores:
         found["best_of_n"] = best_of_n(scores["reward"], scores["gold"])
@@ -95,7 +96,7 @@ def sample(
         )
         for places, responses in batches:
             rows = [asked[place] for place in places]
-            scores = {name: reward(responses, rows).tolist() for name, reward in rewards.items()}
+            scores = {name: scores_of(reward, responses, rows) for name, reward in rewards.items()}
             texts = decode(tokenizer, responses.response_ids, responses.content_mask)
             for place, text, length, *own in zip(
                 places, texts, responses.lengths.tolist(), *scores.values(), strict=True
@@ -104,7 +105,7 @@ def sample(
                     "index": place // recipe.reward.quality_responses,
                     "prompt": datasets.prompt_text(asked[place]["prompt"]),
                     "response": text,
-                    "scores": dict(zip(scores, own, strict=True)),
+                    "scores": {name: score for name, score in zip(scores, own, strict=True) if score is not None},
                     "length": length,
                 }
             bar.update(len(places))
