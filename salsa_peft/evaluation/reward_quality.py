@@ -7,6 +7,7 @@ gains. The reward may be of any kind. Held-out pairs are measured by the reward 
 
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,7 @@ def run(job: Job) -> dict[str, Any]:
     samples = sample(job, context, prompts, model, adapter, rewards)
     write_atomic(job.folder / "samples.jsonl", lines(samples))
     # 3. measures
-    everywhere = [name for name in rewards if all(name in row["scores"] for row in samples)]
-    scores = {name: np.array([row["scores"][name] for row in samples]).reshape(len(prompts), -1) for name in everywhere}
-    found = {"prompts": len(prompts), "responses": job.recipe.reward.quality_responses, **spread(scores["reward"])}
-    if "gold" in scores:
-        found["best_of_n"] = best_of_n(scores["reward"], scores["gold"])
+    found = measure(samples, job.recipe.reward.quality_responses)
     write_atomic(job.folder / METRICS, json.dumps(found, indent=2))
     for line in describe(found):
         say(f"{job.unit.id}  {line}")
@@ -110,9 +107,25 @@ def sample(
                 }
             bar.update(len(places))
     samples = [found[place] for place in range(len(asked))]
-    broken = [place for place, row in enumerate(samples) if not np.isfinite(list(row["scores"].values())).all()]
-    require(not broken, f"reward: {len(broken)} of {len(samples)} scores of seed-0's responses are NaN or infinite")
+    broken = sum(not math.isfinite(row["scores"]["reward"]) for row in samples)
+    require(
+        not broken,
+        f"reward: {broken} of {len(samples)} scores of seed-0's responses are NaN or infinite; check the reward's model or"
+        " function",
+    )
     return samples
+
+
+def measure(samples: Rows, responses: int) -> dict[str, Any]:
+    """The measures of the samples, `responses` of each prompt; the best of n on the prompts with gold for each response."""
+    scores, gold = (
+        np.array([row["scores"].get(name) for row in samples], dtype=np.float64).reshape(-1, responses)
+        for name in ("reward", "gold")
+    )
+    found = {"prompts": len(scores), "responses": responses, **spread(scores)}
+    if (known := np.isfinite(gold).all(axis=1)).any():
+        found["best_of_n"] = best_of_n(scores[known], gold[known])
+    return found
 
 
 def describe(found: dict[str, Any]) -> list[str]:
