@@ -144,7 +144,7 @@ def _rows(
     tokenizer: Any,
 ) -> Rows:
     columns = [{**questions[one.question].row, "prompt": one.messages} for one in prompts]
-    scores = {name: _scores(reward, responses, columns) for name, reward in rewards.items()}
+    scores = {name: scores_of(reward, responses, columns) for name, reward in rewards.items()}
     texts = decode(tokenizer, responses.response_ids, responses.content_mask)
     lengths, empty = torch.stack([responses.lengths, responses.empty.long()]).tolist()
     asked = [questions[one.question] for one in prompts]
@@ -164,7 +164,7 @@ def _rows(
     ]
 
 
-def _scores(reward: Reward | HeldOut, responses: Responses, rows: Rows) -> list[float | None]:
+def scores_of(reward: Reward | HeldOut, responses: Responses, rows: Rows) -> list[float | None]:
     """A score for each response; None where a held-out reward does not apply."""
     if not isinstance(reward, HeldOut):
         return reward(responses, rows).tolist()

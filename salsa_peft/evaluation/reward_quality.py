@@ -7,6 +7,7 @@ gains. The reward may be of any kind. Held-out pairs are measured by the reward 
 
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from salsa_peft.config.job import Job
 from salsa_peft.data import datasets
-from salsa_peft.evaluation.answers import Rewards, Rows
+from salsa_peft.evaluation.answers import Rewards, Rows, scores_of
 from salsa_peft.evaluation.fastchat import lines
 from salsa_peft.evaluation.landscape import measures
 from salsa_peft.models import precision
@@ -44,10 +45,7 @@ def run(job: Job) -> dict[str, Any]:
     samples = sample(job, context, prompts, model, adapter, rewards)
     write_atomic(job.folder / "samples.jsonl", lines(samples))
     # 3. measures
-    scores = {name: np.array([row["scores"][name] for row in samples]).reshape(len(prompts), -1) for name in rewards}
-    found = {"prompts": len(prompts), "responses": job.recipe.reward.quality_responses, **spread(scores["reward"])}
-    if "gold" in scores:
-        found["best_of_n"] = best_of_n(scores["reward"], scores["gold"])
+    found = measure(samples, job.recipe.reward.quality_responses)
     write_atomic(job.folder / METRICS, json.dumps(found, indent=2))
     for line in describe(found):
         say(f"{job.unit.id}  {line}")
@@ -95,7 +93,7 @@ def sample(
         )
         for places, responses in batches:
             rows = [asked[place] for place in places]
-            scores = {name: reward(responses, rows).tolist() for name, reward in rewards.items()}
+            scores = {name: scores_of(reward, responses, rows) for name, reward in rewards.items()}
             texts = decode(tokenizer, responses.response_ids, responses.content_mask)
             for place, text, length, *own in zip(
                 places, texts, responses.lengths.tolist(), *scores.values(), strict=True
@@ -109,9 +107,25 @@ def sample(
                 }
             bar.update(len(places))
     samples = [found[place] for place in range(len(asked))]
-    broken = [place for place, row in enumerate(samples) if not np.isfinite(list(row["scores"].values())).all()]
-    require(not broken, f"reward: {len(broken)} of {len(samples)} scores of seed-0's responses are NaN or infinite")
+    broken = sum(not math.isfinite(row["scores"]["reward"]) for row in samples)
+    require(
+        not broken,
+        f"reward: {broken} of {len(samples)} scores of seed-0's responses are NaN or infinite; check the reward's model or"
+        " function",
+    )
     return samples
+
+
+def measure(samples: Rows, responses: int) -> dict[str, Any]:
+    """The measures of the samples, `responses` of each prompt; the best of n on the prompts with gold for each response."""
+    scores, gold = (
+        np.array([row["scores"].get(name) for row in samples], dtype=np.float64).reshape(-1, responses)
+        for name in ("reward", "gold")
+    )
+    found = {"prompts": len(scores), "responses": responses, **spread(scores)}
+    if (known := np.isfinite(gold).all(axis=1)).any():
+        found["best_of_n"] = best_of_n(scores[known], gold[known])
+    return found
 
 
 def describe(found: dict[str, Any]) -> list[str]:

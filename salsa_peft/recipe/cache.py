@@ -154,8 +154,8 @@ def changes(manifest: dict[str, Any], parts: dict[str, Any]) -> list[Change]:
     words = {"inputs": "its input {} has changed", "files": "a file or folder that it reads has changed"}
     found = []
     for kind, name in names if old else []:
-        values = difference(*(_shown(one.get((kind, name), "none")) for one in (old, new)))
-        text = words[kind].format(name) if kind in words else f"{name} {values}"
+        before, now = (_shown(one.get((kind, name), "none")) for one in (old, new))
+        text = words[kind].format(name) if kind in words else f"{name} {difference(before, now)}"
         found.append(Change(kind, text, kind == "slice" and (kind, name) in old))
     return found
 
@@ -180,7 +180,8 @@ def with_outdated(plan: Plan, asked: Collection[str]) -> tuple[Plan, str | None]
     A result that was made with another setting stays outdated, for this reason. A setting that the result's version of
     salsa-peft did not have is part of the upgrade.
     """
-    found, causes, names = dict(plan), {}, []
+    found, names = dict(plan), []
+    causes: dict[str, None] = {}
     for name in [name for name, planned in plan.items() if planned.why is not None and name not in asked]:
         for folder, manifest in finished(plan[name].folder.parent):
             differences = changes(manifest, plan[name].parts)

@@ -33,24 +33,30 @@ STARTS = [
     "Ben found a red ball in the", "The little bird wanted to", "Sue had a small cat. The cat", "Tom and Sam saw a",
 ]  # fmt: skip
 FAST = {"value_head_learning_rate": 1e-2}
+TRL, SMALL = {"vf_coef": 0.1}, {"vf_coef": 1e-3}
 ARMS: dict[str, dict[str, Any]] = {
-    "head, λ .95, from 0": {"lam": 0.95},
-    "head, λ .95": {"lam": 0.95},
-    "head 1e-2, λ .95": {"lam": 0.95, **FAST},
-    "head 1e-2, λ .95, unclipped": {"lam": 0.95, "cliprange_value": 1e6, **FAST},
-    "head 1e-2, λ .95, critic's 1": {"lam": 0.95, "lam_value": 1.0, **FAST},
-    "head, λ 1": {"lam": 1.0},
-    "head 1e-2, λ 1": {"lam": 1.0, **FAST},
-    "head 1e-2, λ 1, unclipped": {"lam": 1.0, "cliprange_value": 1e6, **FAST},
-    "head 1e-2, λ 1, from 0": {"lam": 1.0, **FAST},
-    "head 1e-2, λ 1, 2 warm-up": {"lam": 1.0, "value_warmup_updates": 2, **FAST},
-    "head 1e-2, λ by length, critic's 1": {"lam_length_alpha": 1.0, "lam_value": 1.0, **FAST},
-    "adapter, λ 1": {"lam": 1.0, "value": "adapter"},
+    "head, λ .95, from 0": {"lam": 0.95, **TRL},
+    "head, λ .95": {"lam": 0.95, **TRL},
+    "head 1e-2, λ .95": {"lam": 0.95, **TRL, **FAST},
+    "head 1e-2, λ .95, unclipped": {"lam": 0.95, "cliprange_value": 1e6, **TRL, **FAST},
+    "head 1e-2, λ .95, critic's 1": {"lam": 0.95, "lam_value": 1.0, **TRL, **FAST},
+    "head, λ 1": {"lam": 1.0, **TRL},
+    "head, λ 1, detached": {"lam": 1.0, **TRL},
+    "head 1e-2, λ 1": {"lam": 1.0, **TRL, **FAST},
+    "head 1e-2, λ 1, from 0": {"lam": 1.0, **TRL, **FAST},
+    "head 1e-2, λ 1, 2 warm-up": {"lam": 1.0, "value_warmup_updates": 2, **TRL, **FAST},
+    "head 1e-2, λ by length, critic's 1": {"lam_length_alpha": 1.0, "lam_value": 1.0, **TRL, **FAST},
+    "head, λ .95, vf_coef .001": {"lam": 0.95, **SMALL},
+    "head, λ 1, vf_coef .001": {"lam": 1.0, **SMALL},
+    "head 1e-2, λ 1, vf_coef .001": {"lam": 1.0, **SMALL, **FAST},
+    "head, λ by length, critic's 1, vf_coef .001": {"lam_length_alpha": 1.0, "lam_value": 1.0, **SMALL},
+    "adapter, λ 1": {"lam": 1.0, "value": "adapter", **SMALL},
     "adapter, λ .95, critic's 1, 2 warm-up": {"lam": 0.95, "lam_value": 1.0, "value": "adapter", "value_warmup_updates": 2},
     "none": {"value": "none"},
     "group of 4": {"value": "group", "num_generations": 4},
 }  # fmt: skip
-"""Name → options of SalsaPPOConfig. "from 0": the value head's bias starts at zero, as in versions before this table."""
+"""Name → options of SalsaPPOConfig. "from 0": the value head's bias starts at zero, as in versions before this table.
+"detached": the value loss has no gradient in the policy's trunk."""
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -68,6 +74,7 @@ def run(model: str, arm: str, replicate: int, tokens: int, updates: int) -> dict
 
     from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
     from salsa_peft.config.options.guards import DEFAULTS
+    from salsa_peft.models.value_head import PolicyWithValueHead
     from salsa_peft.training.ppo.rollout import RolloutMaker
 
     torch.set_num_threads(1)
@@ -75,8 +82,16 @@ def run(model: str, arm: str, replicate: int, tokens: int, updates: int) -> dict
     tokenizer = AutoTokenizer.from_pretrained(model)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
-    from_zero = mock.patch.object(RolloutMaker, "_start_value_bias", lambda _, values, *__: values)
-    with tempfile.TemporaryDirectory() as folder, from_zero if "from 0" in arm else contextlib.nullcontext():
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
+        if "from 0" in arm:
+            start = mock.patch.object(RolloutMaker, "_start_value_bias", lambda _, values, *__: values)
+            patches.enter_context(start)
+        if "detached" in arm:
+            values = PolicyWithValueHead.values
+            detached = mock.patch.object(
+                PolicyWithValueHead, "values", lambda model, hidden, *rest: values(model, hidden.detach(), *rest)
+            )
+            patches.enter_context(detached)
         config = SalsaPPOConfig(
             output_dir=folder, seed=replicate, learning_rate=1e-3, batch_size=64, num_mini_batches=2, num_ppo_epochs=2,
             micro_batch_size=32, max_new_tokens=tokens, kl_coef=0.05, kl_control="fixed", max_steps=4 * updates, use_cpu=True,

@@ -51,6 +51,7 @@ def test_the_papers_hyperparameters(name: str) -> None:
         "linear",
     )
     assert (ppo.learning_rate, ppo.batch_size, ppo.num_train_epochs, ppo.kl_control) == (rate, 8, 2, "adaptive")
+    assert (ppo.lam, ppo.vf_coef, ppo.gamma, ppo.value) == (0.95, 0.1, 1, "head")  # TRL's; the paper names none
     assert found.data.demonstrations.path == "HuggingFaceH4/ultrachat_200k"  # type: ignore[union-attr]
     assert {found.data.preferences.path, found.data.prompts.path} == {"HuggingFaceH4/ultrafeedback_binarized"}  # type: ignore[union-attr]
     betas = {name: policy.kl_coef for name, policy in found.policies.items()}

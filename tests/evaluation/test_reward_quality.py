@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data.toy_language import grade
+from salsa_peft.evaluation import reward_quality
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.quality import between_prompt_share
@@ -121,6 +122,18 @@ def test_the_measures_are_those_of_the_samples(run: Path) -> None:
     assert best["best_by_reward"]["mean"] == pytest.approx(np.mean(picked))
     assert best["gain"]["mean"] == pytest.approx(np.mean(picked) - gold.mean())
     assert best["possible_gain"]["mean"] == pytest.approx(gold.max(axis=1).mean() - gold.mean())
+
+
+def test_gold_that_does_not_apply_to_each_response() -> None:
+    """A part of weight 0 may give no score: the prompt is left out of the best of n, and of nothing else."""
+    scores = [(1.0, 0.0), (2.0, 1.0), (5.0, None), (3.0, 1.0), (0.0, 0.5), (1.0, 0.0)]
+    samples = [{"scores": {"reward": reward, "gold": gold}} for reward, gold in scores]
+    found = reward_quality.measure(samples, 2)
+    assert found["prompts"] == found["between_prompt_share"]["n"] == 3
+    assert (found["best_of_n"]["gain"]["n"], found["best_of_n"]["best_by_reward"]["mean"]) == (2, 0.5)
+    assert found["best_of_n"]["one_response"]["mean"] == 0.375
+    without = reward_quality.measure([{"scores": {"reward": reward}} for reward, _ in scores], 2)
+    assert without == {name: value for name, value in found.items() if name != "best_of_n"}
 
 
 def test_the_reward_stages_own_measures(run: Path) -> None:

@@ -180,7 +180,7 @@ def test_stages(go):
     assert made == []
     assert err.count("\n") == 1
     assert "--stages: ppo/ppo needs results that are not finished: toy (new), data/demonstrations (new)" in err
-    assert "sft/seed-0 (new), reward (new), soup (new); add toy,data,sft,reward,soup\n" in err
+    assert "soup (new); add toy,data,sft,reward,reward_quality,soup\n" in err
     assert not Path("runs").exists()
     assert go("--stages", "toy,data,sft")[1] == UNITS[:5]
     made = ["reward", "reward_quality", "soup", "ppo/salsa"]

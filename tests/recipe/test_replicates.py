@@ -13,9 +13,10 @@ from small_recipe import SMALL, read, unit
 
 from salsa_peft.cli import report
 from salsa_peft.config.load import load_recipe, saved_recipe
-from salsa_peft.recipe import replicates
+from salsa_peft.recipe import commits, replicates
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.report.gather import identity
+from salsa_peft.utils.hub import Repository
 from salsa_peft.utils.manifests import replicate_folders
 from salsa_peft.utils.statistics import mean_interval
 
@@ -66,6 +67,13 @@ class TestSeeds:
         assert identity(one)[0] == identity(two)[0] == identity(recipe)[0]
         assert identity(two)[1] == "sft 1000, 1007, 1002; reward 1001, 1003; ppo 1004; toy 1005; dpo 1000"
 
+    def test_synthetic_data_is_sampled_anew(self, here: Path) -> None:
+        (here / "judge.py").write_text("def score(completions, **_): return [0.0] * len(completions)\n")
+        recipe = load("synthetic={function: 'judge:score', seed: 3}")
+        one, two = (replicates.replicate(recipe, number) for number in (0, 1))
+        assert (one.synthetic.seed, two.synthetic.seed) == (3, 1003)
+        assert identity(one)[0] == identity(two)[0]
+
     def test_what_is_refused(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for words, said in (
             (["--replicates", "0"], "replicates: must be"),
@@ -102,6 +110,21 @@ def test_each_replicate_is_a_run_with_a_cache_of_its_own(
     assert "done" not in capsys.readouterr().err
 
 
+def test_commits_of_the_hub_are_kept_until_all_replicates_are_finished(here: Path) -> None:
+    """Those of the first replicate, although it is finished itself; then the Hub is asked again."""
+    recipe = load("data.prompts=org/prompts", "replicates=2")
+    found = {Repository("dataset", "org/prompts", None): "a" * 40}
+    for number in (0, 1):
+        assert replicates.kept_commits(here / "run", recipe, False) == (found if number else {})
+        folder = here / "run" / f"replicate-{number}" / "report" / "key"
+        folder.mkdir(parents=True)
+        commits.keep_commits(folder.parents[1], found, finished=True)
+        assert replicates.kept_commits(here / "run", recipe, False) == found
+        (folder / "manifest.json").write_text('{"files": {}}')
+    assert replicates.kept_commits(here / "run", recipe, False) == {}
+    assert replicates.kept_commits(here / "run", recipe, True) == found
+
+
 def test_the_plan_says_the_cost(here: Path, inline: None, capsys: pytest.CaptureFixture[str]) -> None:
     """Core hours of all replicates, by the seconds that finished units took."""
     words = ["tiny.yaml", "--lora", "--output-dir", "run", "--replicates", "4", "--set", "threads=2"]
@@ -111,12 +134,12 @@ def test_the_plan_says_the_cost(here: Path, inline: None, capsys: pytest.Capture
     assert not (here / "run").exists()
     assert salsa_run([*words[:4], "--replicates", "1", "--output-dir", "run/replicate-0"], stages=FAKE) == 0
     for manifest in (here / "run").rglob("manifest.json"):
-        manifest.write_text(json.dumps({**read(manifest), "seconds": 90.0}))
+        manifest.write_text(json.dumps({**read(manifest), "seconds": 100.0}))
     units = len(list((here / "run").rglob("manifest.json")))
     capsys.readouterr()
     assert salsa_run([*words, "--dry-run"], stages=FAKE) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("replicates:")]
-    hours = units * 90 * 2 / 3600
+    hours = units * 100 * 2 / 3600
     assert "of which 1 are finished" in line and " each on 2 cores: " in line
     assert f"{4 * hours:.2g} core hours in all, {3 * hours:.2g} of them left" in line
 

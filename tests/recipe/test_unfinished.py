@@ -73,10 +73,11 @@ class TestMissingStages:
             assert err == (
                 f"--stages: {unit} needs results that are not finished: toy (new), data/demonstrations (new); add toy,data\n"
             )
-        assert go("--stages", "evaluate")[2].endswith("; add toy,data,sft,reward,soup,ppo\n")
+        assert go("--stages", "evaluate")[2].endswith("; add toy,data,sft,reward,reward_quality,soup,ppo\n")
         assert go("--stages", "toy,data,sft,soup")[0] == 0
         assert go("--stages", "evaluate")[2] == (
-            "--stages: evaluate needs results that are not finished: reward (new), ppo/ppo (new); add reward,ppo\n"
+            "--stages: evaluate needs results that are not finished: reward (new), reward_quality (new), ppo/ppo (new); add"
+            " reward,reward_quality,ppo\n"
         )
 
 
@@ -158,12 +159,12 @@ class TestReportOfAnOutdatedRun:
         assert (code, made) == (0, ["report"])
         (line,) = [line for line in err.splitlines() if "outdated" in line]
         assert (
-            line.startswith("toy and 10 more units are outdated (torch ") and " → 99); the report shows these" in line
+            line.startswith("toy and 11 more units are outdated (torch ") and " → 99); the report shows these" in line
         )
         assert (RUN / "report.html").stat().st_mtime_ns > before
         assert manifest("report")["inputs"].keys() >= {"toy", "sft/seed-0", "evaluate"}
         made = go()[1]
-        assert made[0] == "toy" and made[-1] == "report" and len(made) == 12
+        assert made[0] == "toy" and made[-1] == "report" and len(made) == 13
         assert "outdated" not in go(str(RUN), reported=True)[2]
 
     def test_a_new_option_is_part_of_an_upgrade(self, go: Go, upgraded: None) -> None:

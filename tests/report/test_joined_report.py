@@ -324,7 +324,7 @@ class TestCommand:
             err = capsys.readouterr().err
             assert said in err and err.count("\n") == 1
         assert report.main(["--help"]) == 0 and "--paper" in capsys.readouterr().out
-        monkeypatch.setattr(report, "run_recipe", lambda words, prog: seen.append(words) or 0)
+        monkeypatch.setattr(report, "run_recipe", lambda words, prog, report_of: seen.append(words) or 0)
         redo = ["--stages", "report", "--force", "report"]
         for words, meant in (
             ([run], [f"{run}/recipe.yaml", "--output-dir", run]),

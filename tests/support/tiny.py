@@ -72,6 +72,8 @@ def make_trainer(
     settings: dict[str, Any] = {
         "batch_size": 8, "max_new_tokens": 7, "learning_rate": 1e-3, "num_train_epochs": 1, "num_ppo_epochs": 1, "kl_coef": 0.1,
     }  # fmt: skip
+    if options.get("value") not in ("none", "group"):
+        settings["vf_coef"] = 0.1  # so that the value loss counts in what tests compare
     quiet = {"report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
     return SalsaPPOTrainer(
         model,

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, GuardDefault] = {
     "kl": GuardDefault(60.0, "off"),
     "kl_per_token": GuardDefault(1.0),
     "over_optimization": GuardDefault(5.0),
-    "between_prompts": GuardDefault(0.65, largest=1),
+    "between_prompts": GuardDefault(0.45, largest=1),
 }
 """Defaults of each guard in GUARDS (training/ppo/guards/monitor.py); the checks' docstrings in checks.py give the reasons."""
 

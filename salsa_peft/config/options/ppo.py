@@ -97,8 +97,8 @@ class PPOOptions:
     """Upper bound of the adaptive β. None: no bound."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount factor γ (TRL's default)."""
-    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """λ of generalized advantage estimation, for the policy's advantages (TRL's default)."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """λ of generalized advantage estimation, for the policy's advantages. docs/ppo.md compares it with TRL's 0.95."""
     lam_value: Annotated[float, Field(ge=0, le=1)] | None = None
     """λ of the returns that the critic learns (VC-PPO, arXiv 2503.01491, has 1). None: the λ of the advantages."""
     lam_length_alpha: Positive | None = None
@@ -108,8 +108,10 @@ class PPOOptions:
     """Clip range ε of the probability ratio in the policy loss (TRL's default)."""
     cliprange_value: Positive = 0.2
     """Clip range of the value's change in the value loss (TRL's default)."""
-    vf_coef: NonNegative = 0.1
-    """Weight of the value loss (TRL's default)."""
+    vf_coef: NonNegative = 0.001
+    """Weight of the value loss. With `value: head` this loss also moves the policy's trunk, by a gradient that grows with
+    the size of the rewards; with TRL's 0.1 the policy learned less (docs/ppo.md). Adam's steps of the head itself hardly
+    depend on the weight."""
     value_head_learning_rate: Positive | None = None
     """Learning rate of the value head, whose weights start at zero, and its bias at the first rollout batch's mean return
     (not under DeepSpeed). None: learning_rate."""

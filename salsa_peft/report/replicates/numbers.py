@@ -48,10 +48,7 @@ def line_points(replicates: Sequence[Replicate], kind: str) -> tuple[str, list[d
     for one in replicates:
         lines = [] if one.landscape is None else [line for line in one.landscape["lines"] if line["kind"] == kind]
         points: Sequence[Row] = lines[0]["points"] if lines else []
-        norm = lines[0].get("soup_norm") if lines else None
-        found.append(
-            {round(p["at"], 6): p["scores"][one.measure]["mean"] for p in points if kind != "shrunk" or p["at"] != norm}
-        )
+        found.append({round(point["at"], 6): point["scores"][one.measure]["mean"] for point in points})
     landscape = replicates[0].landscape if replicates else None
     return ("" if landscape is None else landscape["questions"]), found
 
@@ -65,7 +62,10 @@ def on_line(replicates: Sequence[Replicate], *positions: float) -> Numbers:
 
 
 def best_shrunk(replicates: Sequence[Replicate]) -> Numbers:
-    """Score of base + λ·δ of one seed at the λ that is best in the other replicates."""
+    """Score of base + λ·δ of one seed at the λ that is best in the other replicates, out of those that all have.
+
+    A seed with the soup's norm has another λ in each replicate, so it is not among them.
+    """
     dataset, found = line_points(replicates, "shrunk")
     scales = set(found[0]).intersection(*found) if found else set()
     if len(replicates) < FEWEST or not scales:

@@ -31,7 +31,7 @@ def config(folder: Path, **options: Any) -> SalsaPPOConfig:
         ({"lam_length_alpha": 0.0}, r"lam_length_alpha: must be more than 0, not 0\.0"),
         ({"lam": 0.5, "lam_length_alpha": 1.0}, r"lam: 0\.5 has no effect with lam_length_alpha, .* remove one of the two"),
         ({"value": "heads"}, "value: must be head, adapter, none or group, not 'heads'"),
-        ({"value": "none", "lam": 0.5}, r"lam: 0\.5 has no effect with value none, which has no critic; set lam=0\.95, or"),
+        ({"value": "none", "lam": 0.5}, r"lam: 0\.5 has no effect with value none, which has no critic; set lam=1\.0, or"),
         ({"value": "group", "vf_coef": 1.0}, r"vf_coef: 1\.0 has no effect with value group"),
         ({"value": "group", "value_head_learning_rate": 0.1}, r"value_head_learning_rate: 0\.1 .*; set .*=null, or value=head"),
         ({"value": "none", "lam_value": 1.0}, r"lam_value: 1\.0 has no effect with value none"),
