@@ -17,10 +17,10 @@ from pathlib import Path
 from salsa_peft.config.load import bundled_names, load_recipe
 from salsa_peft.data.check import check_local
 from salsa_peft.models.architectures.checks import check
-from salsa_peft.recipe.commits import check_revisions, found_commits, kept_commits, with_commits
+from salsa_peft.recipe.commits import check_revisions, found_commits, with_commits
 from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
 from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
-from salsa_peft.recipe.replicates import run_replicates
+from salsa_peft.recipe.replicates import kept_commits, run_replicates
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError

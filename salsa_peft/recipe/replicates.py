@@ -13,37 +13,47 @@ from typing import Any, NamedTuple
 from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Recipe
-from salsa_peft.recipe import cache, run
+from salsa_peft.recipe import cache, commits, run
 from salsa_peft.recipe.commits import keep_commits
 from salsa_peft.recipe.estimates import hours
 from salsa_peft.recipe.estimates.hardware import Gpu
 from salsa_peft.utils.console import say
 from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.hub import Repository
 from salsa_peft.utils.manifests import MANIFEST, latest_report, read_manifest, replicate_folder, replicate_folders
 from salsa_peft.utils.messages import duration
 
 STRIDE = 1000
 """Difference between the seeds of two replicates; a multiple of it if the recipe's own seeds are larger."""
 
+ONE_SEED = ("toy", "synthetic", "ppo", *ALGORITHMS)
+"""Sections with one training seed. `sft` and `reward` have several."""
+
 
 def replicate(recipe: Recipe, number: int) -> Recipe:
     """The recipe of one replicate. Replicate 0 has the recipe's own seeds; the others have larger ones."""
-    toy, algorithms = recipe.toy, {name: getattr(recipe, name) for name in ("ppo", *ALGORITHMS)}
-    single = [*(section.seed for section in algorithms.values()), *([] if toy is None else [toy.seed])]
-    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *single])
+    sections = {name: section for name in ONE_SEED if (section := getattr(recipe, name)) is not None}
+    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *(section.seed for section in sections.values())])
     shift = number * STRIDE * (1 + largest // STRIDE)
 
     def moved(seed: int) -> int:
         return (seed + shift) % 2**32
 
-    return dataclasses.replace(
-        recipe,
-        replicates=1,
-        toy=None if toy is None else dataclasses.replace(toy, seed=moved(toy.seed)),
-        sft=dataclasses.replace(recipe.sft, seeds=[moved(seed) for seed in recipe.sft.seeds]),
-        reward=dataclasses.replace(recipe.reward, seeds=[moved(seed) for seed in recipe.reward.seeds]),
-        **{name: dataclasses.replace(section, seed=moved(section.seed)) for name, section in algorithms.items()},
-    )
+    changed: dict[str, Any] = {
+        name: dataclasses.replace(section, seed=moved(section.seed)) for name, section in sections.items()
+    }
+    for name in ("sft", "reward"):
+        section = getattr(recipe, name)
+        changed[name] = dataclasses.replace(section, seeds=[moved(seed) for seed in section.seeds])
+    return dataclasses.replace(recipe, replicates=1, **changed)
+
+
+def kept_commits(folder: Path, recipe: Recipe, report: bool) -> dict[Repository, str]:
+    """The commits that a run keeps, as in recipe/commits.py; replicates keep those of the first until all are finished."""
+    if recipe.replicates == 1:
+        return commits.kept_commits(folder, recipe, report)
+    finished = sum(latest_report(one) is not None for one in replicate_folders(folder))
+    return commits.kept_commits(replicate_folder(folder, 0), recipe, report or finished < recipe.replicates)
 
 
 def run_replicates(

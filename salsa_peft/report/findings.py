@@ -34,8 +34,8 @@ def conclusion(difference: Row, a: str, b: str) -> str:
     if difference["n"] < 2:
         return "a single prompt, nothing to conclude"
     if undecided(difference):
-        return "not distinguishable from 0 on these prompts"
-    return f"{a if difference['mean'] > 0 else b} is higher on these prompts"
+        return "not distinguishable from 0"
+    return f"{a if difference['mean'] > 0 else b} is higher"
 
 
 def short_conclusion(difference: Row, a: str, b: str) -> str:

@@ -182,9 +182,9 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     parts = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in NOT_THE_RECIPE}
     seeds = {name: parts[name].pop("seeds") for name in ("sft", "reward")} | {"ppo": [parts["ppo"].pop("seed")]}
     used = {policy.algorithm for policy in recipe.policies.values()}
-    for name in ("toy", *ALGORITHMS):
+    for name in ("toy", "synthetic", *ALGORITHMS):
         seed = None if parts[name] is None else parts[name].pop("seed")
-        if seed is not None and (name == "toy" or name in used):
+        if seed is not None and (name in used or name not in ALGORITHMS):
             seeds[name] = [seed]
     parts["evaluate"].pop("samples")
     parts["counts"] = [len(of) for of in seeds.values()]

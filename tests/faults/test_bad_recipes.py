@@ -14,10 +14,12 @@ from typing import Any
 
 import bad_recipes
 import pytest
+from paths import ROOT, SUPPORT
 
 from salsa_peft.recipe.__main__ import main as salsa_run
 
 HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)])}
 SOME, COUNT, COMMANDS = 400, 2000, 50
 SAMPLE = [bad for bad in bad_recipes.draw(4 * len(bad_recipes.ALL)) if len(bad.content) < 200_000]
 SAMPLE = [SAMPLE[(number * 37) % len(SAMPLE)] for number in range(len(SAMPLE))]  # over all kinds, also its first ones
@@ -41,7 +43,7 @@ def test_what_the_bad_ones_are_made_from_is_good(
 @pytest.mark.parametrize("count", [SOME, pytest.param(COUNT, marks=pytest.mark.slow)])
 def test_thousands_of_bad_recipes(tmp_path: Path, tally: Callable[..., None], count: int) -> None:
     """In one process: code 2, one line of at most 1,000 characters, below 2 s of CPU each, nothing opened for writing anywhere."""
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = ENVIRONMENT | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, str(HERE / "bad_recipes.py"), str(tmp_path), str(count)]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,7 +75,7 @@ for effect in (lambda *_, **__: sys.stdout.write("x"), lambda *_, **__: open("x"
         print(bad_recipes.wrong(bad_recipes.Bad("x", good), folder, [])[0].split("\\n")[0])
 """
     argv = [sys.executable, "-c", made.format(here=str(HERE), more=more), str(tmp_path)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     said = done.stdout.splitlines()
     assert done.returncode == 0 and len(said) == 4, done.stderr
     assert said[0].startswith("it said something on standard output")

@@ -13,9 +13,10 @@ from small_recipe import SMALL, read, unit
 
 from salsa_peft.cli import report
 from salsa_peft.config.load import load_recipe, saved_recipe
-from salsa_peft.recipe import replicates
+from salsa_peft.recipe import commits, replicates
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.report.gather import identity
+from salsa_peft.utils.hub import Repository
 from salsa_peft.utils.manifests import replicate_folders
 from salsa_peft.utils.statistics import mean_interval
 
@@ -66,6 +67,13 @@ class TestSeeds:
         assert identity(one)[0] == identity(two)[0] == identity(recipe)[0]
         assert identity(two)[1] == "sft 1000, 1007, 1002; reward 1001, 1003; ppo 1004; toy 1005; dpo 1000"
 
+    def test_synthetic_data_is_sampled_anew(self, here: Path) -> None:
+        (here / "judge.py").write_text("def score(completions, **_): return [0.0] * len(completions)\n")
+        recipe = load("synthetic={function: 'judge:score', seed: 3}")
+        one, two = (replicates.replicate(recipe, number) for number in (0, 1))
+        assert (one.synthetic.seed, two.synthetic.seed) == (3, 1003)
+        assert identity(one)[0] == identity(two)[0]
+
     def test_what_is_refused(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for words, said in (
             (["--replicates", "0"], "replicates: must be"),
@@ -100,6 +108,21 @@ def test_each_replicate_is_a_run_with_a_cache_of_its_own(
     alone = ["run/replicate-1/recipe.yaml", "--output-dir", "run/replicate-1", "--stages", "toy,data,sft"]
     assert salsa_run(alone, stages=FAKE) == 0
     assert "done" not in capsys.readouterr().err
+
+
+def test_commits_of_the_hub_are_kept_until_all_replicates_are_finished(here: Path) -> None:
+    """Those of the first replicate, although it is finished itself; then the Hub is asked again."""
+    recipe = load("data.prompts=org/prompts", "replicates=2")
+    found = {Repository("dataset", "org/prompts", None): "a" * 40}
+    for number in (0, 1):
+        assert replicates.kept_commits(here / "run", recipe, False) == (found if number else {})
+        folder = here / "run" / f"replicate-{number}" / "report" / "key"
+        folder.mkdir(parents=True)
+        commits.keep_commits(folder.parents[1], found, finished=True)
+        assert replicates.kept_commits(here / "run", recipe, False) == found
+        (folder / "manifest.json").write_text('{"files": {}}')
+    assert replicates.kept_commits(here / "run", recipe, False) == {}
+    assert replicates.kept_commits(here / "run", recipe, True) == found
 
 
 def test_the_plan_says_the_cost(here: Path, inline: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ def compared(mean: float, low: float, high: float, n: int = 96, b: str = "ppo") 
 def test_the_words_follow_the_interval() -> None:
     assert (
         compared(0.031, -0.010, 0.072)
-        == "salsa − ppo: +0.031 [−0.010, +0.072] on “in”, not distinguishable from 0 on these prompts; +0.200 [+0.100, +0.300] on “out”, salsa is higher on these prompts."
+        == "salsa − ppo: +0.031 [−0.010, +0.072] on “in”, not distinguishable from 0; +0.200 [+0.100, +0.300] on “out”, salsa is higher."
     )
     assert "“in”, salsa is higher" in compared(0.031, 0.010, 0.052)
     assert "“in”, ppo is higher" in compared(-0.031, -0.052, -0.010)
