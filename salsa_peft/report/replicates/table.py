@@ -18,7 +18,7 @@ def over_replicates(
     pairs: set of questions → the pairs of models to compare.
     """
     numbers = [Replicate.of(run) for run in runs]
-    datasets = [
+    datasets: list[dict[str, Any]] = [
         {"dataset": dataset, "models": models_table(numbers, dataset), "pairs": pairs_table(runs, dataset, of)}
         for dataset, of in pairs.items()
     ]
