@@ -154,6 +154,9 @@ class Reward(Training):
     """Weight of (R(chosen) + R(rejected))² in the loss, which keeps the scores of every prompt near 0 (TRL's field and
     recommended value; Eisenstein et al., 2023, eq. 2). Without it, most of the score's variance may lie between prompts,
     and PPO's critic has to learn it first. null: no such term, as in the paper and in TRL's default."""
+    zero_score_head: bool = False
+    """Start with all weights of the score head 0, so that all scores start at 0. false: drawn from N(0, 1/(H+1)), as in
+    Stiennon et al. (2020), which gives a base with large hidden states large scores that training has to unlearn."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
     """Seeds of the data order, one per reward model. Several models are averaged (WARM, Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05

@@ -299,6 +299,11 @@ def _check_synthetic(recipe: Recipe) -> None:
         data.demonstrations is None or data.preferences is None,
         "synthetic: has no effect, because data.demonstrations and data.preferences are given; remove one of the three",
     )
+    require(
+        section.answers_per_pair <= section.num_generations,
+        f"synthetic.answers_per_pair: {section.answers_per_pair} must be at most num_generations"
+        f" {section.num_generations}",
+    )
     check_function("synthetic.function", section.function)
     check_signature("synthetic.function", section.function)
     if data.prompts is None and recipe.toy is not None:

@@ -102,7 +102,7 @@ def sample(
                     "index": place // recipe.reward.quality_responses,
                     "prompt": datasets.prompt_text(asked[place]["prompt"]),
                     "response": text,
-                    "scores": dict(zip(scores, own, strict=True)),
+                    "scores": {name: score for name, score in zip(scores, own, strict=True) if score is not None},
                     "length": length,
                 }
             bar.update(len(places))

@@ -1,8 +1,8 @@
 """The synthetic stage: the base answers data.prompts several times, and a function judges the answers.
 
 demonstrations.jsonl gets the best answer to each prompt (rejection sampling, as in RAFT, Dong et al., 2023).
-preferences.jsonl gets pairs of answers to one prompt: the first with the second, the third with the fourth, and so on.
-No answer is in two pairs, and pairs with equal scores are left out.
+preferences.jsonl gets pairs of answers to one prompt: the best and the worst of the first `answers_per_pair` answers,
+of the next ones, and so on. Pairs with equal scores are left out.
 """
 
 import dataclasses
@@ -40,15 +40,15 @@ def run(job: Job) -> dict[str, Any]:
     prompts = datasets.prompts(source, columns=True, tokenizer=context.tokenizer)[: section.limit]
     prompts = prompts_that_fit(job, context, prompts, "data.prompts")
     # 2. the answers and their scores
-    n = section.num_generations
+    n, size = section.num_generations, section.answers_per_pair
     rows = scored_answers(job, context, [prompt for prompt in prompts for _ in range(n)])
     groups = [rows[start : start + n] for start in range(0, len(rows), n)]
     # 3. the data
     demonstrations = [demonstration(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
-    preferences = [pair for prompt, group in zip(prompts, groups, strict=True) for pair in pairs(prompt, group)]
+    preferences = [pair for prompt, group in zip(prompts, groups, strict=True) for pair in pairs(prompt, group, size)]
     require(
         bool(preferences),
-        f"synthetic.function: {section.function.rpartition(':')[2]} gives both answers of every pair the same score, so"
+        f"synthetic.function: {section.function.rpartition(':')[2]} gives all answers to a prompt the same score, so"
         " there is nothing to prefer; use a function that tells answers apart, or raise synthetic.num_generations",
     )
     for name, found in zip(SYNTHETIC_DATA, (demonstrations, preferences), strict=True):
@@ -62,7 +62,7 @@ def run(job: Job) -> dict[str, Any]:
         "mean_best_score": math.fsum(best) / len(best),
         "demonstrations": len(demonstrations),
         "preferences": len(preferences),
-        "equal_pairs": len(groups) * (n // 2) - len(preferences),
+        "equal_pairs": len(groups) * (n // size) - len(preferences),
     }
 
 
@@ -110,10 +110,11 @@ def demonstration(prompt: dict[str, Any], answers: Rows) -> dict[str, Any]:
     return {"messages": [*prompt["prompt"], turn(best)], **_template_inputs(prompt)}
 
 
-def pairs(prompt: dict[str, Any], answers: Rows) -> Iterable[dict[str, Any]]:
-    """Rows for the reward model: each two successive answers whose scores differ, the better one chosen."""
-    for one, other in zip(answers[::2], answers[1::2], strict=False):
-        rejected, chosen = sorted((one, other), key=lambda row: row["scores"][SCORE])
+def pairs(prompt: dict[str, Any], answers: Rows, size: int) -> Iterable[dict[str, Any]]:
+    """Rows for the reward model: the best and the worst of each `size` successive answers, if their scores differ."""
+    for start in range(0, len(answers) - size + 1, size):
+        group = answers[start : start + size]
+        chosen, rejected = (pick(group, key=lambda row: row["scores"][SCORE]) for pick in (max, min))
         if chosen["scores"][SCORE] > rejected["scores"][SCORE]:
             sides = {"chosen": [turn(chosen)], "rejected": [turn(rejected)]}
             yield {"prompt": prompt["prompt"], **sides, **_template_inputs(prompt)}

@@ -183,11 +183,15 @@ def split_pairs(recipe: Recipe, pairs: int, prompts: Sequence[str]) -> Split:
 def start_from_seed(context: StageContext, seed: Path) -> Any:
     """A classifier with seed-0's full weights, or with the base and a copy of seed-0's adapter."""
     torch.manual_seed(SPLIT_SEED)
-    if context.recipe.adapter is None:
-        return context.load_classifier(seed)
+    adapters = context.recipe.adapter is not None
+    classifier: Any = context.load_classifier(None if adapters else seed)
+    if context.recipe.reward.zero_score_head:
+        torch.nn.init.zeros_(classifier.score.weight)
+    if not adapters:
+        return classifier
     config, _ = lora.read(seed)
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
-    model = get_peft_model(context.load_classifier(), config)
+    model = get_peft_model(classifier, config)
     copy_adapter(model, seed)
     forward.install(model)
     return model

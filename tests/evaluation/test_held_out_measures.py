@@ -11,7 +11,7 @@ from synthetic_run import synthetic
 
 from salsa_peft.config.schema import Evaluate, Generation, Model
 from salsa_peft.data.questions import Question
-from salsa_peft.evaluation import comparisons, evaluate, landscape
+from salsa_peft.evaluation import comparisons, evaluate, landscape, reward_quality
 from salsa_peft.evaluation.answers import HeldOut, answer
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.rewards.reward import WeightedReward
@@ -97,6 +97,21 @@ def test_the_landscape_has_only_measures_of_all_answers(
         found = landscape.mean_scores(None, None, [], rewards, None, 0)  # type: ignore[arg-type]
         assert set(found) == measures
     assert found["copies"]["mean"] == 3.0
+
+
+def test_the_rewards_quality_is_measured_beside_them(make_base: Any, tokenizer: Any) -> None:
+    """An answer to which a held-out reward does not apply has no score of it."""
+    recipe = SimpleNamespace(
+        generation=Generation(max_new_tokens=4, batch_size=3),
+        reward=SimpleNamespace(quality_responses=2),
+        ppo=SimpleNamespace(seed=0),
+    )
+    prompts = [{"prompt": [{"role": "user", "content": text}]} for text in TEXTS[:2]]
+    rewards = {"reward": FunctionReward(one, tokenizer), "copies": HeldOut(FunctionReward(of_copies, tokenizer))}
+    job: Any = SimpleNamespace(recipe=recipe, unit=SimpleNamespace(id="reward_quality"))
+    context: Any = SimpleNamespace(tokenizer=tokenizer)
+    rows = reward_quality.sample(job, context, prompts, make_base(), None, rewards)
+    assert [row["scores"] for row in rows] == [{"reward": 1.0, "copies": 2.0}] * 2 + [{"reward": 1.0}] * 2
 
 
 def test_a_held_out_reward_is_drawn_over_training_and_against_the_kl() -> None:

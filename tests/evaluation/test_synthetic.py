@@ -37,13 +37,20 @@ class TestRows:
             "tools": PROMPT["tools"],
         }
 
-    def test_pairs_are_disjoint_and_ordered_by_score(self) -> None:
-        """0 with 1, 2 with 3, 4 with 5; equal scores make no pair, and an odd answer is left over."""
-        rows = list(synthetic.pairs(PROMPT, answers(1.0, 2.0, 5.0, 5.0, 0.5, -3.0, 9.0)))
-        assert [(said(row, "chosen"), said(row, "rejected")) for row in rows] == [
-            ("answer 1", "answer 0"),
-            ("answer 4", "answer 5"),
-        ]
+    @pytest.mark.parametrize(
+        ("size", "expected"),
+        [
+            (2, [(1, 0), (4, 5)]),  # 2 and 3 have equal scores, and 6 is left over
+            (3, [(2, 0), (3, 5)]),
+            (4, [(2, 0)]),
+            (7, [(6, 5)]),
+        ],
+    )
+    def test_the_best_and_the_worst_of_each_group_are_a_pair(self, size: int, expected: list[tuple[int, int]]) -> None:
+        """Each answer is in one group only; equal scores make no pair."""
+        rows = list(synthetic.pairs(PROMPT, answers(1.0, 2.0, 5.0, 5.0, 0.5, -3.0, 9.0), size))
+        found = [tuple(int(said(row, side).split()[1]) for side in ("chosen", "rejected")) for row in rows]
+        assert found == expected
         assert all(row["prompt"] == PROMPT["prompt"] and row["tools"] == PROMPT["tools"] for row in rows)
         assert all("level" not in row for row in rows)
 
@@ -54,7 +61,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     small = {key: value for key, value in SMALL.items() if not key.startswith("policies")}
     folder = tmp_path_factory.mktemp("synthetic")
     (folder / "own_judge.py").write_text(LONGEST)
-    section = {"function": f"{folder}/own_judge:longest", "num_generations": 5, "limit": 12}
+    section = {"function": f"{folder}/own_judge:longest", "num_generations": 5, "answers_per_pair": 2, "limit": 12}
     return {"sets": {**small, "synthetic": section, "sft.batch_size": 4}, "folder": folder}
 
 
@@ -147,7 +154,7 @@ class TestStage:
     @pytest.mark.parametrize(
         ("body", "message"),
         [
-            ("[1.0] * len(completions)", "f gives both answers of every pair the same score"),
+            ("[1.0] * len(completions)", "f gives all answers to a prompt the same score"),
             ("[float('nan')] * len(completions)", "f returned NaN or infinity for 60 of 60 answers"),
             ("[None] * len(completions)", "it returned None for 60 of 60 responses"),
         ],
@@ -226,6 +233,7 @@ class TestRecipe:
             (["synthetic.function=judge"], "synthetic.function: 'judge' is not a function; write module:name"),
             (["synthetic.function=gone:f"], "synthetic.function: there is no module gone"),
             (["synthetic.num_generations=1"], "synthetic.num_generations: "),
+            (["synthetic.num_generations=3"], "answers_per_pair: 4 must be at most num_generations 3"),
             (["sft.batch_size=16"], r"synthetic: 9 demonstrations, 9 of them for training, which is less than sft"),
             (["synthetic.limit=4"], r"synthetic: 4 demonstrations, 4 of them for training, which is less than sft"),
             (["data={}"], "data.prompts: is required"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from salsa_peft.config.load import load_recipe
 from salsa_peft.training import reward_model
@@ -60,3 +61,33 @@ def test_few_pairs_are_said(pairs: int, said: str | None, tmp_path: Path, monkey
     first, found = capsys.readouterr().err.split("\n", 1)
     assert first.startswith("reward  ranks 100.0% [") and f"] of {pairs} held-out pairs right (100% at" in first
     assert found == ("" if said is None else f"reward  warning: the accuracy was measured on {said}\n")
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_score_head_of_zeros(mode: str, zero: bool, monkeypatch: Any, tmp_path: Path) -> None:
+    """All scores start at 0, with full weights and beside an adapter; the default draws the head's weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    shape = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16, num_labels=1, pad_token_id=0
+    )  # fmt: skip
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM(shape), adapter).save_pretrained(tmp_path)
+    recipe = load_recipe(
+        "quickstart", lora=None if mode == "full" else mode, overrides=[f"reward.zero_score_head={str(zero).lower()}"]
+    ).recipe
+    starts: list[Any] = []
+
+    def load_classifier(start: Path | None = None) -> Any:
+        starts.append(start)
+        return LlamaForSequenceClassification(shape)
+
+    context: Any = SimpleNamespace(recipe=recipe, load_classifier=load_classifier)
+    model = reward_model.start_from_seed(context, tmp_path)
+    scores = model(input_ids=torch.arange(1, 13).reshape(3, 4)).logits
+    assert starts == [tmp_path if mode == "full" else None]
+    assert bool((scores == 0).all()) is zero and scores.shape == (3, 1)
+    trained = [one for name, one in model.named_parameters() if "score" in name and one.requires_grad]
+    assert len(trained) == 1 and bool((trained[0] == 0).all()) is zero
