@@ -58,7 +58,7 @@ def calibration(margins: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """
     sizes = np.abs(np.asarray(margins, dtype=np.float64))
     order = np.argsort(sizes, kind="stable")
-    bins = []
+    bins: list[dict[str, Any]] = []
     for rows in np.array_split(order, max(1, min(MOST_BINS, len(order) // PAIRS_IN_BIN))):
         predicted = float((1 / (1 + np.exp(-sizes[rows]))).mean())
         observed = accuracy(np.asarray(margins)[rows])
