@@ -1,4 +1,4 @@
-"""The headline of a report: every policy against its start and against PPO, in a table and in words.
+"""The headline of a report: every model against the policies' start and against PPO, in a table and in words.
 
 A difference is of the headline measure on the same prompts, with its 95% interval over prompts. The sentences follow
 the intervals: a difference whose interval includes 0 is "not distinguishable", never "slightly better".
@@ -26,15 +26,17 @@ EXPLAINED = {
 def table(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[dict[str, Any]]:
     """One table for each set of questions: {"dataset", "n", "measure", "start", "against", "rows"}.
 
-    `start` is the score of the start. A row is {"model", "control", "score", "start", "ppo"}: a policy's score, and its
-    differences from the start and from the policy of the same algorithm whose reference is the start; None for what
-    does not exist. `against` has the names of these policies. Empty without policies.
+    `start` is the score of the start. A row is {"model", "policy", "control", "score", "start", "ppo"}: a model's score, and
+    its differences from the start and from the policy of the same algorithm whose reference is the start (a model that
+    is no policy: the first algorithm); None for what does not exist. `against` has the names of these policies. Empty
+    without policies.
     """
-    if not evaluation.get("datasets"):
+    if not evaluation.get("datasets") or not policies:
         return []
     measure, found = headline(evaluation), []
-    names = [name for name in order(evaluation, policies) if name in policies]
-    plain = {name: plain_policy(policies[name].algorithm, policies, evaluation) for name in names}
+    names = [name for name in order(evaluation, policies) if name != START]
+    first = next(iter(policies))
+    plain = {name: plain_policy(policies.get(name, policies[first]).algorithm, policies, evaluation) for name in names}
     for dataset, data in evaluation["datasets"].items():
         scores = {name: model["scores"].get(measure) for name, model in data["models"].items()}
 
@@ -42,7 +44,7 @@ def table(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[dict[s
             return difference(evaluation, answers, dataset, measure, name, other) if other not in ("", name) else None
 
         rows = [
-            {"model": name, "control": is_control(name, policies), "score": scores[name]}
+            {"model": name, "policy": name in policies, "control": is_control(name, policies), "score": scores[name]}
             | {"start": minus(name, START), "ppo": minus(name, plain[name])}
             for name in names
             if scores.get(name)
@@ -55,7 +57,7 @@ def table(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[dict[s
 
 def gains(tables: Sequence[Row]) -> list[str]:
     """A sentence for each set of questions: which policies score higher than the start, and which do not."""
-    found = []
+    found: list[str] = []
     for part in tables:
         higher, same, lower = _by_outcome(part)
         count = len(higher) + len(same) + len(lower)
@@ -90,7 +92,7 @@ def meaning(tables: Sequence[Row]) -> list[str]:
 
 def _by_outcome(part: Row) -> tuple[list[str], list[str], list[str]]:
     """Names of the policies that are higher than the start, not distinguishable from it, and lower."""
-    given = {row["model"]: row["start"] for row in part["rows"] if row["start"]}
+    given = {row["model"]: row["start"] for row in part["rows"] if row["policy"] and row["start"]}
     decided = {name: one["mean"] > 0 for name, one in given.items() if not undecided(one)}
     higher, lower = ([name for name, up in decided.items() if up is wanted] for wanted in (True, False))
     return higher, [name for name in given if name not in decided], lower
@@ -107,8 +109,8 @@ def words(tables: Sequence[Row], explained: Row) -> dict[str, str]:
     """
     if not tables:
         return {}
-    measure = tables[0]["measure"]
-    names = {MEASURES.get(measure, measure): {**EXPLAINED, **explained}.get(measure)}
+    measure: str = tables[0]["measure"]
+    names: dict[str, str | None] = {MEASURES.get(measure, measure): {**EXPLAINED, **explained}.get(measure)}
     names |= {part["dataset"]: explained.get(part["dataset"]) for part in tables}
     names[START] = "the SFT model that every policy starts from"
     return {name: text for name, text in names.items() if text}
@@ -119,11 +121,12 @@ def console(tables: Sequence[Row], explained: Row, paragraphs: Sequence[str]) ->
     score, cell = (len(text) for text in ("0.000 [0.000, 0.000]", "+0.000 [+0.000, +0.000]"))
     lines = _wrapped([f"{name}: {text}" for name, text in words(tables, explained).items()])
     for part in tables:
-        title = f"{part['dataset']}, {part['n']} prompts"
+        title, measure = f"{part['dataset']}, {part['n']} prompts", str(part["measure"])
         wide = max(map(len, (title, START, *map(_label, part["rows"]))))
-        heads = [MEASURES.get(part["measure"], part["measure"]), f"− {START}, the start", *_plain_head(part)]
+        heads = [MEASURES.get(measure, measure), f"− {START}, the start", *_plain_head(part)]
         sizes = [score, cell, cell]
-        rows = [(title, heads), (START, [estimate(part["start"])] if part["start"] else [])]
+        rows: list[tuple[str, list[str]]] = [(title, heads)]
+        rows.append((START, [estimate(part["start"])] if part["start"] else []))
         for row in part["rows"]:
             both = [signed(row[key]) if row[key] else "–" for key in ("start", "ppo")]
             rows.append((_label(row), [estimate(row["score"]), *both[: len(heads) - 1]]))

@@ -21,7 +21,7 @@ EXPLAINED = {"gold": "a program's grade", "in": "short answers", "out": "long an
 def part(**starts: tuple[float, float, float]) -> dict[str, Any]:
     """A table of one set whose policies differ from the start by (mean, low, high)."""
     rows = [
-        {"model": name, "start": dict(zip(("mean", "low", "high"), values, strict=True)) | {"n": 50}}
+        {"model": name, "policy": True, "start": dict(zip(("mean", "low", "high"), values, strict=True)) | {"n": 50}}
         for name, values in starts.items()
     ]
     return {"dataset": "in", "n": 50, "measure": "gold", "rows": rows}
@@ -40,11 +40,12 @@ def test_each_policy_against_its_start_and_against_ppo(run: ReportInput) -> None
     tables = headline.table(run.evaluation, run.answers, run.policies)
     assert [part["dataset"] for part in tables] == ["in", "out"]
     for part in tables:
-        assert [row["model"] for row in part["rows"]] == ["ppo", "salsa", "shrunk", "mkl"]
-        assert [row["control"] for row in part["rows"]] == [False, False, True, False]
+        assert [row["model"] for row in part["rows"]] == ["base", "soup", "ppo", "salsa", "shrunk", "mkl"]
+        assert [row["control"] for row in part["rows"]] == [True, False, False, False, True, False]
+        assert [row["policy"] for row in part["rows"]] == [False, False, True, True, True, True]
         gold = {
             name: np.array([r["scores"]["gold"] for r in run.answers if (r["dataset"], r["model"]) == (part["dataset"], name)])
-            for name in ("seed-0", "ppo", "salsa", "shrunk", "mkl")
+            for name in ("seed-0", "base", "soup", "ppo", "salsa", "shrunk", "mkl")
         }  # fmt: skip
         assert part["start"]["mean"] == pytest.approx(gold["seed-0"].mean())
         for row in part["rows"]:
@@ -67,8 +68,8 @@ def test_a_policy_is_compared_with_the_plain_one_of_its_algorithm(run: ReportInp
     assert tables[0]["against"] == ["ppo", "mkl"]
     against_mkl = findings.difference(run.evaluation, run.answers, "in", "gold", "shrunk", "mkl")
     assert next(row for row in tables[0]["rows"] if row["model"] == "shrunk")["ppo"] == against_mkl
-    (row,) = headline.table(run.evaluation, run.answers, {"salsa": salsa})[0]["rows"]
-    assert row["ppo"] is None and row["start"] is not None
+    rows = headline.table(run.evaluation, run.answers, {"salsa": salsa})[0]["rows"]
+    assert all(row["ppo"] is None and row["start"] is not None for row in rows)
     candidates = {"mkl": ppo, "shrunk": ppo, "salsa": salsa}
     search = {"methods": {"ppo": {"best": "shrunk"}}}
     assert headline.table(run.evaluation, run.answers, candidates)[0]["against"] == ["mkl"]

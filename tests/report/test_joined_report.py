@@ -15,12 +15,15 @@ from synthetic_run import HOSTILE, Page, synthetic, with_judge
 
 from salsa_peft.cli import report
 from salsa_peft.evaluation.judge_statistics import over_seeds
+from salsa_peft.report.format import estimate, signed
 from salsa_peft.report.gather import identity
 from salsa_peft.report.joined import Run, replicates, table, write_joined
 from salsa_peft.report.judge_tables import judgments_of
+from salsa_peft.report.replicates import table as claims_table
+from salsa_peft.report.replicates.claims import Claim, Finding
 from salsa_peft.utils import manifests as runs_of
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.statistics import holm, mean_interval, sign_flip_test, t_test
+from salsa_peft.utils.statistics import Estimate, holm, mean_interval, sign_flip_test, t_test
 
 import numpy as np  # isort: skip
 
@@ -132,6 +135,35 @@ def test_the_page(runs: list[Run], tmp_path: Path) -> None:
     assert any("one training seed" in line for line in summary["warnings"])
     assert page.tags.count("figure") == 4 and len(list((tmp_path / "figures").iterdir())) == 4
     assert [one["training_seeds"] for one in summary["runs"]] == ["sft 0", "sft 1", "sft 2"]
+    (group,) = summary["replicates"]  # the two llamas; gemma is alone, so its scores stand by themselves
+    assert (group["name"], group["n"], [one["run"] for one in summary["scores"]].count("llama")) == ("llama", 2, 4)
+    assert "llama: 2 replicates" in page.text and "## llama: 2 replicates" in text
+    for data in group["datasets"]:
+        assert len(data["pairs"]) == 4 and len(data["models"]) == 6
+        for shown in (*map(estimate, data["models"]), *map(signed, data["pairs"])):
+            assert shown in page.text and shown in text
+
+
+def test_the_claims_stand_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list[Run]) -> None:
+    """The rows of the table, whose numbers test_claims.py checks, in both texts."""
+    found = Claim("Figure 9", "Soups <taste> better.", [
+        Finding("soup − salad", {"in": Estimate(0.5, 0.25, 0.75, 3)}, 1),
+        Finding("soup − bread", {"in": Estimate(-0.5, -0.75, -0.25, 3), "training": Estimate(1.0, 0.5, 1.5, 3)}, 1, control=True),
+    ])  # fmt: skip
+    monkeypatch.setattr(claims_table, "claims", lambda replicates: [found])
+    write_joined(tmp_path, runs[:2])
+    page, text = Page((tmp_path / "report.html").read_text("utf-8")), (tmp_path / "report.md").read_text("utf-8")
+    assert "Soups <taste> better." in page.text and not page.open
+    for words in (
+        "Figure 9",
+        "soup − salad",
+        "+0.500 [+0.250, +0.750]",
+        "as claimed",
+        "the opposite",
+        "+1.000 [+0.500, +1.500]",
+    ):
+        assert words in page.text and words in text
+    assert "|  | control: soup − bread | > 0 | −0.500 [−0.750, −0.250] |" in text
 
 
 def test_the_finding_counts(runs: list[Run]) -> None:
