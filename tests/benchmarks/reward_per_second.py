@@ -51,7 +51,7 @@ WINDOW = 3
 """Number of batches whose mean is compared."""
 TARGET = 0.4
 """Largest median of cpu_to_final that is aimed at."""
-RECOMMENDED: dict[str, Any] = {"lam": 1.0, "value_head_learning_rate": 1e-2, "old_logprobs": "rollout"}
+RECOMMENDED: dict[str, Any] = {"value_head_learning_rate": 1e-2, "old_logprobs": "rollout"}
 """Options of `ours/recommended`."""
 OPENINGS = (
     "Once upon a time, there was a", "One day, a little girl named Sue", "Tom and his dad went to the",
