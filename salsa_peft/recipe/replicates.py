@@ -14,7 +14,6 @@ from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import cache, commits, run
-from salsa_peft.recipe.commits import keep_commits
 from salsa_peft.recipe.estimates import hours
 from salsa_peft.recipe.estimates.hardware import Gpu
 from salsa_peft.utils.console import say
@@ -69,13 +68,10 @@ def run_replicates(
         run.run(of[0], replicate_folder(folder, 0), only=only, dry_run=True, gpu=gpu, **options)
         print(cost_line(loaded.recipe, folder, options.get("stages", run.STAGES), gpu), flush=True)
         return
-    commits = options.get("commits") or {}
-    keep_commits(folder, commits, finished=False)
     for number, one in enumerate(of):
         say(f"replicate {number + 1} of {count}")
         run.run(one, replicate_folder(folder, number), only=only, **options)
         write_atomic(folder / "recipe.yaml", run.resolved_yaml(loaded))
-    keep_commits(folder, commits, finished=only is None)
     if only is None or "report" in only:
         join(folder)
 

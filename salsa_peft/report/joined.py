@@ -190,7 +190,7 @@ def finding(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 def _over_replicates(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     pairs = {dataset: _pairs(runs, dataset) for dataset in _datasets(runs[0].report)}
-    return {"name": name, **over_replicates([run.report for run in runs], pairs)}
+    return {"name": name, **over_replicates(name, [run.report for run in runs], pairs)}
 
 
 def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from salsa_peft.report.format import Row, markdown, signed
 from salsa_peft.report.gather import ReportInput
@@ -9,24 +10,36 @@ from salsa_peft.report.replicates.claims import SIGNS, TRAINING, Claim, claims, 
 from salsa_peft.report.replicates.summary import Replicate, models_table, pairs_table
 
 
-def over_replicates(runs: Sequence[ReportInput], pairs: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, object]:
-    """Scores, differences of pairs, and the paper's claims, over the replicates of one recipe.
+def over_replicates(
+    name: str, runs: Sequence[ReportInput], pairs: Mapping[str, Sequence[tuple[str, str]]]
+) -> dict[str, Any]:
+    """Scores, differences of pairs, and the paper's claims, over the replicates of the recipe `name`.
 
     pairs: set of questions → the pairs of models to compare.
     """
     numbers = [Replicate.of(run) for run in runs]
-    datasets = [
-        {"dataset": name, "models": models_table(numbers, name), "pairs": pairs_table(runs, name, of)}
-        for name, of in pairs.items()
+    datasets: list[dict[str, Any]] = [
+        {"dataset": dataset, "models": models_table(numbers, dataset), "pairs": pairs_table(runs, dataset, of)}
+        for dataset, of in pairs.items()
     ]
     table = rows(claims(numbers))
     return {
+        "finding": [finding(name, len(runs), one["dataset"], one["pairs"]) for one in datasets if one["pairs"]],
         "n": len(runs),
         "measure": numbers[0].measure,
         "datasets": datasets,
         "claims": table,
         "columns": columns(table),
     }
+
+
+def finding(name: str, n: int, dataset: str, pairs: Sequence[Row]) -> str:
+    """One sentence on the differences of pairs whose interval over replicates excludes 0, and on the others."""
+    apart = [f"{pair['a']} − {pair['b']} {signed(pair)}" for pair in pairs if not pair["low"] <= 0 <= pair["high"]]
+    alike = [f"{pair['a']} − {pair['b']}" for pair in pairs if pair["low"] <= 0 <= pair["high"]]
+    parts = [f"different from 0: {', '.join(apart)}"] if apart else []
+    parts += [f"not distinguishable from 0: {', '.join(alike)}"] if alike else []
+    return f"{name}, {n} replicates, mean differences on “{dataset}” over replicates, {'; '.join(parts)}."
 
 
 def rows(found: Sequence[Claim]) -> list[dict[str, object]]:
