@@ -57,7 +57,7 @@ def table(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[dict[s
 
 def gains(tables: Sequence[Row]) -> list[str]:
     """A sentence for each set of questions: which policies score higher than the start, and which do not."""
-    found = []
+    found: list[str] = []
     for part in tables:
         higher, same, lower = _by_outcome(part)
         count = len(higher) + len(same) + len(lower)
@@ -109,8 +109,8 @@ def words(tables: Sequence[Row], explained: Row) -> dict[str, str]:
     """
     if not tables:
         return {}
-    measure = tables[0]["measure"]
-    names = {MEASURES.get(measure, measure): {**EXPLAINED, **explained}.get(measure)}
+    measure: str = tables[0]["measure"]
+    names: dict[str, str | None] = {MEASURES.get(measure, measure): {**EXPLAINED, **explained}.get(measure)}
     names |= {part["dataset"]: explained.get(part["dataset"]) for part in tables}
     names[START] = "the SFT model that every policy starts from"
     return {name: text for name, text in names.items() if text}
@@ -121,11 +121,12 @@ def console(tables: Sequence[Row], explained: Row, paragraphs: Sequence[str]) ->
     score, cell = (len(text) for text in ("0.000 [0.000, 0.000]", "+0.000 [+0.000, +0.000]"))
     lines = _wrapped([f"{name}: {text}" for name, text in words(tables, explained).items()])
     for part in tables:
-        title = f"{part['dataset']}, {part['n']} prompts"
+        title, measure = f"{part['dataset']}, {part['n']} prompts", str(part["measure"])
         wide = max(map(len, (title, START, *map(_label, part["rows"]))))
-        heads = [MEASURES.get(part["measure"], part["measure"]), f"− {START}, the start", *_plain_head(part)]
+        heads = [MEASURES.get(measure, measure), f"− {START}, the start", *_plain_head(part)]
         sizes = [score, cell, cell]
-        rows = [(title, heads), (START, [estimate(part["start"])] if part["start"] else [])]
+        rows: list[tuple[str, list[str]]] = [(title, heads)]
+        rows.append((START, [estimate(part["start"])] if part["start"] else []))
         for row in part["rows"]:
             both = [signed(row[key]) if row[key] else "–" for key in ("start", "ppo")]
             rows.append((_label(row), [estimate(row["score"]), *both[: len(heads) - 1]]))

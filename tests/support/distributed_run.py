@@ -40,7 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "tied": {"full": True, "base": {"tie_word_embeddings": True}, "micro_batch_size": None},
     "split": {"importance_sampling_correction": True, "micro_batch_size": None, "micro_batch_tokens": 24, "rollout_batch_size": 4},
     "value": {"value": "adapter", "reward": "reward", "gradient_checkpointing": True, "references": ["seed-0", "base"]},
-    "group": {"value": "group", "num_generations": 4, "old_logprobs": "rollout"},
+    "group": {"value": "group", "num_generations": 4, "old_logprobs": "rollout", "num_train_epochs": 0.25},
     "warmup": {"value_warmup_updates": 1, "lam_value": 1.0, "value_head_learning_rate": 3e-2},
     "long": {"num_train_epochs": 1000, "save_strategy": "no", "num_mini_batches": 1, "num_ppo_epochs": 1, "micro_batch_size": None,
              "max_new_tokens": 40, "min_new_tokens": 40},

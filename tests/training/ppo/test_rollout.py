@@ -237,6 +237,24 @@ class TestSequences:
         assert sequences.batches([0, 1, 2, 3], 3, None, packed=True) == [[0, 1, 2], [3]]
         assert sequences.batches([0, 1, 2, 3], 8, 120, packed=True) == [[0, 1], [2, 3]]
 
+    def test_training_and_scoring_of_a_small_model_make_one_pass(self, make_trainer: Any) -> None:
+        """64 rows of 8 to 15 tokens, which would be several passes of a model whose tokens cost more than a pass's start."""
+        trainer = make_trainer()
+        mask = torch.arange(14) < torch.arange(64)[:, None] % 8 + 7
+        tokens = torch.zeros_like(mask, dtype=torch.long)
+        one = torch.ones(64, 1, dtype=torch.bool)
+        sequences = Sequences(Responses(tokens[:, :1], one, tokens, mask, one[:, 0]))
+        maker = trainer.rollout_maker
+        for limit in (trainer.micro_batch_limit, maker.micro_batch_limit, maker.scoring_limit):
+            limit.rows = 64
+
+        def passes() -> tuple[int, int]:
+            return len(trainer._forward_batches(sequences, list(range(64)))), len(maker._score_batches(sequences))
+
+        assert maker.pass_tokens > 64 and passes() == (1, 1)
+        maker.pass_tokens = 0
+        assert min(passes()) > 1
+
     def test_an_empty_response_has_no_token(self) -> None:
         none = by_hand()._replace(response_mask=torch.tensor([[False] * 3, [True] * 3]))
         batch = Sequences(none).forward_batch([0, 1])
