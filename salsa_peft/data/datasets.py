@@ -43,7 +43,7 @@ def training_sources(recipe: Recipe, inputs: Mapping[str, Path]) -> dict[str, So
 
     inputs: the folders of a job's input units, of which `synthetic` and `toy` have data.
     """
-    made = {}
+    made: dict[str, Source] = {}
     for unit, names in (("toy", (*TOY_FILES,)), ("synthetic", SYNTHETIC_DATA)):
         if unit in inputs:
             made |= {name: Source(path=str(inputs[unit] / TOY_FILES[name])) for name in names}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -107,7 +108,7 @@ class SFTLoss:
             for place in range(1, len(tokens))
             if counted[place]
         ]
-        places, labels = send([torch.tensor(column) for column in zip(*trained, strict=True)], ids.device)
+        places, labels = send([np.array(column) for column in zip(*trained, strict=True)], ids.device)
         states = hidden_states(self.live.model, ids).flatten(0, 1)[places - 1]
         return token_logprobs(states, labels, None, self.head, with_entropy=False).logprobs.sum() / self.tokens
 
