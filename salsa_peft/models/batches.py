@@ -9,8 +9,9 @@ from salsa_peft.models.base import causal_lm, trunk
 SMALL = 256
 """Number of tokens, padding included, that are not worth a second forward pass: one of so few is hardly faster."""
 MULTIPLICATIONS = 1_500_000
-"""Multiplications with the largest matrix of a model that take a CPU as long as starting one forward pass: 120 to 180
-tokens with a matrix of 64 × 172 weights (a Llama with 260,000 parameters and an adapter, one thread)."""
+"""Number of multiplications with a model's largest matrix in the time that a CPU takes to start a forward pass. Measured
+with a Llama of 260,000 parameters, an adapter and one thread: a pass starts in the time of 120 to 180 tokens, and its
+largest matrix has 64 × 172 weights."""
 
 
 def tokens_per_pass(model: nn.Module) -> int:
@@ -22,7 +23,8 @@ def tokens_per_pass(model: nn.Module) -> int:
     if lm.device.type != "cpu":
         return 0
     embeddings = lm.get_input_embeddings().weight
-    return MULTIPLICATIONS // max(weight.numel() for weight in trunk(lm).parameters() if weight is not embeddings)
+    largest: int = max(weight.numel() for weight in trunk(lm).parameters() if weight is not embeddings)
+    return MULTIPLICATIONS // largest
 
 
 def overhead(lengths: Sequence[int], pass_tokens: int = 0) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -113,9 +115,11 @@ class Sequences:
     def __init__(self, responses: Responses, min_new_tokens: int = 0) -> None:
         self.tokens, self.min_new_tokens = responses.input_ids.flatten(), min_new_tokens
         self.prompt_width, self.width = responses.prompt_ids.shape[1], responses.response_ids.shape[1]  # P, T
-        self.counts = torch.stack([responses.prompt_mask.sum(-1), responses.response_mask.sum(-1)]).cpu()
-        self.prompts, self.responses = self.counts.tolist()
+        self.prompts, self.responses = torch.stack(
+            [responses.prompt_mask.sum(-1), responses.response_mask.sum(-1)]
+        ).tolist()
         """Number of tokens of each prompt, and of each response."""
+        self.counts = np.array([self.prompts, self.responses])
         self.lengths = [sum(pair) for pair in zip(self.prompts, self.responses, strict=True)]
         """Number of tokens of each sequence."""
         require(all(self.lengths), "responses: a prompt and its response have no tokens together; leave such rows out")
@@ -136,16 +140,16 @@ class Sequences:
 
     def forward_batch(self, rows: Sequence[int], *, packed: bool = False) -> ForwardBatch:
         """The input of a forward pass over these rows. packed: one after another, without padding."""
-        index = torch.tensor(rows)
+        index = np.array(rows)
         prompts, responses = self.counts[:, index]
         lengths, longest = prompts + responses, max(self.lengths[row] for row in rows)
-        starts = lengths.cumsum(0) - lengths if packed else torch.arange(len(rows)) * longest
+        starts = lengths.cumsum() - lengths if packed else np.arange(len(rows)) * longest
         # a sequence's tokens are consecutive, because prompts are padded on the left and responses on the right
         first = index * (self.prompt_width + self.width) + self.prompt_width - prompts
-        places = torch.arange(longest)
+        places = np.arange(longest)
         inside = places < lengths[:, None]
-        tokens = torch.where(inside, first[:, None] + places, 0)
-        row, place = (torch.arange(self.width) < responses[:, None]).nonzero(as_tuple=True)
+        tokens = np.where(inside, first[:, None] + places, 0)
+        row, place = (np.arange(self.width) < responses[:, None]).nonzero()
         parts = [
             tokens[inside] if packed else tokens,
             (starts + prompts - 1)[row] + place,
@@ -153,7 +157,7 @@ class Sequences:
             (index * self.width)[row] + place,
         ]
         if packed:
-            parts += [places.expand_as(inside)[inside], torch.cat([starts, lengths.sum()[None]])]
+            parts += [np.broadcast_to(places, inside.shape)[inside], np.append(starts, lengths.sum())]
         source, positions, last, cell, *packing = send(parts, self.tokens.device)
         options = packed_options(packing[0], packing[1], longest) if packed else {}
         forbidden = cell % self.width < self.min_new_tokens if self.min_new_tokens else None
@@ -166,11 +170,11 @@ class Sequences:
         return table.index_copy(0, cells, values).view(-1, self.width)
 
 
-def send(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Copy int64 tensors from the CPU to a device, flattened, all in one copy that does not wait for the device."""
-    whole = torch.cat([part.flatten() for part in parts])
+def send(parts: Sequence[NDArray[np.int64]], device: torch.device) -> Sequence[Tensor]:
+    """Copy arrays to a device as flat tensors, all in one copy that does not wait for the device."""
+    whole = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
     whole = whole.pin_memory() if device.type == "cuda" else whole
-    return whole.to(device, non_blocking=True).split([part.numel() for part in parts])
+    return whole.to(device, non_blocking=True).split([part.size for part in parts])
 
 
 def response_states(model: nn.Module, batch: ForwardBatch) -> Tensor:

@@ -136,24 +136,24 @@ def curve(
     return panel(name, f"{title} of each policy over training", draw, 2.8)
 
 
-def rolling_mean(values: np.ndarray) -> np.ndarray:
-    """The rolling mean of values (N,) over about a tenth of them."""
-    window = np.ones(max(1, len(values) // 20 * 2 - 1))
+def rolling_mean(values: np.ndarray, windows: int = 10) -> np.ndarray:
+    """The rolling mean of values (N,) over about N / windows of them."""
+    window = np.ones(max(1, len(values) // (2 * windows) * 2 - 1))
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def frontier(name: str, title: str, policies: Mapping[str, Sequence[Row]], key: str, styles: Styles) -> Panel:
-    """A held-out reward against the KL to each policy's own reference, as rolling means; marked at the end."""
+    """A held-out reward against the KL to each policy's own reference, as rolling means; the mark is the last update."""
 
     def draw(axes: Axes) -> None:
         for policy, rows in policies.items():
             look = styles[policy]
             kept = [(row["objective/kl"], row[key]) for row in rows if is_number(row.get(key))]
             if kept:
-                kl, values = (rolling_mean(column) for column in np.array(kept, dtype=float).T)
+                kl, values = (rolling_mean(column, 5) for column in np.array(kept, dtype=float).T)
                 axes.plot(kl, values, color=look.color, ls=look.dash, label=policy)
                 axes.plot(kl[-1], values[-1], marker=look.marker, ms=7, color=look.color, mec=INK, mew=0.8)
-        axes.set(title=title, xlabel="KL to the policy's reference, nats per response; the mark is the last update")
+        axes.set(title=title, xlabel="KL to the policy’s own reference, nats per response")
         axes.legend(loc="best", ncols=2, handlelength=2.8, columnspacing=1.2)
 
     return panel(name, f"{title}, over training", draw, 2.8)

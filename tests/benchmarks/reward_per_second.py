@@ -16,13 +16,14 @@ stories (../shared/stories260k beside the repository). The tasks:
 The same for all tools: the base, a new LoRA adapter of rank 8 on all linear layers, the base as reference, β, the
 learning rate and its linear decay, 2 epochs × 2 minibatches, temperature 1, float32, one thread. Everything else is
 each tool's default, except that TRL does not sample for its logs and that gradient checkpointing, RLOO's default, is
-off. RLOO samples 4 responses to a prompt. `ours/recommended` sets RECOMMENDED. Each replicate has its own seeds. TRL
-1.12's PPO runs in the peer's Python, the others in this one. Odd replicates run in the reverse order.
+off, and that our guard `collapse` warns instead of stopping. RLOO samples 4 responses to a prompt. `ours/recommended`
+sets RECOMMENDED. Each replicate has its own seeds. TRL 1.12's PPO runs in the peer's Python, the others in this one.
+Odd replicates run in the reverse order.
 
 Each call of the reward notes the batch's mean score and the CPU seconds since train() began. The final reward is the
 mean of the last three batches. `cpu_to_final` is the CPU time after which the mean of our last three batches is first
-at least the peer's final reward, divided by the same time of the peer. Figures over the replicates have a median and a
-mean with its 95% t-interval.
+at least the peer's final reward, divided by the same time of the peer; `n` is the number of replicates in which it is.
+Figures over the replicates have a median and a mean with its 95% t-interval.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ WINDOW = 3
 """Number of batches whose mean is compared."""
 TARGET = 0.4
 """Largest median of cpu_to_final that is aimed at."""
-RECOMMENDED: dict[str, Any] = {"lam": 1.0, "value_head_learning_rate": 1e-2, "old_logprobs": "rollout"}
+RECOMMENDED: dict[str, Any] = {"value_head_learning_rate": 1e-2, "old_logprobs": "rollout"}
 """Options of `ours/recommended`."""
 OPENINGS = (
     "Once upon a time, there was a", "One day, a little girl named Sue", "Tom and his dad went to the",

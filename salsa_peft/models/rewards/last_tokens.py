@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,5 +32,5 @@ def last_token_scores(
 def in_rows_order(scores: Sequence[Tensor], batches: Sequence[Sequence[int]]) -> Tensor:
     """Scores of all batches, (B,), in the order of the rows. batches: the indices of each batch's rows."""
     found = torch.cat(list(scores))
-    (order,) = send([torch.tensor([row for batch in batches for row in batch])], found.device)
+    (order,) = send([np.array([row for batch in batches for row in batch])], found.device)
     return torch.empty_like(found).index_copy(0, order, found)

@@ -22,8 +22,8 @@ METRICS = "metrics.json"
 LARGE_SHARE = 0.45
 """Share of the score's variance between prompts from which the report advises remedies: the limit of PPO's guard.
 
-In three replicates of the embedded world, PPO with a value head gained with shares of 0.14 to 0.37 (centred reward
-models) and lost with shares of 0.50 to 0.78.
+In the embedded world, PPO with a value head gained from centred reward models, with shares up to 0.37 at a coefficient
+of 0.01, and lost gold with uncentred ones, with shares from 0.50.
 """
 MOST_BINS, PAIRS_IN_BIN = 5, 20
 """Most bins of a calibration table, and the fewest pairs in each if there are several."""
@@ -58,7 +58,7 @@ def calibration(margins: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """
     sizes = np.abs(np.asarray(margins, dtype=np.float64))
     order = np.argsort(sizes, kind="stable")
-    bins = []
+    bins: list[dict[str, Any]] = []
     for rows in np.array_split(order, max(1, min(MOST_BINS, len(order) // PAIRS_IN_BIN))):
         predicted = float((1 / (1 + np.exp(-sizes[rows]))).mean())
         observed = accuracy(np.asarray(margins)[rows])
@@ -102,8 +102,9 @@ def best_of_n(scores: np.ndarray, gold: np.ndarray) -> dict[str, Any]:
     """Mean gold reward of one response, of the best of n by score, and of the best of n by gold; (P, n) each.
 
     Intervals are over prompts. gain: best by score − one response. possible_gain: best by gold − one response. Taking
-    the best of n moves a policy by a KL of at most log n − (n − 1) / n nats (0.64 for n = 4), so PPO may gain more; with
-    a gain of 0 the reward does not tell better responses from worse ones, and RL on it has nothing to learn.
+    the best of n moves a policy by a KL of at most log n − (n − 1) / n nats (0.64 for n = 4), so PPO may gain more (in the
+    embedded world 0.113 against 0.089). With a gain of 0 the reward does not tell better responses from worse ones, and
+    RL on it has nothing to learn.
     """
     one = gold.mean(axis=1)
     by_score = gold[np.arange(len(gold)), scores.argmax(axis=1)]

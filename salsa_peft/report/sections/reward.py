@@ -44,8 +44,8 @@ def sentences(reward: Row, quality: Row | None) -> list[str]:
         )
         if between["mean"] >= LARGE_SHARE:
             found.append(
-                "So much between prompts hides the rest from PPO, unless its critic predicts each prompt’s level: set"
-                " reward.center_rewards_coefficient or ppo.value=adapter, or use algorithm rloo."
+                "This share is large: PPO’s critic has to learn each prompt’s level before PPO learns from the rest. Set"
+                " reward.center_rewards_coefficient to lower it, or use ppo.value=adapter, ppo.value=group or algorithm rloo."
             )
     if "best_of_n" in quality:
         found.append(best_sentence(quality["best_of_n"]))

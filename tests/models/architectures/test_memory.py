@@ -251,7 +251,7 @@ def test_optimizers_and_a_value_adapter() -> None:
     ]
     assert own.activations(7, False) == 2 * head.activations(7, False)
     for value in ("none", "group"):
-        other, _ = paper("llama2_full", "lora", f"ppo.value={value}")
+        other, _ = paper("llama2_full", "lora", f"ppo.value={value}", "ppo.lam=1.0", "ppo.vf_coef=0.001")
         assert estimate(other, "ppo", size) == estimate(paper("llama2_full", "lora")[0], "ppo", size), value
 
 

