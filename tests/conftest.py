@@ -126,3 +126,11 @@ def inline() -> Iterator[None]:
 
     with inline_stages():
         yield
+
+
+@pytest.fixture
+def of_usual_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model's forward passes are split as a usual model's, for which starting one costs next to nothing."""
+    from salsa_peft.models import batches
+
+    monkeypatch.setattr(batches, "MULTIPLICATIONS", 0)

@@ -161,7 +161,7 @@ def description(name: str, run: ReportInput) -> str:
     """Short description of a model."""
     if name in run.policies:
         policy = run.policies[name]
-        kl = "mean of the KLs to" if policy.references > 1 else "reference"
+        kl = "mean of the KLs to" if policy.references > 1 and policy.algorithm == "ppo" else "reference"
         return f"{policy.algorithm.upper()} from seed-0, {kl} {policy.reference}, β {policy.kl_coef:g}"
     known = {"base": "the untuned base", "soup": "weight average of the seeds", "shrunk": "one seed, shrunk towards the base"}  # fmt: skip
     return "one SFT run" if name.startswith("seed-") else known.get(name, "")

@@ -466,7 +466,9 @@ class TestBeforeAStageBegins:
     def test_prompts_with_tools_are_refused_for_trls_sampling_trainers(self, put: Any) -> None:
         """Their prompts are rendered without; ours are not."""
         source = put({"prompt": "q"}, {"prompt": "q", "tools": [TOOL]})
-        recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}), reward=Reward())
+        recipe: Any = SimpleNamespace(
+            data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}), reward=Reward(), synthetic=None
+        )
         check.check_every_row(recipe, {"ppo"})
         with pytest.raises(
             SalsaError,
@@ -486,7 +488,7 @@ class TestBeforeAStageBegins:
             for own, asked, stage in ((source, {}, "ppo"), (None, {"mine": source}, "evaluate")):
                 recipe: Any = SimpleNamespace(
                     data=Data(prompts=own), evaluate=SimpleNamespace(prompts=asked),
-                    reward=Reward(model=f"{tmp_path}/own_columns:{name}"),
+                    reward=Reward(model=f"{tmp_path}/own_columns:{name}"), synthetic=None,
                 )  # fmt: skip
                 if absent is None:
                     check.check_every_row(recipe, {stage})
@@ -504,7 +506,7 @@ class TestBeforeAStageBegins:
         folder.mkdir()
         made.save_to_disk(str(folder)) if disk else made.to_json(str(folder / "train.jsonl"))
         recipe: Any = SimpleNamespace(
-            data=Data(demonstrations=Source(path=str(folder))), evaluate=SimpleNamespace(prompts={})
+            data=Data(demonstrations=Source(path=str(folder))), evaluate=SimpleNamespace(prompts={}), synthetic=None
         )
         with pytest.raises(SalsaError, match="set, row 2, messages: has no assistant turn; add one"):
             check.check_every_row(recipe, {"data/demonstrations"})
@@ -517,7 +519,9 @@ class TestBeforeAStageBegins:
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "a.jsonl"))
         source = Source(path="hf://datasets/me/x/a.jsonl")
-        recipe: Any = SimpleNamespace(data=Data(prompts=source), reward=Reward(), evaluate=SimpleNamespace(prompts={}))
+        recipe: Any = SimpleNamespace(
+            data=Data(prompts=source), reward=Reward(), evaluate=SimpleNamespace(prompts={}), synthetic=None
+        )
         seen = []
         reader = check.READERS["prompts"]
         monkeypatch.setitem(check.READERS, "prompts", lambda one: seen.append(reader(one)) or seen[-1])

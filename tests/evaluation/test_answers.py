@@ -209,6 +209,7 @@ def test_no_batch_depends_on_which_answers_exist(
         assert set(seen) <= batches
 
 
+@pytest.mark.usefixtures("of_usual_size")
 @pytest.mark.parametrize("stage", ["evaluate and landscape", "a soup's measure"])
 def test_answers_are_scored_without_much_padding(
     make_base: Any, make_adapter: Any, tokenizer: Any, tmp_path: Path, stage: str

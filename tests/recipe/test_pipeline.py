@@ -231,7 +231,7 @@ def test_a_second_run_skips_everything_and_a_damaged_file_is_redone(run: Path) -
     seconds = time.perf_counter() - start
     assert again.returncode == 0
     lines = [line for line in again.stderr.splitlines() if "…" in line]
-    assert len(lines) == 14
+    assert len(lines) == 15
     assert all(line.endswith("… cached") for line in lines)
     assert seconds < 15
     weights = unit(run, "soup") / "adapter_model.safetensors"

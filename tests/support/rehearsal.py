@@ -39,7 +39,7 @@ from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards import classifier
 from salsa_peft.models.stage_context import StageContext
 from salsa_peft.models.tokenizers import load_tokenizer
-from salsa_peft.training import ppo_stage, reward_model, sft
+from salsa_peft.training import ppo_stage, reward_model, sft, train
 from salsa_peft.training.ppo import backends, checks, resume, rollout, trainer
 
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
@@ -206,6 +206,7 @@ def replace_files(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "load_reference", lambda model, reference, context, inputs: None)
     patch.setattr(StageContext, "save", lambda *_: None)
     patch.setattr(StageContext, "check", lambda *_: None)
+    patch.setattr(train.Resumable, "_save_checkpoint", lambda *_: None)
     patch.setattr(StageContext, "write_fingerprint", lambda *_: None)
     for saving in ("save_model", "_save_checkpoint"):
         patch.setattr(trainer.SalsaPPOTrainer, saving, lambda *_: None)

@@ -171,7 +171,7 @@ def test_a_reward_model_that_was_trained_is_not_trained_again(whole: Any, name: 
 def test_a_kill_in_the_held_out_evaluation_costs_no_step(whole: Any, name: str) -> None:
     """The last step is saved before it: nothing is trained again."""
     folder, expected = whole
-    stage, measure = (reward_model, "held_out_margins") if name == "reward" else (trl_stages, "margins")
+    stage, measure = (reward_model, "held_out_scores") if name == "reward" else (trl_stages, "margins")
 
     def stop(*_: Any) -> None:
         raise Stopped

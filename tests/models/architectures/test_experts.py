@@ -14,6 +14,7 @@ from plain_ppo import PROMPTS, check_gradients, length_reward, plain_logprobs, r
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+from salsa_peft.config.schema import Reward
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.merged import merged_parameters
 from salsa_peft.models.base import causal_lm
@@ -108,7 +109,9 @@ def test_the_reward_model_starts_as_a_copy_of_a_seed(family: Family) -> None:
     """Its trunk under the adapter is that of the seed."""
     seed = family.adapter("seed-0", 1)
     classifier = family.base(AutoModelForSequenceClassification, num_labels=1)
-    context: Any = SimpleNamespace(recipe=SimpleNamespace(adapter=True), load_classifier=lambda: classifier)
+    context: Any = SimpleNamespace(
+        recipe=SimpleNamespace(adapter=True, reward=Reward()), load_classifier=lambda *_: classifier
+    )
     model = reward_model.start_from_seed(context, seed)
     plain = PeftModel.from_pretrained(family.base(), seed).get_base_model()
     with torch.no_grad():

@@ -42,12 +42,6 @@ def adapter(make_base: Any, make_adapter: Any, tmp_path: Path) -> rewards.Adapte
     return rewards.AdapterReward(policy, tmp_path / "reward", 8)
 
 
-@pytest.fixture
-def of_usual_size(monkeypatch: Any) -> None:
-    """The tiny model's passes are split as a usual model's, for which starting one costs next to nothing."""
-    monkeypatch.setattr(last_tokens, "tokens_per_pass", lambda _: 0)
-
-
 def alone(reward: rewards.AdapterReward, responses: Responses) -> list[float]:
     """The score of each sequence by itself, without padding."""
     with torch.no_grad(), reward.toggle(reward.adapter):

@@ -45,6 +45,7 @@ def written(make_trainer: Any) -> Any:
     return make
 
 
+@pytest.mark.usefixtures("of_usual_size")
 @pytest.mark.parametrize("source", ["lognormal", "ultrafeedback"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_hardly_a_token_of_padding(written: Any, source: str, steps: int, request: pytest.FixtureRequest) -> None:
@@ -74,6 +75,7 @@ def test_a_step_trains_its_rows_from_the_shortest_to_the_longest(written: Any) -
     assert sorted(trained[0] + trained[1]) == sorted(map(sum, lengths))
 
 
+@pytest.mark.usefixtures("of_usual_size")
 def test_tokens_limit_a_forward_pass(written: Any) -> None:
     """Of micro-batches and of scoring; a longer row stands alone."""
     lengths = lognormal(32)
