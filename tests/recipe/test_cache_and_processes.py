@@ -7,14 +7,12 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from child_processes import gone
 from fake_stages import FAKE, TINY, start
-from paths import SUPPORT
+from quick_server import quick_server  # noqa: F401
 
 from salsa_peft.config.job import Unit
 from salsa_peft.recipe import cache as runs
@@ -40,17 +38,6 @@ UNITS = [
     "evaluate",
     "report",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_server() -> Iterator[None]:
-    """A fork server without the heavy imports, gone afterwards."""
-    forkserver._forkserver._stop()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "PRELOAD", ["pytest", "fake_stages"])
-        patch.setenv("PYTHONPATH", str(SUPPORT))
-        yield
-    forkserver._forkserver._stop()
 
 
 @pytest.fixture

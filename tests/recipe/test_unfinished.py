@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_stages import FAKE, TINY
-from paths import SUPPORT
+from quick_server import quick_server  # noqa: F401
 
 from salsa_peft.cli import report
-from salsa_peft.recipe import cache, commits, processes, small_stages
+from salsa_peft.recipe import cache, commits, small_stages
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.report import gather
 from salsa_peft.utils import manifests
@@ -26,17 +25,6 @@ from salsa_peft.utils.messages import difference
 
 RUN = Path("runs/tiny-lora")
 Go = Callable[..., tuple[int, list[str], str]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_server() -> Iterator[None]:
-    """A fork server without the heavy imports, gone afterwards."""
-    forkserver._forkserver._stop()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "PRELOAD", ["pytest", "fake_stages"])
-        patch.setenv("PYTHONPATH", str(SUPPORT))
-        yield
-    forkserver._forkserver._stop()
 
 
 @pytest.fixture
