@@ -33,12 +33,8 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
     Under autocast the factors are cast to its dtype; their gradients are float32, as the factors are.
     """
-    base, As, Bs, kind = (
-        self.base_layer,
-        self.lora_A,
-        self.lora_B,
-        x.device.type,
-    )  # once: nn.Module looks names up slowly
+    base, kind = self.base_layer, x.device.type
+    As, Bs = self.lora_A, self.lora_B  # looked up once, because nn.Module does it slowly
     names = [] if self.disable_adapters else [name for name in self.active_adapters if name in As]
     factors = [(As[name], Bs[name]) for name in names]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
