@@ -126,6 +126,7 @@ class TestModels:
             ({"dtype": "auto"}, False, torch.float32, False),
             ('{"dtype": "bfloat16"}', False, torch.bfloat16, True),
             ({"dtype": torch.bfloat16}, True, torch.bfloat16, False),
+            ({"attn_implementation": "eager"}, True, torch.float32, False),
         ):
             args = config(model_init_kwargs=kwargs, bf16=bf16)
             trainer = SalsaPPOTrainer(base, length_reward, args, PROMPTS, peft_config=LoraConfig(**LORA))
@@ -185,7 +186,7 @@ class TestModels:
             )
 
     def test_the_rate_of_full_weights_for_an_adapter_is_told(self, base: str, config: Any, capsys: Any) -> None:
-        line = "learning_rate: 2e-06 is the default, which is for full weights (the paper's). LoRA adapters need about"
+        line = "is the default, which is for full weights (the paper's). LoRA adapters need about ten times as much"
         for peft_config, rate, times in ((LoraConfig(**LORA), 2e-6, 1), (LoraConfig(**LORA), 2e-5, 0), (None, 2e-6, 0)):
             args = config(learning_rate=rate, max_steps=1)
             SalsaPPOTrainer(base, length_reward, args, PROMPTS, peft_config=peft_config).train()
@@ -222,6 +223,7 @@ class TestRewards:
         means = {key: value for key, value in row.items() if key.startswith("rewards/")}
         assert means == {f"rewards/{name}/mean": value for name, value in (("lambda", 1), ("lambda-2", 2), ("fixed", 4), ("fixed-2", 8))}  # fmt: skip
         assert row["objective/scores"] == 4.0
+        assert [one.name for one in trainer.reward.components()] == ["lambda", "lambda-2", "fixed", "fixed-2"]
         named = SalsaPPOTrainer(base, [(functions[2], 1.0, "fixed"), functions[3]], config(), PROMPTS)
         assert [part.name for part in named.reward.parts] == ["fixed", "fixed-2"]  # type: ignore[attr-defined]
         with pytest.raises(SalsaError, match="reward_weights: there are 4 for 2 rewards; give one for each"):
