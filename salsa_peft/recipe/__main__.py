@@ -22,7 +22,7 @@ from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
 from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
 from salsa_peft.recipe.replicates import kept_commits, run_replicates
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
-from salsa_peft.utils.console import Parser, say
+from salsa_peft.utils.console import Parser, complain, no_echo_of_control_characters
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import disk_full_message
 from salsa_peft.utils.hub import pinned
@@ -44,7 +44,7 @@ def main(
     args = parse_args(sys.argv[1:] if argv is None else argv, prog)
     folder = Path()
     try:
-        with raise_on_sigterm():
+        with raise_on_sigterm(), no_echo_of_control_characters():
             sets = [*args.set, *([] if args.replicates is None else [f"replicates={args.replicates}"])]
             checks = (check_local, check, check_revisions)
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=sets, more=checks)
@@ -74,7 +74,7 @@ def main(
         code, line, args.debug = 143, "terminated; run the same command again to continue", False
     if args.debug:
         traceback.print_exc()
-    say(line)
+    complain(line)
     return code
 
 
