@@ -21,6 +21,7 @@ from salsa_peft.recipe.commits import check_revisions, found_commits, with_commi
 from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
 from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
 from salsa_peft.recipe.replicates import kept_commits, run_replicates
+from salsa_peft.recipe.results.files import show_results
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
 from salsa_peft.utils.console import Parser, complain, no_echo_of_control_characters
 from salsa_peft.utils.errors import SalsaError
@@ -59,6 +60,8 @@ def main(
                     prune=args.prune, dry_run=args.dry_run, gpu=args.gpu, commits=commits, report_of=report_of,
                     debug=args.debug,
                 )  # fmt: skip
+            if not args.dry_run and report_of is None:
+                show_results(folder, recipe)
             return 0
     except (SalsaError, StageError) as error:
         code, line = 2 if isinstance(error, SalsaError) else 1, one_line(error)
