@@ -58,7 +58,7 @@ def names(folders: Path, tokenizer: Any) -> dict[str, Any]:
     preferences = Dataset.from_list([{"prompt": text, "chosen": " owl", "rejected": " saw"} for text in texts[:4]])
     prompts = Dataset.from_list([{"prompt": text} for text in texts])
     args = DPOConfig("dpo", max_steps=1, per_device_train_batch_size=2, use_cpu=True)
-    given = {
+    return {
         "base": base,
         "args": args,
         "model": model,
@@ -66,7 +66,6 @@ def names(folders: Path, tokenizer: Any) -> dict[str, Any]:
         "prompts": prompts,
         "preferences": preferences,
     }
-    return given
 
 
 @pytest.mark.parametrize("block", docs_pages.blocks("python"), ids=lambda block: block.place)
