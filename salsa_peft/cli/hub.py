@@ -19,7 +19,7 @@ from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
 from salsa_peft.report.publish import hub as hub_push
 from salsa_peft.report.publish import model_card
 from salsa_peft.soup.lora.read import CONFIG
-from salsa_peft.utils.console import Parser, say
+from salsa_peft.utils.console import Parser, complain
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked
 from salsa_peft.utils.hub import PUBLISHED
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HubFailure, SalsaError) as error:
         if args.debug:
             traceback.print_exc()
-        say(one_line(error))
+        complain(one_line(error))
         return 1 if isinstance(error, HubFailure) else 2
 
 

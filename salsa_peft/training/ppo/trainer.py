@@ -239,7 +239,7 @@ class SalsaPPOTrainer(HubTrainer):
         if not self.stop.terminated:
             raise SalsaError(f"{self.stop.alarm}; {saved}")
         if self.is_world_process_zero():
-            say(f"SIGTERM: {saved}; {self.how_to_resume}")
+            say(f"stopped: {saved}; {self.how_to_resume}")
         raise SystemExit(128 + signal.SIGTERM)
 
     # one micro-step

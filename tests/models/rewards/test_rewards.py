@@ -702,10 +702,7 @@ class TestRecipe:
                 "reward: own_score:g:h",
                 r"reward\.model: 'own_score:g:h' is not a function; write module:name, such as my_rewards:score",
             ),
-            (
-                "reward: own_score.py:f",
-                r"reward\.model: 'own_score\.py:f' is not a function; write module:name without \.py, such as my_rewards:score",
-            ),
+            ("reward: own_score.py:h", r"reward\.model: the module own_score in"),
             ("reward: ':f'", r"reward\.model: ':f' is not a function; write module:name, such as my_rewards:score"),
             (
                 "reward: own_score:h",
