@@ -213,7 +213,7 @@ def run(job: Job) -> dict[str, Any]:
     searched = comparisons.searched(
         recipe, comparisons.by_set(read_json_lines(job.inputs["evaluate"] / "answers.jsonl"))
     )
-    judge = judge_of(section, cache=job.folder.parents[1] / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
+    judge = judge_of(section, cache=job.run_folder / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
     rows, prompts = Judged([], [])
 
     # 1. for a search by the judge: the candidates

@@ -94,7 +94,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "j.yaml").write_text(TEXT + more + ("reward: {quality_prompts: 0}\n" if samples is None else ""))
         recipe = load_recipe(str(tmp_path / "j.yaml"), lora="lora", overrides=[]).recipe
         (unit,) = units.judge_units(recipe, "salsa_peft.evaluation.judges.stage:run")
-        evaluated, folder = tmp_path / "run" / "evaluate" / "1", tmp_path / "run" / "judge" / "2"
+        evaluated, folder = tmp_path / "run" / "stages" / "evaluate" / "1", tmp_path / "run" / "stages" / "judge" / "2"
         evaluated.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         made = [rows(answers, name) for name, answers in sets.items()]

@@ -594,7 +594,7 @@ class TestAsReward:
         total = rewards.as_reward([(adapter, 0.5), ([classifier, function, module], 2.0, "rest")], model, tokenizer)
         found = total.components()
         assert found[:3] == [adapter, classifier, function]
-        assert [one.code for one in found] == ["AdapterReward", "ClassifierReward", "<lambda>", "Module"]
+        assert [one.code for one in found] == ["AdapterReward", "ClassifierReward", "lambda", "Module"]
         assert [one.frozen_model() for one in found] == [None, classifier.classifier, None, None]
         expected = [
             [*adapters.parameters(model, adapter.adapter), adapter.head.weight],
