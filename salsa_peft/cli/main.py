@@ -13,6 +13,7 @@ HELP = """usage: salsa COMMAND …
   salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   run a recipe, from the SFT seeds to the report
   salsa soup OUT MEMBER MEMBER …                            average adapters or checkpoints into one
   salsa landscape OUT MEMBER MEMBER [MEMBER] …              measure models on the line or plane through members
+  salsa judge A B … --questions FILE --judge KIND …         compare the answers of models, adapters or answer files
   salsa hub push RUN ITEM … --to NAMESPACE/NAME             push results to the Hub; salsa hub pull ID
   salsa report RUN [RUN …] | --paper                        write the report of runs, or show the paper's tables
   salsa doctor [RUN]                                        check this machine, and the results of a run if given
@@ -24,6 +25,7 @@ COMMANDS = {
     "run": "salsa_peft.recipe.__main__",
     "soup": "salsa_peft.soup.__main__",
     "landscape": "salsa_peft.cli.landscape",
+    "judge": "salsa_peft.cli.judge",
     "report": "salsa_peft.cli.report",
     "hub": "salsa_peft.cli.hub",
     "doctor": "salsa_peft.cli.doctor",
