@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from salsa_peft.config.keys.describe import NAME, Key, all_keys, find_key, flow, near_keys
-from salsa_peft.utils.console import Parser, say
+from salsa_peft.utils.console import Parser, complain
 from salsa_peft.utils.messages import one_line
 
 HEADER = """# Keys of a recipe
@@ -41,7 +41,7 @@ def show(name: str) -> int:
     if key is None:
         near = near_keys(name)
         hint = f"did you mean {' or '.join(near)}?" if near else "`salsa docs` lists the sections"
-        say(f"salsa docs: {one_line(name)}: a recipe has no such key; {hint}")
+        complain(f"salsa docs: {one_line(name)}: a recipe has no such key; {hint}")
         return 2
     if inner := _inside(key):
         _show_table(key, inner)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
-from salsa_peft.config.job import unit_of
+from salsa_peft.config.job import OWN_FILES, unit_of
 from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
@@ -26,6 +26,7 @@ from salsa_peft.config.rewards import (
 )
 from salsa_peft.config.schema import Policy, Recipe
 from salsa_peft.utils.errors import SalsaError, require, run_checks
+from salsa_peft.utils.manifests import REPLICATE
 from salsa_peft.utils.messages import short
 
 
@@ -49,17 +50,27 @@ def _check_policies(recipe: Recipe) -> None:
         len(recipe.policies) <= MAX_POLICIES,
         f"policies: {len(recipe.policies)} policies are more than {MAX_POLICIES}, the maximum; use fewer",
     )
-    run_checks(partial(_check_policy, name, policy, recipe) for name, policy in recipe.policies.items())
+    run_checks((
+        *(partial(_check_policy, name, policy, recipe) for name, policy in recipe.policies.items()),
+        *(partial(_check_result_name, f"search.methods: {method}", method) for method in sweeps.candidates(recipe)),
+    ))  # fmt: skip
 
 
 def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
     _check_name("policies", name)
-    reserved = name in ("base", "soup", "reward") or SEED.match(name)
-    require(not reserved, f"policies.{name}: is the name of another model of the run; rename the policy")
+    _check_result_name(f"policies.{name}", name)
     references = policy.references(f"policies.{name}")
     for reference in references:
         _check_reference(f"policies.{name}.reference", reference, recipe)
     _check_algorithm(f"policies.{name}", policy, references, recipe)
+
+
+def _check_result_name(where: str, name: str) -> None:
+    """Raise SalsaError if another result or file in the run's folder has the name of a policy, in any case of letters."""
+    model = name.lower() in ("base", "soup", "reward") or SEED.match(name.lower())
+    require(not model, f"{where}: is the name of another model of the run; rename the policy")
+    own = name.lower() in (*OWN_FILES, "toy", "answers", "report") or REPLICATE.fullmatch(name.lower())
+    require(not own, f"{where}: is the name of a file or folder of the run; rename the policy")
 
 
 def _check_existing_seeds(recipe: Recipe) -> None:

@@ -21,8 +21,9 @@ from salsa_peft.recipe.commits import check_revisions, found_commits, with_commi
 from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
 from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
 from salsa_peft.recipe.replicates import kept_commits, run_replicates
+from salsa_peft.recipe.results.files import show_results
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
-from salsa_peft.utils.console import Parser, say
+from salsa_peft.utils.console import Parser, complain, no_echo_of_control_characters
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import disk_full_message
 from salsa_peft.utils.hub import pinned
@@ -44,7 +45,7 @@ def main(
     args = parse_args(sys.argv[1:] if argv is None else argv, prog)
     folder = Path()
     try:
-        with raise_on_sigterm():
+        with raise_on_sigterm(), no_echo_of_control_characters():
             sets = [*args.set, *([] if args.replicates is None else [f"replicates={args.replicates}"])]
             checks = (check_local, check, check_revisions)
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=sets, more=checks)
@@ -59,6 +60,8 @@ def main(
                     prune=args.prune, dry_run=args.dry_run, gpu=args.gpu, commits=commits, report_of=report_of,
                     debug=args.debug,
                 )  # fmt: skip
+            if not args.dry_run and report_of is None:
+                show_results(folder, recipe)
             return 0
     except (SalsaError, StageError) as error:
         code, lines = (2, error.problems) if isinstance(error, SalsaError) else (1, [str(error)])
@@ -75,7 +78,7 @@ def main(
     if args.debug:
         traceback.print_exc()
     for line in lines:
-        say(one_line(line))
+        complain(one_line(line))
     return code
 
 
