@@ -86,8 +86,8 @@ def test_every_guard_is_described() -> None:
 # commands
 
 
-COMING = {"init", "docs", "judge"}
-COMING_PAGES = {"recipes.md", "from-trl.md", "judging.md"}
+COMING = {"init", "judge"}
+COMING_PAGES = {"from-trl.md", "judging.md"}
 
 
 class ParsedError(Exception):
