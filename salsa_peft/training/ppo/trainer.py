@@ -32,6 +32,7 @@ from salsa_peft.models.base import causal_lm, packs_rows, remove_dropout
 from salsa_peft.models.responses import Sequences, response_logprobs
 from salsa_peft.models.rewards.reward import Reward, as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead, load_policy, save_policy, with_value_head
+from salsa_peft.soup.attached import AttachedSoup
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import BACKENDS
@@ -81,7 +82,7 @@ class SalsaPPOTrainer(Trainer):
         args: SalsaPPOConfig,
         train_dataset: Dataset | Sequence[dict[str, Any]],
         *,
-        references: Sequence[str | Path | FrozenReference | PreTrainedModel],
+        references: Sequence[str | Path | FrozenReference | AttachedSoup | PreTrainedModel],
         reward: Reward | Callable[..., Sequence[float]] | str | Path | Any,
         processing_class: PreTrainedTokenizerBase,
         eval_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
