@@ -333,6 +333,11 @@ class TestRefusals:
         with pytest.raises(SalsaError, match="adapter 'a': bias is 'all', so it trained biases of the base"):
             soup.attach(biased, ["a"])
         model = loaded(base, folders)
+        offloaded = loaded(base, folders)
+        offloaded.get_base_model().get_submodule(Q0).base_layer.to("meta")  # as accelerate leaves it
+        with pytest.raises(SalsaError, match="accelerate has offloaded layers of the base"):
+            soup.attach(offloaded, ["a", "b"])
+        assert list(offloaded.peft_config) == ["a", "b"]
         model.merge_adapter(["b"])
         with pytest.raises(SalsaError, match=r"adapter 'b' is merged into the base.*unmerge_adapter"):
             soup.attach(model, ["a", "b"])
