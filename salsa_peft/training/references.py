@@ -146,10 +146,11 @@ def as_references(
 ) -> list[FrozenReference]:
     """Convert the references that a library user passes to frozen references of the policy `model`.
 
-    Each may be a model or a checkpoint's folder. With a PeftModel it may also be "base", an attached adapter's name, an
-    AttachedSoup of the model's adapters, or an adapter's folder or Hub id; with full weights, also a checkpoint's Hub id. names: names for the adapters attached
-    here. Raises SalsaError for an empty list, for an object that cannot be a reference of the model, and for an adapter
-    whose fingerprint is of a base other than the policy's (without fingerprint, a line is printed).
+    Each may be a model or a checkpoint's folder. With a PeftModel it may also be "base", an attached adapter's name, a
+    soup that `salsa_peft.soup.attach` returned, or an adapter's folder or Hub id; with full weights, also a
+    checkpoint's Hub id. names: names for the adapters attached here. Raises SalsaError for an empty list, for an object
+    that cannot be a reference of the model, and for an adapter whose fingerprint is of a base other than the policy's
+    (without fingerprint, a line is printed).
     """
     given = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
     require(

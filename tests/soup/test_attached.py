@@ -281,6 +281,16 @@ class TestRenewal:
         soup.attach(model, ["b"], [0.5], overwrite=True)
         assert model.active_adapters == ["soup"]
 
+    def test_a_replaced_soup_of_trained_tokens(self, base, folder: Path) -> None:
+        """PEFT's delete_adapter makes the active adapter's tokens trainable; here they stay frozen."""
+        tokens = {"trainable_token_indices": [3, 1]}
+        model = loaded(base, [train(base, folder / name, seed, **tokens) for seed, name in enumerate("ab")])
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        soup.attach(model, ["a", "b"])
+        soup.attach(model, ["b"], overwrite=True)
+        assert_mean(model, {"b": 1.0})
+        assert {name: p.requires_grad for name, p in model.named_parameters() if name in before} == before
+
     def test_an_adapter_with_dropout_is_not_taken_over(self, base, folders: list[Path]) -> None:
         """It has the soup's ranks and scalings, but would drop a part of the soup in training."""
         model = loaded(base, folders[:1])
