@@ -16,16 +16,21 @@ PENALTY = 5.0
 
 def sentiment(completions, **_):
     """The sum of the polarities, from −1 to 1 each, of the words that the lexicon knows (happy: 0.8, sad: −0.5)."""
-    found = (TextBlob(text_of(completion)).sentiment_assessments.assessments for completion in completions)
-    return [float(sum(polarity for _, polarity, *_ in words)) for words in found]
+    return [float(sum(polarity for _, polarity in polarities(completion))) for completion in completions]
 
 
 def gold(completions, **_):
-    """The sentiment less a penalty for repetition, which PPO does not see."""
+    """The same with each different word counted once, less a penalty for repetition. PPO does not see it."""
     return [
-        score - PENALTY * repetition(text_of(completion))
-        for score, completion in zip(sentiment(completions), completions, strict=True)
+        float(sum(dict(polarities(completion)).values())) - PENALTY * repetition(text_of(completion))
+        for completion in completions
     ]
+
+
+def polarities(completion):
+    """The words of a completion that the lexicon knows, with their polarities ("not good" is one, of −0.35)."""
+    found = TextBlob(text_of(completion)).sentiment_assessments.assessments
+    return [(" ".join(words), polarity) for words, polarity, *_ in found]
 
 
 def repetition(text):

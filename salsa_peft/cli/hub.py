@@ -22,6 +22,7 @@ from salsa_peft.soup.lora.read import CONFIG
 from salsa_peft.utils.console import Parser, complain
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked
+from salsa_peft.utils.hub import PUBLISHED
 from salsa_peft.utils.messages import one_line, short
 
 EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
@@ -136,7 +137,7 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
         require(not made.exists() or made.is_dir(), f"{folder}: this is a file; choose a folder")
         kept = min((path.name for path in made.glob("*") if path.name != ".cache"), default=None)
         require(kept is None, f"{folder}: this folder is not empty (it has {kept}); choose an empty or new folder")
-    patterns = [*model_card.PUBLISHED, model_card.CARD, model_card.FIGURE, model_card.RECIPE]
+    patterns = [*PUBLISHED, model_card.CARD, model_card.FIGURE, model_card.RECIPE]
     download = functools.partial(
         snapshot_download, repo, revision=revision, local_dir=folder, allow_patterns=patterns, ignore_patterns="*/*"
     )

@@ -20,6 +20,8 @@ from salsa_peft.data.check import check_every_row
 from salsa_peft.recipe import cache, processes, units
 from salsa_peft.recipe.commits import keep_commits, unknown_commits
 from salsa_peft.recipe.estimates import disk, hardware, hours
+from salsa_peft.recipe.results.files import REPORT, copy_report
+from salsa_peft.recipe.results.names import check_names, forget_removed, move_old_stages, update_names, withdraw_names
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked, read_json, timestamp, write_atomic
@@ -60,7 +62,6 @@ STAGES = {
     "report": Stage("salsa_peft.recipe.small_stages:report", units.report_units),
     "hub": Stage("salsa_peft.report.publish.hub:run", units.hub_units),
 }
-REPORT = "report.html"
 
 
 def run(
@@ -98,6 +99,7 @@ def run(
             hardware.check_packages(recipe, stages_to_run(plan, asked))
         check_data(recipe, plan, asked)
     if dry_run:
+        check_names(folder, recipe)
         from salsa_peft.recipe.dry_run import show_plan
 
         show_plan(loaded, folder, plan, asked, gpu or next(iter(hardware.gpus()), None))
@@ -106,6 +108,8 @@ def run(
         check_machine(recipe, plan, asked)
         check_data(recipe, plan, asked, hub=True)
     with locked(folder):
+        move_old_stages(folder)
+        check_names(folder, recipe)
         # 2. plan again: another process may have changed the folder before it was locked
         plan = make_plan(work, folder, forced, asked, report_of)
         if not new:
@@ -122,6 +126,8 @@ def run(
         # 4. remove old results
         for path in cache.prune(folder, stages, plan) if prune else []:
             say(f"pruned {path.relative_to(folder)}")
+        if prune:
+            forget_removed(folder)
 
 
 def make_plan(
@@ -146,21 +152,25 @@ def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str
     write_atomic(folder / "recipe.yaml", recipe_yaml)
     if any(planned.why is not None for name, planned in plan.items() if name in asked):
         say("loading libraries …")
+    finished = {name: planned.folder for name, planned in plan.items() if planned.why is None}
+    update_names(folder, loaded.recipe, finished)
     for name, planned in plan.items():
         if name in asked:
             _run_unit(planned, plan, loaded.recipe, recipe_yaml, folder, debug)
+            finished[name] = planned.folder
+            update_names(folder, loaded.recipe, finished)
         if name == "report" and name in asked:
-            _show_report(planned.folder, folder / REPORT)
+            _show_report(planned.folder, folder)
 
 
-def _show_report(folder: Path, copy: Path) -> None:
-    """Copy report.html out of its result's folder, and print its headline and the copy's path."""
-    write_atomic(copy, (folder / REPORT).read_bytes())
-    for line in read_json(folder / "summary.json").get(
+def _show_report(report: Path, run: Path) -> None:
+    """Copy the report's files into the run's folder, and print its headline and the path of report.html."""
+    copy_report(report, run)
+    for line in read_json(report / "summary.json").get(
         "console", []
     ):  # a report of an earlier version has no such lines
         say(line)
-    print(copy, flush=True)
+    print(run / REPORT, flush=True)
 
 
 def _run_unit(
@@ -178,6 +188,7 @@ def _run_unit(
     started = timestamp()
     inputs = {name: plan[name].folder for name in unit.inputs}
     job = Job(recipe=recipe, unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml)
+    withdraw_names(folder, planned.folder)
     log = folder / "logs" / f"{unit.id.replace('/', '-')}.log"
     result, job, halved = _run_job(job, planned, plan, earlier, log, debug)
     on_gpu = result.gpu_peak_mb is not None

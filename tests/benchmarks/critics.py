@@ -1,4 +1,4 @@
-"""PPO with each kind of critic and λ on a small story model, over replicates: reward, KL and CPU seconds.
+"""PPO with each kind of critic and λ on a small story model, over replicates: reward, KL, CPU seconds and memory.
 
     python tests/benchmarks/critics.py MODEL OUT.jsonl [--arms "none;head, λ 1"] [--replicates 0,1,2] [--tokens 48] [--updates 30]
     python tests/benchmarks/critics.py --table OUT.jsonl
@@ -15,10 +15,12 @@ import argparse
 import contextlib
 import json
 import re
+import resource
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,7 +69,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def run(model: str, arm: str, replicate: int, tokens: int, updates: int) -> dict[str, Any]:
-    """Train one policy. Returns its curves and CPU seconds."""
+    """Train one policy, in a process of its own. Returns its curves, CPU seconds and peak memory."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -100,7 +102,12 @@ def run(model: str, arm: str, replicate: int, tokens: int, updates: int) -> dict
         )  # fmt: skip
         prompts = [{"prompt": start} for start in STARTS * 40]
         trainer = SalsaPPOTrainer(
-            policy, config, prompts, references=["base"], reward=reward, processing_class=tokenizer
+            policy,
+            args=config,
+            train_dataset=prompts,
+            references=["base"],
+            reward_funcs=reward,
+            processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
         begun = time.process_time()
@@ -109,7 +116,9 @@ def run(model: str, arm: str, replicate: int, tokens: int, updates: int) -> dict
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     names = {"score": "objective/scores", "kl": "objective/kl", "explained": "val/explained_variance"}
     curves = {name: [round(row[key], 4) for row in rows] for name, key in names.items()}
-    return {"arm": arm, "replicate": replicate, "tokens": tokens, "updates": updates, "seconds": seconds, **curves}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    settings = {"arm": arm, "replicate": replicate, "tokens": tokens, "updates": updates}
+    return settings | {"seconds": seconds, "peak_rss_mb": peak, **curves}
 
 
 def interval(values: list[float], digits: int = 1) -> str:
@@ -129,8 +138,10 @@ def table(rows: list[dict[str, Any]]) -> None:
         settings[row["tokens"], row["updates"]][row["arm"]].append(row)
     for (tokens, updates), arms in settings.items():
         print(f"\n{tokens} tokens, {updates} updates\n")
-        print("| critic | n | mean reward, all updates | last 5 updates | KL, last 5 | explained variance | CPU s |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            "| critic | n | mean reward, all updates | last 5 updates | KL, last 5 | explained variance | CPU s | peak MB |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
         for arm in [name for name in ARMS if name in arms]:
             found = arms[arm]
             columns = [
@@ -139,6 +150,7 @@ def table(rows: list[dict[str, Any]]) -> None:
                 interval([statistics.fmean(one["kl"][-5:]) for one in found], 0),
                 f"{statistics.fmean(statistics.fmean(one['explained']) for one in found):.2f}",
                 f"{statistics.fmean(one['seconds'] for one in found):.0f}",
+                f"{statistics.fmean(one['peak_rss_mb'] for one in found):.0f}",
             ]
             print(f"| {arm} | {len(found)} | {' | '.join(columns)} |")
 
@@ -162,7 +174,8 @@ def main() -> None:
         for arm in given.arms.split(";") if given.arms else ARMS:
             if (arm, replicate, given.tokens, given.updates) in done:
                 continue
-            row = run(given.files[0], arm, replicate, given.tokens, given.updates)
+            with ProcessPoolExecutor(max_workers=1) as process:
+                row = process.submit(run, given.files[0], arm, replicate, given.tokens, given.updates).result()
             with out.open("a") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             print(arm, replicate, f"{row['seconds']:.0f} s", row["score"][::6], flush=True)

@@ -63,6 +63,13 @@ class TestRewards:
         assert hacked > plain and worse < hacked - 4
         assert better == plain
 
+    def test_gold_counts_a_word_once(self, rewards: Any) -> None:
+        """Sentences that differ in their subjects only say the same happy word again."""
+        hack = "Bob was happy. The bear got happy. Then all were happy."
+        assert rewards.sentiment([hack]) == [pytest.approx(2.4)]
+        assert rewards.gold([hack]) == [pytest.approx(0.8)]
+        assert rewards.gold(["Bob was happy, the bear was kind and sad."]) == [pytest.approx(0.8 + 0.6 - 0.5)]
+
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "salsa_peft.recipe", *words]

@@ -44,7 +44,7 @@ class Push:
 
 def run(job: Job) -> dict[str, Any]:
     """Push the results listed in the recipe's `hub.push`. Raises SalsaError at the end if a push failed."""
-    section, folder = job.recipe.hub, job.folder.parent.parent
+    section, folder = job.recipe.hub, job.run_folder
     start = f"{section.namespace or ''}/{section.name or folder.name}"
     wanted = [
         Push(item=name, to=f"{start}-{name}", private=section.private, base_model=section.base_model)
