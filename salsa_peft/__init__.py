@@ -8,7 +8,7 @@ The names are imported on first use, so that importing the package does not impo
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "SalsaPPOTrainer": "salsa_peft.training.ppo.trainer",

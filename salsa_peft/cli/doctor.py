@@ -27,7 +27,7 @@ import salsa_peft
 from salsa_peft.models.architectures.memory import GIB
 from salsa_peft.recipe import cache
 from salsa_peft.recipe.estimates import hardware
-from salsa_peft.utils.console import Parser, say, silence_import_warnings
+from salsa_peft.utils.console import Parser, complain, silence_import_warnings, styled
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import existing_parent, lock_holder
 from salsa_peft.utils.manifests import MANIFEST, changed_file, read_manifest, stages_folder
@@ -312,14 +312,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{run}: not a run's folder, since it has no recipe.yaml; check the path",
             )
         except (SalsaError, OSError) as error:
-            say(one_line(str(error)))
+            complain(one_line(str(error)))
             return 2
         checks["run"] = partial(run_results, Path(run))
     silence_import_warnings()
     problems = []
     for name, check in checks.items():
         for finding in without_logins(name, check):
-            print(f"{'!' if finding.advice else ' '} {finding.name:<18} {finding.found}", flush=True)
+            line = f"{'!' if finding.advice else ' '} {finding.name:<18} {finding.found}"
+            print(styled(line, "yellow" if finding.advice else "", sys.stdout), flush=True)
             problems += [finding] if finding.advice else []
     print(f"\n{len(problems)} problem{'s' * (len(problems) > 1)}:" if problems else "\nno problems")
     for finding in problems:

@@ -22,9 +22,10 @@ from salsa_peft.report.publish import hub as hub_push
 from salsa_peft.report.publish import model_card
 from salsa_peft.report.publish.items import RECIPE, Item, Results, find_item, find_soup
 from salsa_peft.soup.lora.read import CONFIG, SUMMARY
-from salsa_peft.utils.console import Parser, say
+from salsa_peft.utils.console import Parser, complain
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked
+from salsa_peft.utils.hub import PUBLISHED
 from salsa_peft.utils.manifests import named_results
 from salsa_peft.utils.messages import one_line, short
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HubFailure, SalsaError) as error:
         if args.debug:
             traceback.print_exc()
-        say(one_line(error))
+        complain(one_line(error))
         return 1 if isinstance(error, HubFailure) else 2
 
 
@@ -174,7 +175,7 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
         require(not made.exists() or made.is_dir(), f"{folder}: this is a file; choose a folder")
         kept = min((path.name for path in made.glob("*") if path.name != ".cache"), default=None)
         require(kept is None, f"{folder}: this folder is not empty (it has {kept}); choose an empty or new folder")
-    patterns = [*model_card.PUBLISHED, model_card.CARD, model_card.FIGURE, RECIPE]
+    patterns = [*PUBLISHED, model_card.CARD, model_card.FIGURE, RECIPE]
     download = functools.partial(
         snapshot_download, repo, revision=revision, local_dir=folder, allow_patterns=patterns, ignore_patterns="*/*"
     )

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import salsa_peft
-from salsa_peft.utils.console import say
+from salsa_peft.utils.console import complain
 from salsa_peft.utils.messages import did_you_mean, one_line
 
 HELP = """usage: salsa COMMAND …
@@ -41,9 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(salsa_peft.__version__)
         return 0
     if words[0] not in COMMANDS:
-        say(f"salsa {one_line(words[0])}: no such command; {did_you_mean(words[0], list(COMMANDS), 'commands')}")
+        complain(f"salsa {one_line(words[0])}: no such command; {did_you_mean(words[0], list(COMMANDS), 'commands')}")
         return 2
-    code: int = importlib.import_module(COMMANDS[words[0]]).main(words[1:])
+    try:
+        code: int = importlib.import_module(COMMANDS[words[0]]).main(words[1:])
+    except KeyboardInterrupt:
+        complain(f"salsa {words[0]}: interrupted")
+        return 130
     return code
 
 

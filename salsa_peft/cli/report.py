@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from salsa_peft.config.load import bundled_names
 from salsa_peft.recipe.__main__ import main as run_recipe
-from salsa_peft.utils.console import say
+from salsa_peft.utils.console import complain
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.manifests import replicate_folders
 from salsa_peft.utils.messages import one_line
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--output-dir: works only with several runs; leave it out, and the report goes into the run's folder",
             )
     except SalsaError as error:
-        say(one_line(error))
+        complain(one_line(error))
         return 2
     at = next((place for place, word in enumerate(words) if _is_run(word)), None)
     if at is not None and "--output-dir" not in words:

@@ -37,7 +37,7 @@ from salsa_peft.data.files import (
 from salsa_peft.data.questions import questions
 from salsa_peft.data.splits import prompt_digest, split_by_prompt
 from salsa_peft.utils.console import say
-from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.errors import SalsaError, require, run_checks
 from salsa_peft.utils.messages import short, short_path
 
 MAX_COUNTED_BYTES = 500_000_000
@@ -49,20 +49,22 @@ def check_local(recipe: Recipe) -> None:
     kinds = {key: "demonstrations" if key == "held_out" else key for key in datasets.TOY_FILES}
     named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in kinds.items()]
     named += [(f"evaluate.prompts.{name}", "prompts", source) for name, source in recipe.evaluate.prompts.items()]
-    for key, kind, source in named:
-        if source is None:
-            continue
-        if is_local(source.path) and not os.path.isdir(source.path):
-            path = short_path(source.path)
-            require(os.path.isfile(source.path), f"{key}: there is no file or folder {path}; give {ACCEPTED_SOURCES}")
-            require(data_suffix(source.path) is not None, f"{key}: {path} is no data file; give {ACCEPTED_SOURCES}")
-            check_split(source)
-            _check_columns(key, kind, source.path)
-        elif source.path.startswith("hf://"):
-            check_hub_path(source.path, key)
-        elif not is_local(source.path):
-            check_hub_id(key, source.path, ACCEPTED_SOURCES)
+    run_checks(functools.partial(check_source, *entry) for entry in named if entry[2] is not None)
     _check_rows(recipe)
+
+
+def check_source(key: str, kind: str, source: Source) -> None:
+    """Raise SalsaError, which starts with `key`, for a missing file or a first row without the columns of its kind."""
+    if is_local(source.path) and not os.path.isdir(source.path):
+        path = short_path(source.path)
+        require(os.path.isfile(source.path), f"{key}: there is no file or folder {path}; give {ACCEPTED_SOURCES}")
+        require(data_suffix(source.path) is not None, f"{key}: {path} is no data file; give {ACCEPTED_SOURCES}")
+        check_split(source)
+        _check_columns(key, kind, source.path)
+    elif source.path.startswith("hf://"):
+        check_hub_path(source.path, key)
+    elif not is_local(source.path):
+        check_hub_id(key, source.path, ACCEPTED_SOURCES)
 
 
 def _check_rows(recipe: Recipe) -> None:

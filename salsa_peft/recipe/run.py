@@ -115,7 +115,7 @@ def run(
         if not new:
             check_data(recipe, plan, asked)
         for warning in (*unknown_commits(recipe), *check_machine(recipe, plan, asked)):
-            say(f"warning: {warning}")
+            say(f"warning: {warning}", "yellow")
         if not new:
             check_data(recipe, plan, asked, hub=True)
         # 3. run; until everything is finished, the next commands keep the commits
@@ -180,7 +180,7 @@ def _run_unit(
     unit = planned.unit
     if planned.why is None:
         cache.remove_temporary_files(planned.folder)  # left if the run was killed just after the manifest was written
-        say(f"{unit.id} … cached")
+        say(f"{unit.id} … cached", "dim")
         return
     earlier = _seconds_so_far(planned, plan) if planned.why == "unfinished" else None
     if planned.why.startswith(("changed", "missing", "unfinished", "outdated")):
@@ -202,7 +202,7 @@ def _run_unit(
     gpu += "" if planned_mb is None else f" (planned {planned_mb:.0f})"
     took = duration(result.seconds) + ("" if seconds is None else f" (planned {duration(seconds)})")
     together = f" in {count} processes together" if (count := _processes(job)) > 1 else ""
-    say(f"{unit.id} … done in {took}, peak {result.peak_mb:.0f} MB{together}{gpu}")
+    say(f"{unit.id} … done in {took}, peak {result.peak_mb:.0f} MB{together}{gpu}", "green")
 
 
 def _seconds_so_far(planned: cache.PlannedUnit, plan: cache.Plan) -> float | None:
@@ -231,7 +231,7 @@ def _run_job(
             if smaller is None:
                 raise
             earlier = _seconds_so_far(planned, plan)
-            say(one_line(error))
+            say(one_line(error), "yellow")
             changes = ", ".join(f"{key} {after} (was {before})" for key, (before, after) in smaller.changed.items())
             again = "starting again" if earlier is None else "resuming"
             say(f"{job.unit.id} … {again} with {changes}; the global batch stays the same")

@@ -92,10 +92,10 @@ def run(job: Job) -> dict[str, Any]:
     prompts = datasets.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
-        ppo_config(context, name, job.folder),
-        prompts,
+        args=ppo_config(context, name, job.folder),
+        train_dataset=prompts,
         references=references,
-        reward=reward,
+        reward_funcs=reward,
         processing_class=context.tokenizer,
         eval_dataset=evaluation_prompts(job),
         callbacks=[ProgressBar(job.unit.id, job.folder)],

@@ -77,10 +77,10 @@ def make_trainer(
     quiet = {"report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
     return SalsaPPOTrainer(
         model,
-        SalsaPPOConfig(output_dir=str(folder), **(settings | quiet | options)),
-        prompts,
+        args=SalsaPPOConfig(output_dir=str(folder), **(settings | quiet | options)),
+        train_dataset=prompts,
         references=references or ["soup"],
-        reward=reward,
+        reward_funcs=reward,
         processing_class=chosen,
         callbacks=callbacks,
         eval_dataset=eval_dataset,

@@ -229,7 +229,7 @@ class TestSigterm:
             with pytest.raises(SystemExit) as left:
                 command(folder, "--stages", name)
         assert left.value.code == 143
-        assert f"{name}  SIGTERM: the same command goes on from checkpoint-{step}" in capsys.readouterr().err
+        assert f"{name}  stopped: the same command goes on from checkpoint-{step}" in capsys.readouterr().err
         (place,) = (folder / name).iterdir()
         assert [path.name for path in checkpoints.checkpoints(place)] == [f"checkpoint-{step}"]
         with pytest.MonkeyPatch.context() as patch:

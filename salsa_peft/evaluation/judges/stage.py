@@ -8,12 +8,13 @@ shows before any RL what the reward is worth.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.job import Job
+from salsa_peft.config.judge import read_references
 from salsa_peft.evaluation import comparisons, fastchat
 from salsa_peft.evaluation.judge_statistics import Judgment, pair_result
 from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
@@ -58,6 +59,17 @@ def read_answers(folder: Path) -> dict[str, Dataset]:
     for row in read_json_lines(folder / "answers.jsonl"):
         found[row["dataset"]].answers.setdefault((row["model"], row["index"]), []).append(row)
     return found
+
+
+def with_references(datasets: dict[str, Dataset], path: str | None) -> dict[str, Dataset]:
+    """Datasets with the reference answers of a file (`judge.references`) in place of the questions' own."""
+    if path is None:
+        return datasets
+    found = read_references(path)
+    return {
+        name: replace(of, questions=[{**one, "reference": found.get(str(one["question_id"]))} for one in of.questions])
+        for name, of in datasets.items()
+    }
 
 
 def matches(datasets: dict[str, Dataset], pairs: Pairs, sets: Iterable[str]) -> list[Match]:
@@ -178,7 +190,7 @@ def run(job: Job) -> dict[str, Any]:
     """Run the stage: write judgments.jsonl, verdicts.json and the files for FastChat and arena-hard-auto."""
     recipe, section = job.recipe, job.recipe.evaluate.judge
     assert section is not None
-    datasets = read_answers(job.inputs["evaluate"])
+    datasets = with_references(read_answers(job.inputs["evaluate"]), section.references)
     searched = comparisons.searched(
         recipe, comparisons.by_set(read_json_lines(job.inputs["evaluate"] / "answers.jsonl"))
     )

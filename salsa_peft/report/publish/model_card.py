@@ -1,37 +1,25 @@
 """Published files of a result or a soup, and its model card with loading code, lineage and metrics."""
 
-import json
 import os
-import re
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData, get_token, metadata_load, model_info, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
-from yaml import YAMLError
+from huggingface_hub import EvalResult, ModelCardData
 
 from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.report.format import Row, flatten, render
 from salsa_peft.report.gather import last_part, soup_rows
-from salsa_peft.report.publish.items import RECIPE, Item, read_object
+from salsa_peft.report.publish.items import RECIPE, Item
 from salsa_peft.report.sections import reward
-from salsa_peft.soup.lora.read import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 from salsa_peft.utils import manifests
-from salsa_peft.utils.errors import require
-from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
+from salsa_peft.utils.fingerprints import read_fingerprint
+from salsa_peft.utils.hub import check_secrets, licence, model_files, without_paths
 
 TITLES = {"soup": "a model soup", "policy": "a policy", "seed": "an SFT seed", "reward": "a reward model"}
-PUBLISHED = (
-    CONFIG, WEIGHTS, "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    FINGERPRINT, SUMMARY, "metrics.json", "policy.json", "value_head.safetensors", *TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
-"""Patterns of the file names that are published; no other file of a result's folder is published."""
 CARD, FIGURE = "README.md", "figure.png"
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{24,}")
 
 
 def published_files(item: Item, card: str) -> dict[str, Path | bytes]:
@@ -39,19 +27,7 @@ def published_files(item: Item, card: str) -> dict[str, Path | bytes]:
 
     Raises SalsaError if the result has no weights in safetensors, or a text file contains a token of the Hub.
     """
-    there = sorted(path for path in item.folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in PUBLISHED))
-    files: dict[str, Path | bytes] = {path.name: path for path in there}
-    require(
-        any(name.endswith(".safetensors") and name != "value_head.safetensors" for name in files),
-        f"{item.folder}: has no weights in safetensors, the only format that is published; delete the folder and run"
-        " again",
-    )
-    for path in there:
-        if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):
-            content = read_object(path)
-            clean = without_paths(content | ({"base_model_name_or_path": item.base} if path.name == CONFIG else {}))
-            if clean != content:
-                files[path.name] = (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+    files = model_files(item.folder, item.base)
     if item.recipe is not None:
         files[RECIPE] = recipe_yaml(item.recipe).encode()
     files[CARD] = card.encode()
@@ -66,31 +42,11 @@ def recipe_yaml(recipe: Recipe) -> str:
     return dump_yaml(without_paths(recipe.as_data()))
 
 
-def without_paths(value: Any) -> Any:
-    """JSON data with absolute paths replaced by their last part."""
-    if isinstance(value, dict):
-        return {key: without_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_paths(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
-def check_secrets(files: dict[str, Path | bytes]) -> None:
-    """Raise SalsaError if a text file contains the Hub token in use, or anything that looks like one."""
-    token = (get_token() or "").encode()
-    for name, content in files.items():
-        if name.endswith((".safetensors", ".png")):
-            continue
-        raw = content if isinstance(content, bytes) else content.read_bytes()
-        found = (token and token in raw) or (TOKEN.search(raw) and name != "tokenizer.json")
-        require(
-            not found, f"{name}: contains a token of the Hub; revoke the token, and remove it from the recipe or data"
-        )
-
-
 def render_card(item: Item, repo: str, *, online: bool = False) -> str:
     """Render README.md of a result. online: whether to ask the Hub for the base's licence."""
-    data = metadata(item, repo, licence_of(item, online))
+    base = item.recipe.model.base if item.recipe is not None else None
+    own = Path(base) / CARD if base is not None and os.path.isabs(base) else None
+    data = metadata(item, repo, licence(item.base, own, online=online))
     shown: dict[str, Callable[[dict[str, Any]], Row]] = {"soup": soup_rows, "reward": reward.facts}
     page = render(
         "card.md.jinja",
@@ -102,7 +58,7 @@ def render_card(item: Item, repo: str, *, online: bool = False) -> str:
     return f"---\n{data.to_yaml().rstrip()}\n---\n\n{page}\n"
 
 
-def metadata(item: Item, repo: str, licence: str | None) -> ModelCardData:
+def metadata(item: Item, repo: str, licensed: str | None) -> ModelCardData:
     """The card's front matter, which the Hub's search uses."""
     relation = "adapter" if item.adapter else "merge" if item.kind == "soup" else "finetune"
     method = item.algorithm or {"seed": "sft", "reward": "reward-model"}.get(item.kind, "model-soup")
@@ -118,7 +74,7 @@ def metadata(item: Item, repo: str, licence: str | None) -> ModelCardData:
         base_model_relation=relation,
         library_name="peft" if item.adapter else "transformers",
         pipeline_tag="text-classification" if item.kind == "reward" else "text-generation",
-        license=licence,
+        license=licensed,
         datasets=[source.path for source in data_sources(item).values() if not os.path.isabs(source.path)] or None,
         tags=[
             *("salsa", "salsa_peft", method),
@@ -128,22 +84,6 @@ def metadata(item: Item, repo: str, licence: str | None) -> ModelCardData:
         model_name=repo.rsplit("/", 1)[-1] if results else None,
         eval_results=results or None,
     )
-
-
-def licence_of(item: Item, online: bool) -> str | None:
-    """The licence in the model card of the base, local or on the Hub; None if it is unknown."""
-    base = item.recipe.model.base if item.recipe is not None else None
-    own = Path(base) / "README.md" if base is not None and os.path.isabs(base) else None
-    cached = try_to_load_from_cache(item.base, "README.md")
-    path = next((path for path in (own, cached) if isinstance(path, str | Path) and Path(path).is_file()), None)
-    if path is None and not online:
-        return None
-    try:
-        found: Any = model_info(item.base).card_data if path is None else metadata_load(path)
-    except (HTTPError, OSError, ValueError, YAMLError):  # a push must not fail because of the base's card
-        return None
-    licence = None if found is None else found.get("license")
-    return licence if isinstance(licence, str) else None
 
 
 def loading_code(item: Item, repo: str) -> str:
