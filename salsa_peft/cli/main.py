@@ -17,6 +17,7 @@ HELP = """usage: salsa COMMAND …
   salsa hub push RUN ITEM … --to NAMESPACE/NAME             push results to the Hub; salsa hub pull ID
   salsa report RUN [RUN …] | --paper                        write the report of runs, or show the paper's tables
   salsa doctor [RUN]                                        check this machine, and the results of a run if given
+  salsa docs [KEY]                                          explain a recipe's keys: type, unit, default, source, example
 
 `salsa COMMAND --help` shows the options; `salsa --version` the version."""
 
@@ -29,6 +30,7 @@ COMMANDS = {
     "report": "salsa_peft.cli.report",
     "hub": "salsa_peft.cli.hub",
     "doctor": "salsa_peft.cli.doctor",
+    "docs": "salsa_peft.cli.docs",
 }
 """Command → the module whose `main` runs it. The module is imported only for this command."""
 
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         complain(f"salsa {one_line(words[0])}: no such command; {did_you_mean(words[0], list(COMMANDS), 'commands')}")
         return 2
+    if words[0] == "run" and words[1:2] in (["-h"], ["--help"]) and len(words) > 2:  # salsa run --help KEY
+        words = ["docs", *words[2:]]
     try:
         code: int = importlib.import_module(COMMANDS[words[0]]).main(words[1:])
     except KeyboardInterrupt:
