@@ -86,7 +86,7 @@ def test_every_guard_is_described() -> None:
 # commands
 
 
-COMING = {"init", "judge"}
+COMING = {"judge"}
 COMING_PAGES = {"from-trl.md", "judging.md"}
 
 

@@ -16,6 +16,7 @@ HELP = """usage: salsa COMMAND …
   salsa hub push RUN ITEM … --to NAMESPACE/NAME             push results to the Hub; salsa hub pull ID
   salsa report RUN [RUN …] | --paper                        write the report of runs, or show the paper's tables
   salsa doctor [RUN]                                        check this machine, and the results of a run if given
+  salsa init [RECIPE] --model M --demonstrations F …        write a commented recipe for your model and data
   salsa docs [KEY]                                          explain a recipe's keys: type, unit, default, source, example
 
 `salsa COMMAND --help` shows the options; `salsa --version` the version."""
@@ -29,6 +30,7 @@ COMMANDS = {
     "hub": "salsa_peft.cli.hub",
     "doctor": "salsa_peft.cli.doctor",
     "docs": "salsa_peft.cli.docs",
+    "init": "salsa_peft.cli.init.command",
 }
 """Command → the module whose `main` runs it. The module is imported only for this command."""
 
