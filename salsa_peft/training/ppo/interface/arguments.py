@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import IterableDataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -22,6 +22,7 @@ from salsa_peft.models.base import causal_lm, causal_lm_class
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.reward import as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead
+from salsa_peft.soup.attached import AttachedSoup
 from salsa_peft.training.ppo.checks import check_model, check_tokenizer
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.references import FrozenReference, as_references, freeze
@@ -29,7 +30,7 @@ from salsa_peft.utils.errors import require
 from salsa_peft.utils.hub import readable_hub_errors
 from salsa_peft.utils.messages import short
 
-AnyReference = str | Path | FrozenReference | PreTrainedModel
+AnyReference = str | Path | FrozenReference | AttachedSoup | PreTrainedModel
 AnyReward = Reward | PreTrainedModel | Callable[..., Any] | str | Path | tuple[Any, ...]
 START = "start"
 """Label of the reference that is the policy at the start, and name of its adapter."""
@@ -70,7 +71,7 @@ def load_arguments(
         isinstance(args, SalsaPPOConfig),
         f"args: a {type(args).__name__} has no options of PPO; pass a SalsaPPOConfig, or nothing for the defaults",
     )
-    fresh = peft_config is not None and vars(peft_config).get("init_lora_weights", False) in ZERO_DELTA
+    fresh = isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights in ZERO_DELTA
     policy = make_policy(model, args, quantization_config, peft_config)
     check_model(policy)
     tokenizer = load_processing_class(processing_class, policy, args)
