@@ -100,7 +100,7 @@ def test_extras() -> None:
 # commands
 
 
-COMING = {"init", "judge"}
+COMING = {"judge"}
 COMING_PAGES = {"judging.md"}
 
 
