@@ -13,9 +13,11 @@ HELP = """usage: salsa COMMAND …
   salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   run a recipe, from the SFT seeds to the report
   salsa soup OUT MEMBER MEMBER …                            average adapters or checkpoints into one
   salsa landscape OUT MEMBER MEMBER [MEMBER] …              measure models on the line or plane through members
+  salsa judge A B … --questions FILE --judge KIND …         compare the answers of models, adapters or answer files
   salsa hub push RUN ITEM … --to NAMESPACE/NAME             push results to the Hub; salsa hub pull ID
   salsa report RUN [RUN …] | --paper                        write the report of runs, or show the paper's tables
   salsa doctor [RUN]                                        check this machine, and the results of a run if given
+  salsa docs [KEY]                                          explain a recipe's keys: type, unit, default, source, example
 
 `salsa COMMAND --help` shows the options; `salsa --version` the version."""
 
@@ -24,9 +26,11 @@ COMMANDS = {
     "run": "salsa_peft.recipe.__main__",
     "soup": "salsa_peft.soup.__main__",
     "landscape": "salsa_peft.cli.landscape",
+    "judge": "salsa_peft.cli.judge",
     "report": "salsa_peft.cli.report",
     "hub": "salsa_peft.cli.hub",
     "doctor": "salsa_peft.cli.doctor",
+    "docs": "salsa_peft.cli.docs",
 }
 """Command → the module whose `main` runs it. The module is imported only for this command."""
 
@@ -43,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         complain(f"salsa {one_line(words[0])}: no such command; {did_you_mean(words[0], list(COMMANDS), 'commands')}")
         return 2
+    if words[0] == "run" and words[1:2] in (["-h"], ["--help"]) and len(words) > 2:  # salsa run --help KEY
+        words = ["docs", *words[2:]]
     try:
         code: int = importlib.import_module(COMMANDS[words[0]]).main(words[1:])
     except KeyboardInterrupt:

@@ -296,8 +296,8 @@ def place_frozen_models(
     device: torch.device = args.device  # type: ignore[assignment]
     models = [reference.model for reference in references]
     if args.offload == "none":
-        for model in models:
-            if model is not None:
+        for model in (*models, *(one.frozen_model() for one in reward.components())):
+            if model is not None and next(model.parameters()).device != device:
                 model.to(device)  # type: ignore[arg-type]
         return [contextlib.nullcontext for _ in models]
     scoring = [(one, frozen) for one in reward.components() if (frozen := one.frozen_model()) is not None]

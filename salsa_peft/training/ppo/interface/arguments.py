@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import IterableDataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -71,7 +71,7 @@ def load_arguments(
         isinstance(args, SalsaPPOConfig),
         f"args: a {type(args).__name__} has no options of PPO; pass a SalsaPPOConfig, or nothing for the defaults",
     )
-    fresh = peft_config is not None and vars(peft_config).get("init_lora_weights", False) in ZERO_DELTA
+    fresh = isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights in ZERO_DELTA
     policy = make_policy(model, args, quantization_config, peft_config)
     check_model(policy)
     tokenizer = load_processing_class(processing_class, policy, args)
