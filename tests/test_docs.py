@@ -100,7 +100,7 @@ def test_extras() -> None:
 # commands
 
 
-COMING = {"init", "judge"}
+COMING = {"init"}
 COMING_PAGES = {"from-trl.md", "judging.md"}
 
 
