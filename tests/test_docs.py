@@ -101,7 +101,7 @@ def test_extras() -> None:
 
 
 COMING = {"init"}
-COMING_PAGES = {"from-trl.md", "judging.md"}
+COMING_PAGES = {"judging.md"}
 
 
 class ParsedError(Exception):

@@ -79,7 +79,13 @@ class PPOOptions:
     logged_completions: Annotated[int, Field(ge=0)] = 4
     """Number of responses of each rollout batch that are written to completions.jsonl."""
     shown_every: Count | None = 10
-    """Number of updates between two prints of the first two logged responses to the terminal. None: no prints."""
+    """Number of updates between two prints of responses to the terminal: the first two logged ones in short, or with
+    log_completions TRL's table. None: no prints."""
+    log_completions: bool = False
+    """Print responses in TRL's table of completions, and send all of them to wandb and trackio if they are in report_to
+    (TRL's name)."""
+    num_completions_to_print: Count | None = None
+    """Number of responses in TRL's table, drawn at random from the rollout batch (TRL's name). None: all."""
     kl_coef: NonNegative = 0.2
     """Initial KL coefficient β. A policy's kl_coef overrides it. Unit: reward per nat. Source: paper A.3, 0.2 for PPO
     and 0.01 for SALSA."""
@@ -203,6 +209,15 @@ class PPOOptions:
         """Raise SalsaError for options that contradict one another. `prefix` starts the keys in messages."""
         parse_guards(self.guards, f"{prefix}guards")
         self._check_critic(prefix)
+        require(
+            not self.log_completions or self.shown_every is not None,
+            f"{prefix}log_completions: has no effect with shown_every null; set shown_every to a number of updates",
+        )
+        require(
+            self.log_completions or self.num_completions_to_print is None,
+            f"{prefix}num_completions_to_print: {self.num_completions_to_print} has no effect without log_completions; set"
+            " log_completions=true",
+        )
         backend = self.rollout_backend
         check_rollout_options(prefix, backend, self.rollout_options)
         require(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from salsa_peft.models.responses import Responses
 
 RESERVED = re.compile(
-    r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|epoch|step|loss|grad_norm|learning_rate"
+    r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|tokens_per_second|epoch|step|loss|grad_norm|learning_rate"
     r"|score|response_length|empty_share"
 )
 """Names of metrics that training logs itself; log_metric rejects them."""

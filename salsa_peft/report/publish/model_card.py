@@ -76,7 +76,11 @@ def metadata(item: Item, repo: str, licensed: str | None) -> ModelCardData:
         pipeline_tag="text-classification" if item.kind == "reward" else "text-generation",
         license=licensed,
         datasets=[source.path for source in data_sources(item).values() if not os.path.isabs(source.path)] or None,
-        tags=["salsa", "salsa_peft", method, "rlhf", "trl", *(["peft", "lora"] if item.adapter else [])],
+        tags=[
+            *("salsa", "salsa_peft", method),
+            *(["rlhf", "trl"] if item.recipe is not None else []),
+            *(["peft", "lora"] if item.adapter else []),
+        ],
         model_name=repo.rsplit("/", 1)[-1] if results else None,
         eval_results=results or None,
     )

@@ -46,11 +46,13 @@ from salsa_peft.training.ppo.interface.arguments import (
     train_value_function,
 )
 from salsa_peft.training.ppo.interface.hub import HubTrainer
-from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples, sampling_metrics
+from salsa_peft.training.ppo.metrics import LogFiles, metrics, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
 from salsa_peft.training.ppo.rollout import RolloutMaker
 from salsa_peft.training.ppo.state import MicroBatch, PPOState, checkpoint_size, no_pickles, update_learning_rates
+from salsa_peft.training.ppo.terminal.completions import log_completions, print_samples
+from salsa_peft.training.ppo.terminal.updates import replace_printers
 from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
@@ -142,6 +144,7 @@ class SalsaPPOTrainer(HubTrainer):
         if self.optimizer is not None:
             train_value_function(self.optimizer, policy, args)
         self.model_accepts_loss_kwargs = False
+        self.table = replace_printers(self)
         self.saved_dtype: torch.dtype | None = None  # in which save_model saves full weights; None: as trained
         self.how_to_resume = "train(resume_from_checkpoint=True) continues from it"
         self._set_up_engine(model)
@@ -366,16 +369,24 @@ class SalsaPPOTrainer(HubTrainer):
         row = metrics(rollout, ppo, args.batch_size) | sampling_metrics(rollout, args) | ppo.reward_metrics
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
+        row["lr"] = self._get_learning_rate()
         if self.is_world_process_zero():
             written = self.logs.write(row, rollout, args, self.processing_class)
             if args.shown_every is not None and (ppo.update - 1) % args.shown_every == 0:
-                print_samples(written[:2], ppo.update)
+                self.table.header_due = True
+                if args.log_completions:
+                    log_completions(rollout, args, self.processing_class, ppo.update, self.state.global_step)
+                else:
+                    print_samples(written[:2], ppo.update)
         for alarm in self.guards.check(row):
             if alarm.action == "stop":
                 self.stop.alarm = alarm.message
             if self.is_world_process_zero():
-                say(alarm.message)
-        self.log({**row, "lr": self._get_learning_rate(), "seconds": time.perf_counter() - ppo.started})
+                self.table.header_due = True
+                say(alarm.message, "yellow")
+        seconds = time.perf_counter() - ppo.started
+        tokens = row["objective/response_length"] * args.batch_size
+        self.log({**row, "seconds": seconds, "tokens_per_second": tokens / seconds})  # these two differ in every run
         if args.kl_control == "adaptive" and not ppo.trains_critic_only(args):
             ppo.kl_coef = losses.adapt_kl_coef(
                 ppo.kl_coef, row["objective/kl"], target=args.kl_target, horizon=args.kl_horizon,
