@@ -196,7 +196,7 @@ def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        summary = soup(args.out, folders, weights, names=member_names(args.members), progress=progress, **options)
+        summary = soup(args.out, args.members, weights, names=member_names(args.members), progress=progress, **options)
     print_summary(summary)
     print(f"written to {args.out}")
 

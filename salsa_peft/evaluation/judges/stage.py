@@ -186,6 +186,25 @@ def judge_best_of_n(job: Job, judge: PairwiseJudge) -> dict[str, Any]:
     return {"responses": job.recipe.reward.quality_responses, **statistics(rows)}
 
 
+class Judged(NamedTuple):
+    """Matches that a judge has decided."""
+
+    rows: list[dict[str, Any]]
+    """Rows of judgments.jsonl."""
+    prompts: list[tuple[str, str]]
+    """The judge's prompts in both orders, for each row."""
+
+
+def judge_matches(todo: Sequence[Match], datasets: dict[str, Dataset], judge: PairwiseJudge, title: str) -> Judged:
+    """Let the judge decide matches, under a progress bar with this title."""
+    asked = [comparison for match in todo for comparison in both_orders(match, datasets)]
+    with progress_bar(len(asked), title) as bar:
+        verdicts = judge(asked, bar.update)
+    orders = list(zip(verdicts[::2], verdicts[1::2], strict=True))
+    rows = [judgment_row(match, datasets, both) for match, both in zip(todo, orders, strict=True)]
+    return Judged(rows, [(first.prompt, second.prompt) for first, second in orders])
+
+
 def run(job: Job) -> dict[str, Any]:
     """Run the stage: write judgments.jsonl, verdicts.json and the files for FastChat and arena-hard-auto."""
     recipe, section = job.recipe, job.recipe.evaluate.judge
@@ -195,27 +214,21 @@ def run(job: Job) -> dict[str, Any]:
         recipe, comparisons.by_set(read_json_lines(job.inputs["evaluate"] / "answers.jsonl"))
     )
     judge = judge_of(section, cache=job.run_folder / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
-    rows: list[dict[str, Any]] = []
-    prompts: list[tuple[str, str]] = []
-
-    def judge_matches(todo: Sequence[Match]) -> None:
-        asked = [comparison for match in todo for comparison in both_orders(match, datasets)]
-        with progress_bar(len(asked), job.unit.id) as bar:
-            verdicts = judge(asked, bar.update)
-        for match, *both in zip(todo, verdicts[::2], verdicts[1::2], strict=True):
-            prompts.append((both[0].prompt, both[1].prompt))
-            rows.append(judgment_row(match, datasets, both))
+    rows, prompts = Judged([], [])
 
     # 1. for a search by the judge: the candidates
     if recipe.search is not None and recipe.search.by == "judge":
         trials = sweeps.candidate_pairs(recipe)
-        judge_matches(matches(datasets, trials, recipe.search.questions or list(datasets)))
+        candidates = matches(datasets, trials, recipe.search.questions or list(datasets))
+        rows, prompts = judge_matches(candidates, datasets, judge, job.unit.id)
         rates = {a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in trials}
         searched = sweeps.pick_candidates(recipe, rates, list(datasets))
     # 2. the recipe's pairs, with the picked candidate in place of a searched policy
     there = {(row["a"], row["b"], row["dataset"]) for row in rows}
     todo = matches(datasets, sweeps.with_picked(sweeps.compared_pairs(recipe), searched), list(datasets))
-    judge_matches([match for match in todo if (match.a, match.b, match.dataset) not in there])
+    todo = [match for match in todo if (match.a, match.b, match.dataset) not in there]
+    more = judge_matches(todo, datasets, judge, job.unit.id)
+    rows, prompts = [*rows, *more.rows], [*prompts, *more.prompts]
     # 3. the reward, by the responses of seed-0 that it prefers
     best = judge_best_of_n(job, judge) if recipe.judges_best_of_n else None
     # 4. rates, and all files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, get_peft_model
+from paths import ROOT
+from peft import LoraConfig, PeftModel, get_peft_model
 from plain_ppo import PROMPTS, length_reward
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
 from salsa_peft.models.adapters import lora
@@ -109,8 +111,6 @@ class TestModels:
         self, base: str, make_adapter: Any, tmp_path: Path, config: Any, tokenizer: Any
     ) -> None:
         """It is trained on its base, which it names."""
-        from transformers import AutoModelForCausalLM
-
         model = make_adapter(AutoModelForCausalLM.from_pretrained(base), "default", 3)
         lora.save(model, "default", tmp_path / "adapter", tokenizer)
         trainer = SalsaPPOTrainer(tmp_path / "adapter", length_reward, config(max_steps=1), PROMPTS)
@@ -331,3 +331,15 @@ def test_an_optimizer_and_a_scheduler_of_the_users(make_base: Any, tokenizer: An
             model, length_reward, config(value_head_learning_rate=1e-3), PROMPTS, processing_class=tokenizer,
             optimizers=(optimizer, None),
         )  # fmt: skip
+
+
+def test_the_example_of_moving_from_trl(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """examples/from_trl_ppo.py with a tiny model: three updates at TRL's values, and an adapter that PEFT opens."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["from_trl_ppo.py", base])
+    names = runpy.run_path(str(ROOT / "examples" / "from_trl_ppo.py"))
+    assert names["trainer"].ppo.update == 3 and "the policy is in from-trl-ppo" in capsys.readouterr().out
+    assert (tmp_path / "from-trl-ppo" / "value_head.safetensors").is_file()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "from-trl-ppo")

@@ -22,6 +22,7 @@ from salsa_peft.models.base import causal_lm, causal_lm_class
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.reward import as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead
+from salsa_peft.soup.attached import AttachedSoup
 from salsa_peft.training.ppo.checks import check_model, check_tokenizer
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.references import FrozenReference, as_references, freeze
@@ -29,7 +30,7 @@ from salsa_peft.utils.errors import require
 from salsa_peft.utils.hub import readable_hub_errors
 from salsa_peft.utils.messages import short
 
-AnyReference = str | Path | FrozenReference | PreTrainedModel
+AnyReference = str | Path | FrozenReference | AttachedSoup | PreTrainedModel
 AnyReward = Reward | PreTrainedModel | Callable[..., Any] | str | Path | tuple[Any, ...]
 START = "start"
 """Label of the reference that is the policy at the start, and name of its adapter."""
