@@ -100,7 +100,7 @@ def test_extras() -> None:
 # commands
 
 
-COMING = {"init", "judge"}
+COMING: set[str] = set()
 COMING_PAGES = {"judging.md"}
 
 

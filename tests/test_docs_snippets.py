@@ -24,7 +24,6 @@ from salsa_peft.utils.fingerprints import base_fingerprint
 
 NOT_RUN: dict[tuple[str, str], str] = {
     ("from-trl.md", "trl.experimental.ppo"): "TRL 1.12, which needs an older Transformers",
-    ("soups.md", "soup.attach"): "not merged yet",
 }
 """Page and a text of a snippet → why the snippet is not run."""
 NAMES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "base", "you/smollm2-soup": "soup"}
