@@ -6,34 +6,33 @@ is missing.
 
 import argparse
 import itertools
-import json
 import math
 import os
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from salsa_peft.config.judge import Judge
 from salsa_peft.config.paths import absolute_paths
 from salsa_peft.config.schema import Source
-from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.soup.__main__ import positive_integer, run_command
-from salsa_peft.utils.console import Parser, progress_bar, say
+from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.files import locked, write_atomic
+from salsa_peft.utils.files import locked
+from salsa_peft.utils.hub import HUB_ID
 from salsa_peft.utils.messages import did_you_mean, short
 
 if TYPE_CHECKING:
+    from salsa_peft.cli.judging import Plan
     from salsa_peft.data.questions import Question
     from salsa_peft.evaluation.contestants.answer import AnsweringModel
     from salsa_peft.evaluation.contestants.find import Contestant
     from salsa_peft.evaluation.contestants.score import AnswerScorer
-    from salsa_peft.evaluation.judges.registry import PairwiseJudge
 
-CACHE, ANSWERS = "judge_cache.sqlite", "answers"
+CACHE = "judge_cache.sqlite"
 EPILOG = """MODEL is a model or an adapter (folder or Hub id), RUN/NAME of a recipe's run
 (runs/quickstart-lora/salsa), a file of answers (model_answer/*.jsonl of FastChat
 or arena-hard-auto), or NAME=MODEL. KIND and KEY=VALUE are those of
@@ -56,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add("--questions", metavar="FILE", help="questions or prompts: a file, a folder with question.jsonl, or a Hub id")
     add("--judge", metavar="KIND", nargs="+",
         help="openai, local, reward, module:name or file.py:name, and KEY=VALUE settings")  # fmt: skip
+    add("--judgments", metavar="PATH", type=Path,
+        help="in place of --judge: ready judgments, FastChat's …_pair.jsonl or a file or folder of arena-hard-auto's")  # fmt: skip
     add("--output-dir", metavar="DIR", type=Path, default=Path("judged"), help="results and cache (default: judged)")
     add("--baseline", metavar="NAME", help="compare all others with this model only (default: all pairs)")
     add(
@@ -67,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
     add("--reward", metavar="R", help="judge reward: classifier or reward adapter (folder or Hub id), or module:name")
     add("--base", metavar="BASE", help="base of the adapters: folder or Hub id (default: the one that each names)")
     add("--chat-template", metavar="T", help="chatml, zephyr, plain or a Jinja file (default: each model's own)")
-    add("--max-new-tokens", metavar="N", type=positive_integer, default=1024, help="longest answer (default: 1024)")
+    add("--max-new-tokens", metavar="N", type=positive_integer,
+        help="longest answer (default: 1024, or half of what the model reads)")  # fmt: skip
     add("--temperature", metavar="T", type=float,
         help="of the answers; 0 is greedy (default: FastChat's for the category, else 0.7)")  # fmt: skip
     add("--batch-size", metavar="N", type=positive_integer, default=16, help="questions answered at once (default: 16)")
@@ -93,44 +95,25 @@ def question_file(given: str | None) -> tuple[str, str]:
     path = Path(given).expanduser()
     path = path / "question.jsonl" if (path / "question.jsonl").is_file() else path
     local = path.exists()
+    from salsa_peft.data.files import data_suffix
+    from salsa_peft.evaluation.fastchat import file_stem
+
     require(
-        local or (given.count("/") == 1 and "." not in given.rsplit("/", 1)[-1][-8:]),
+        local or (data_suffix(given) is None and "/" in given and HUB_ID.match(given) is not None),
         f"--questions: there is no file {given}; give a file of questions or prompts",
     )
-    from salsa_peft.evaluation.fastchat import file_stem
 
     place = path.resolve()
     stem = place.parent.name if place.name == "question.jsonl" else place.name.split(".")[0]
     return (str(path) if local else given), file_stem(stem if local else given)
 
 
-class Plan(NamedTuple):
-    """Everything that a command compares, checked; no weights have been loaded."""
-
-    section: Judge
-    judge: "PairwiseJudge"
-    name: str
-    """Name of the set of questions."""
-    questions: list["Question"]
-    """The questions to judge."""
-    contestants: list["Contestant"]
-    texts: dict[str, list[tuple[str, ...]]]
-    """Name → its ready answers, for contestants that are files."""
-    models: list["AnsweringModel"]
-    """The other contestants, which have to answer."""
-    scorer: "AnswerScorer | None"
-    pairs: list[tuple[str, str]]
-
-    @property
-    def judge_model(self) -> str | None:
-        """The judge's model, function or reward."""
-        return self.section.model if self.scorer is None else self.scorer.reward
-
-
 def judge_and_report(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     """Check everything, let the models answer, let the judge compare the answers, and write the report."""
     plan = checked(args)
     accepted()
+    from salsa_peft.cli.judging import compare, say_plan
+
     say_plan(plan)
     if args.dry_run:
         return
@@ -142,80 +125,69 @@ def judge_and_report(args: argparse.Namespace, accepted: Callable[[], None]) -> 
     from salsa_peft.report.sections.judged import print_table
 
     print_table(verdicts, Console(highlight=False))
-    print(
-        f"\nreport: {out}/report.html and report.md\nfiles for FastChat: {out}/data, for arena-hard-auto: {out}/arena"
-    )
+    print(f"\nreport: {out}/report.html and report.md")
+    if plan.judge is not None:
+        print(f"files for FastChat: {out}/data, for arena-hard-auto: {out}/arena")
 
 
-def checked(args: argparse.Namespace) -> Plan:
+def checked(args: argparse.Namespace) -> "Plan":
     """The plan of a command. Raises SalsaError for a mistake in its arguments or files."""
+    from salsa_peft.data.questions import questions
+    from salsa_peft.evaluation.contestants.find import find_contestants
+    from salsa_peft.evaluation.fastchat import read_answers
+
+    section = checked_judge(args)
+    path, name = question_file(args.questions)
+    contestants = find_contestants(args.models, Path(path), args.base)
+    pairs = model_pairs([one.name for one in contestants], args.baseline)
+    everything = questions(Source(path=path), columns=args.reward is not None)
+    ready = {one.name: read_answers(str(one.file), everything) for one in contestants if one.file is not None}
+    judge, judgments = None, {}
+    if section is not None:
+        from salsa_peft.evaluation.judges.registry import judge_of
+
+        cache = None if args.dry_run else args.output_dir / CACHE
+        judge = (section, judge_of(section, cache=cache, say=say, where="--judge"))
+    else:
+        from salsa_peft.evaluation.contestants.recorded import read_judgments, require_judged
+
+        judgments = read_judgments(args.judgments, args.baseline)
+    models = answering_models(args, contestants)
+    scorer = answer_scorer(args)
+    asked = chosen_questions(args, everything, models)
+    texts = {one: [answers[index] for index in asked] for one, answers in ready.items()}
+    chosen = [everything[index] for index in asked]
+    if judge is None:
+        require_judged(judgments, pairs, chosen)
+    from salsa_peft.cli.judging import Plan
+
+    return Plan(judge, judgments, name, chosen, contestants, texts, models, scorer, pairs)
+
+
+def checked_judge(args: argparse.Namespace) -> Judge | None:
+    """The judge's settings; None with --judgments. Raises SalsaError for options that do not go together."""
     from salsa_peft.evaluation.judges.words import judge_section
 
-    section = judge_section(args.judge)
-    path, name = question_file(args.questions)
     require(
-        (section.kind == "reward") == (args.reward is not None),
-        "--reward: a judge of kind reward needs a classifier, reward adapter or function; add --reward R"
-        if args.reward is None
-        else f"--reward: has no effect with a judge of kind {section.kind}; leave it out, or use --judge reward",
+        args.judge is None or args.judgments is None,
+        "--judgments: has no effect with --judge; give one of the two",
+    )
+    section = None if args.judgments is not None else judge_section(args.judge)
+    by_reward = section is not None and section.kind == "reward"
+    require(
+        args.reward is not None or not by_reward,
+        "--reward: a judge of kind reward needs a classifier, reward adapter or function; add --reward R",
+    )
+    require(
+        args.reward is None or by_reward,
+        "--reward: works only with a judge of kind reward; leave it out, or use --judge reward",
     )
     out = args.output_dir
     require(
         not (out / "recipe.yaml").exists(),
         f"--output-dir: {out} is the folder of a recipe's run; choose another folder",
     )
-    from salsa_peft.data.questions import questions
-    from salsa_peft.evaluation.contestants.find import find_contestants
-    from salsa_peft.evaluation.fastchat import read_answers
-    from salsa_peft.evaluation.judges.registry import judge_of
-
-    contestants = find_contestants(args.models, Path(path), args.base)
-    pairs = model_pairs([one.name for one in contestants], args.baseline)
-    everything = questions(Source(path=path), columns=args.reward is not None)
-    ready = {one.name: read_answers(str(one.file), everything) for one in contestants if one.file is not None}
-    cache = None if args.dry_run else out / CACHE
-    judge = judge_of(section, cache=cache, say=say, where="--judge")
-    models = answering_models(args, contestants)
-    scorer = answer_scorer(args)
-    asked = chosen_questions(args, everything, models)
-    texts = {one: [answers[index] for index in asked] for one, answers in ready.items()}
-    chosen = [everything[index] for index in asked]
-    return Plan(section, judge, name, chosen, contestants, texts, models, scorer, pairs)
-
-
-def compare(plan: Plan, out: Path, samples: int) -> dict[str, Any]:
-    """Make the answers and verdicts that are missing, write all files and the report; returns verdicts.json."""
-    from salsa_peft.evaluation import fastchat
-    from salsa_peft.evaluation.contestants.dataset import as_dataset
-    from salsa_peft.evaluation.judges.stage import judge_matches, matches, results, with_references
-    from salsa_peft.report.gather import last_part
-    from salsa_peft.report.sections.judged import report_input, write_judge_report
-
-    section, name, questions = plan.section, plan.name, plan.questions
-    # 1. the answers, in the order of the contestants, and a reward's scores of them
-    texts: dict[str, Any] = dict.fromkeys(one.name for one in plan.contestants)
-    texts |= plan.texts | {one.contestant.name: answers_of(one, questions, out / ANSWERS) for one in plan.models}
-    scores = None if plan.scorer is None else {one: scores_of(plan.scorer, questions, texts[one], one) for one in texts}
-    # 2. the verdicts
-    dataset = with_references({name: as_dataset(name, questions, texts, scores)}, section.references)
-    judged = judge_matches(matches(dataset, plan.pairs, [name]), dataset, plan.judge, "judge")
-    verdicts = {
-        "judge": {"kind": section.kind, "model": plan.judge_model, "prompt": section.prompt},
-        "calls": dict(plan.judge.calls),
-        "datasets": results(judged.rows, dataset),
-        "search": None,
-        "best_of_n": None,
-    }
-    # 3. files and the report
-    rows = [row for of in dataset[name].answers.values() for row in of]
-    by_model = {one: [row for row in rows if row["model"] == one] for one in texts}
-    fastchat.write_answers(out / "data" / name, questions, by_model)
-    fastchat.write_judgments(out, section, judged.rows, judged.prompts)
-    write_atomic(out / "verdicts.json", json.dumps(verdicts, indent=2))
-    settings = {key: last_part(value) if isinstance(value, str) else value for key, value in asdict(section).items()}
-    report = report_input(name, rows, judged.rows, verdicts, dump_yaml(settings), samples)
-    write_judge_report(out, report, {one.name: one.what for one in plan.contestants})
-    return verdicts
+    return section
 
 
 def model_pairs(names: Sequence[str], baseline: str | None) -> list[tuple[str, str]]:
@@ -276,40 +248,11 @@ def chosen_questions(
         if long:
             say(
                 f"{model.contestant.name}: {len(long)} of {len(indices)} questions leave no room for"
-                f" {args.max_new_tokens} tokens (--max-new-tokens); they are left out for all models"
+                f" {model.new_tokens} tokens (--max-new-tokens); they are left out for all models"
             )
         indices = [index for place, index in enumerate(indices) if place not in long]
     require(bool(indices), "--questions: every question is too long for one of the models; set --max-new-tokens lower")
     return indices
-
-
-def say_plan(plan: Plan) -> None:
-    """Print what is compared, and the number of comparisons."""
-    turns, pairs = sum(len(question.turns) for question in plan.questions), len(plan.pairs)
-    say(f"questions {plan.name}: {len(plan.questions)}, with {turns} turns in all")
-    for one in plan.contestants:
-        say(f"  {one.name}: {one.what}")
-    judge = " ".join(filter(None, (plan.section.kind, plan.judge_model)))
-    say(f"judge {judge}: {2 * pairs * turns:,} comparisons ({pairs} pair{'s' * (pairs != 1)}, both orders)")
-
-
-def answers_of(model: "AnsweringModel", chosen: Sequence["Question"], folder: Path) -> list[list[str]]:
-    """The answers of a model to each turn of each question."""
-    turns = sum(len(question.turns) for question in chosen)
-    with progress_bar(turns, f"answers of {model.contestant.name}") as bar:
-        rows = model.answer(chosen, folder, bar.update)
-    found: list[list[str]] = [[] for _ in chosen]
-    for row in rows:
-        found[row["index"]].append(row["response"])
-    return found
-
-
-def scores_of(
-    scorer: "AnswerScorer", chosen: Sequence["Question"], texts: Sequence[Sequence[str]], name: str
-) -> list[list[float]]:
-    """The reward's scores of a model's answers."""
-    with progress_bar(sum(map(len, texts)), f"scores of {name}") as bar:
-        return scorer(chosen, texts, bar.update)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ class TestMistakes:
             (["gpt-4", "llama", *BENCH, "--judge", "opnai"], "--judge: there is no judge 'opnai'; did you mean openai?"),
             (["gpt-4", "llama", *BENCH, "--judge", "gpt"], "--judge: there is no judge 'gpt'; give openai, local"),
             (["gpt-4", "llama", *BENCH, "--judge", "openai"], "--judge.model: kind openai needs the name of a model"),
-            (["gpt-4", "llama", *BENCH, "--judge", "openai", "modle=x"], "--judge: modle: unknown key; did you mean model?"),
+            (["gpt-4", "llama", *BENCH, "--judge", "openai", "modle=x", "max_token=1"], "--judge: modle: unknown key, did you mean model?; max_token: unknown key, did you mean max_tokens?"),
             (["gpt-4", "llama", *BENCH, "--judge", "openai", "model=x", "timeout=soon"], "--judge: timeout must be a number, not 'soon'"),
             (["gpt-4", "llama", *BENCH, "--judge", "openai", "model=x"], "the environment variable OPENAI_API_KEY is not set"),
             (["gpt-4", "llama", *BENCH, "--judge", "{kind: local, model: ./nowhere}"], "nowhere' has no config.json"),
@@ -207,7 +207,7 @@ class TestMistakes:
             (["gpt-4", "llama", *BENCH, *LONGER, "--baseline", "lama"], "--baseline: 'lama' is none of the models; did you mean llama?"),
             (["--judge", "judges_of_the_test:longer", "gpt-4", "llama", *BENCH], "--judge: 'gpt-4' is not KEY=VALUE; put the models before the options"),
             (["gpt-4", "llama", *BENCH, "--judge", "reward"], "a judge of kind reward needs a classifier, reward adapter or function; add --reward R"),
-            (["gpt-4", "llama", *BENCH, *LONGER, "--reward", "judges_of_the_test:size"], "--reward: has no effect with a judge of kind function"),
+            (["gpt-4", "llama", *BENCH, *LONGER, "--reward", "judges_of_the_test:size"], "--reward: works only with a judge of kind reward"),
             (["gpt-4", "llama", *BENCH, "--judge", "reward", "--reward", "judges_of_the_test:shape"], "--reward: the module judges_of_the_test in"),
             (["gpt-4", "llama", *BENCH, "--judge", "reward", "--reward", "./nowhere"], "--reward: there is no folder ./nowhere"),
         ],
@@ -244,6 +244,92 @@ class TestMistakes:
         (bench / "recipe.yaml").write_text("name: x\n")
         assert main(["gpt-4", "llama", *BENCH, *LONGER, "--output-dir", "."]) == 2
         assert "is the folder of a recipe's run; choose another folder" in capsys.readouterr().err
+
+
+class TestReadyJudgments:
+    """Judgments of other tools in place of a judge."""
+
+    def test_of_fastchat(self, bench: Path) -> None:
+        """Also where the models stand in the other order; "error" is missing."""
+        winners = [("model_1", "model_1"), ("model_1", "model_2"), ("tie", "model_2"), ("error", "model_2")]
+        turns = [(81, 1), (81, 2), (82, 1), (82, 2), (83, 1), (83, 2)]
+        rows = [
+            {"question_id": key, "turn": turn, "model_1": "llama", "model_2": "gpt-4", "judge": ["gpt-4", "pair-v2"],
+             "g1_winner": first, "g2_winner": second, "g1_judgment": "one", "g2_judgment": "two"}
+            for (key, turn), (first, second) in zip(turns, [*winners, *winners[:2]], strict=True)
+        ]  # fmt: skip
+        write_lines(bench / "gpt-4_pair.jsonl", rows)
+        assert main(["gpt-4", "llama", *BENCH, "--judgments", "gpt-4_pair.jsonl"]) == 0
+        found, verdicts = judged(bench / "judged")
+        # llama is model_1, b here; game 2 showed gpt-4, a here, first
+        assert [(row["first"], row["second"], row["winner"]) for row in found[:4]] == [
+            ("b", "b", "b"), ("a", "b", "tie"), ("a", "tie", "tie"), ("a", "missing", "missing"),
+        ]  # fmt: skip
+        assert found[1]["told"] == ["two", "one"]
+        assert verdicts["judge"]["kind"] == "ready judgments"
+        assert main(["llama", "gpt-4", *BENCH, "--judgments", "gpt-4_pair.jsonl"]) == 0
+        assert [(row["first"], row["second"]) for row in judged(bench / "judged")[0][:4]] == [
+            ("a", "a"), ("a", "b"), ("tie", "b"), ("missing", "b"),
+        ]  # fmt: skip
+
+    def test_what_the_command_wrote_itself(self, bench: Path) -> None:
+        """Both tools' files give the same rates again."""
+        write_lines(bench / "one.jsonl", [{"question_id": n, "turns": [f"question {n}"]} for n in range(4)])
+        for name, sizes in (("a", (5, 1, 2, 3)), ("b", (3, 4, 2, 1))):
+            write_lines(bench / f"{name}.jsonl", fastchat(name, {n: ["x" * size] for n, size in enumerate(sizes)}))
+        words = ["a.jsonl", "b.jsonl", "--questions", "one.jsonl"]
+        assert main([*words, *LONGER]) == 0
+        rows = judged(bench / "judged")[0]
+        (pair,) = (bench / "judged").glob("data/one/model_judgment/*_pair.jsonl")
+        (folder,) = (bench / "judged").glob("arena/one-vs-b/model_judgment/*")
+        for number, path in enumerate((pair, folder, folder / "a.jsonl")):
+            assert main([*words, "--judgments", str(path), "--output-dir", str(number)]) == 0
+            again = judged(bench / str(number))[0]
+            assert [(row["first"], row["second"]) for row in again] == [(row["first"], row["second"]) for row in rows]
+
+    def test_of_arena_hard_v01(self, bench: Path) -> None:
+        """Its rows do not name the baseline, which the first game shows first."""
+        write_lines(bench / "hard.jsonl", [{"question_id": f"u{n}", "turns": [{"content": "q"}]} for n in range(3)])
+        for name in ("new", "old"):
+            write_lines(bench / f"{name}.jsonl", fastchat(name, {f"u{n}": ["x"] for n in range(3)}))
+        scores = [("B>>A", "A>B"), ("A=B", "B>A"), (None, "A>>B")]
+        write_lines(bench / "hard" / "new.jsonl", [
+            {"question_id": f"u{n}", "model": "new", "judge": "j", "games": [{"user_prompt": "p", "judgment": "t", "score": score} for score in both]}
+            for n, both in enumerate(scores)
+        ])  # fmt: skip
+        words = ["new.jsonl", "old.jsonl", "--questions", "hard.jsonl", "--judgments", "hard"]
+        assert main([*words, "--baseline", "old"]) == 0
+        assert [(row["first"], row["second"]) for row in judged(bench / "judged")[0]] == [
+            ("a", "a"), ("b", "tie"), ("a", "missing"),
+        ]  # fmt: skip
+        assert main(words) == 2
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"g1_winner": "model_3"}, "row 1: g1_winner is 'model_3'; it must be model_1, model_2, tie, error"),
+            ({"model_2": "vicuna"}, "--judgments: has no judgment of gpt-4 – llama; it has gpt-4 – vicuna"),
+            ({"turn": 2}, "--judgments: 5 of 6 turns have no judgment"),
+            ({"g1_winner": None, "score": 7}, "row 1: g1_winner is None"),
+        ],
+    )
+    def test_mistakes(self, bench: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], expected: str) -> None:  # fmt: skip
+        row = {
+            "question_id": 81,
+            "turn": 1,
+            "model_1": "gpt-4",
+            "model_2": "llama",
+            "g1_winner": "tie",
+            "g2_winner": "tie",
+        }
+        write_lines(bench / "pair.jsonl", [{**row, **change}])
+        for given, said in (("pair.jsonl", expected), ("nowhere", "--judgments: there is no file nowhere"),
+                            ("bench/question.jsonl", "row 1: is no pairwise judgment")):  # fmt: skip
+            assert main(["gpt-4", "llama", *BENCH, "--judgments", given]) == 2
+            error = capsys.readouterr().err.strip()
+            assert said in error and "\n" not in error, error
+        assert main(["gpt-4", "llama", *BENCH, *LONGER, "--judgments", "pair.jsonl"]) == 2
+        assert "--judgments: has no effect with --judge" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

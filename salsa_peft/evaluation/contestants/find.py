@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,12 @@ class Contestant:
     adapter: Path | None = None
     """Local folder of the adapter on the model. None: the model answers without one."""
 
-    @property
-    def what(self) -> str:
-        """Kind and place of the contestant, for the printed plan."""
+    def describe(self, path: Callable[[str], str] = str) -> str:
+        """Kind and place of the contestant. path: shortens a path."""
         if self.file is not None:
-            return f"ready answers, {self.file}"
-        return f"model {self.given}" if self.adapter is None else f"adapter {self.given} on {self.model}"
+            return f"ready answers, {path(str(self.file))}"
+        given = path(self.given)
+        return f"model {given}" if self.adapter is None else f"adapter {given} on {path(self.model)}"
 
 
 def find_contestants(words: Sequence[str], questions: Path, base: str | None = None) -> list[Contestant]:

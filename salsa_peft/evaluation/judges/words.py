@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from salsa_peft.config.fields import check_keys
 from salsa_peft.config.judge import Judge, check_ready
+from salsa_peft.config.keys.unknown import split_unknown
 from salsa_peft.config.paths import absolute_paths
 from salsa_peft.config.rewards import FUNCTION
 from salsa_peft.config.yaml import parse_yaml
@@ -35,7 +35,8 @@ def judge_section(words: Sequence[str] | None) -> Judge:
         key, equals, value = word.partition("=")
         require(bool(equals), f"--judge: {short(word)} is not KEY=VALUE; put the models before the options")
         data[key] = parse_yaml(value, f"--judge {word}")
-    check_keys("--judge", data, Judge)
+    data, unknown = split_unknown(data, Judge)
+    require(not unknown, "--judge: " + "; ".join(f"{key}: unknown key, {advice}" for key, advice in unknown.items()))
     data = absolute_paths({"evaluate": {"judge": data}}, os.getcwd())["evaluate"]["judge"]
     try:
         section = TypeAdapter(Judge).validate_json(json.dumps(data), strict=True)

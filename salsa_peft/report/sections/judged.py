@@ -15,7 +15,7 @@ from salsa_peft.utils import manifests
 
 LEGEND = (
     "W, T, L: wins, ties and losses of the first model; a win needs both orders.",
-    "Win rate: (W + T/2) / N. Equal length: the rate estimated for answers of equal length.",
+    "Win rate: (W + T/2) / N. Equal length: an estimate for equally long answers.",
 )
 
 
