@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from salsa_peft.report.plots import rolling_mean
 from salsa_peft.report.style import MUTED, RC, looks
 from salsa_peft.utils.files import read_json, read_json_lines
+from salsa_peft.utils.manifests import stages_folder
 from salsa_peft.utils.statistics import mean_interval
 
 POLICIES = {
@@ -30,7 +31,7 @@ POLICIES = {
 
 def newest(run: Path, pattern: str) -> Path:
     """The newest of the files in a run that match the pattern."""
-    return max(run.glob(pattern), key=lambda path: path.stat().st_mtime)
+    return max(stages_folder(run).glob(pattern), key=lambda path: path.stat().st_mtime)
 
 
 def training(axes: Axes, runs: Sequence[Path]) -> None:

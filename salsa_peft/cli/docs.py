@@ -130,7 +130,7 @@ def _markdown_lines() -> Iterator[str]:
 
 def _entry(key: Key) -> Iterator[str]:
     """The list entry of a key; for a section at the top, its text."""
-    text = key.text.replace("<", "\\<").replace("*", "\\*")
+    text = key.text.replace("<", "&lt;").replace("*", "\\*")
     if key.is_section and "." not in key.name:
         yield textwrap.fill(
             f"{text} Key `{key.name}`: {key.type}{f', default `{key.default}`' if key.default else ''}.", WIDTH

@@ -27,7 +27,7 @@ import salsa_peft
 from salsa_peft.models.architectures.memory import GIB
 from salsa_peft.recipe import cache
 from salsa_peft.recipe.estimates import hardware
-from salsa_peft.utils.console import Parser, complain, silence_import_warnings, styled
+from salsa_peft.utils.console import Parser, complain, silence_import_warnings, styled, wrapped
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import existing_parent, lock_holder
 from salsa_peft.utils.manifests import MANIFEST, changed_file, read_manifest, stages_folder
@@ -319,12 +319,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = []
     for name, check in checks.items():
         for finding in without_logins(name, check):
-            line = f"{'!' if finding.advice else ' '} {finding.name:<18} {finding.found}"
+            line = wrapped(f"{'!' if finding.advice else ' '} {finding.name:<18} {finding.found}", sys.stdout, 21)
             print(styled(line, "yellow" if finding.advice else "", sys.stdout), flush=True)
             problems += [finding] if finding.advice else []
     print(f"\n{len(problems)} problem{'s' * (len(problems) > 1)}:" if problems else "\nno problems")
     for finding in problems:
-        print(f"  {finding.name}: {finding.found}. {finding.advice}")
+        print(wrapped(f"  {finding.name}: {finding.found}. {finding.advice}", sys.stdout, 4))
     return 1 if problems else 0
 
 

@@ -1,6 +1,7 @@
 """The `salsa` command, which calls one of COMMANDS."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,9 +18,11 @@ HELP = """usage: salsa COMMAND …
   salsa hub push RUN ITEM … --to NAMESPACE/NAME             push results to the Hub; salsa hub pull ID
   salsa report RUN [RUN …] | --paper                        write the report of runs, or show the paper's tables
   salsa doctor [RUN]                                        check this machine, and the results of a run if given
+  salsa init [RECIPE] --model M --demonstrations F …        write a commented recipe for your model and data
   salsa docs [KEY]                                          explain a recipe's keys: type, unit, default, source, example
 
-`salsa COMMAND --help` shows the options; `salsa --version` the version."""
+`salsa COMMAND --help` shows the options; `salsa --version` the version. Tab completion: pip install
+'salsa-peft[completion]', then eval "$(register-python-argcomplete salsa)" in your shell."""
 
 
 COMMANDS = {
@@ -31,12 +34,15 @@ COMMANDS = {
     "hub": "salsa_peft.cli.hub",
     "doctor": "salsa_peft.cli.doctor",
     "docs": "salsa_peft.cli.docs",
+    "init": "salsa_peft.cli.init.command",
 }
 """Command → the module whose `main` runs it. The module is imported only for this command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the console script `salsa`. Returns the exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        importlib.import_module("salsa_peft.cli.completion").complete(COMMANDS)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP)

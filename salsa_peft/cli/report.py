@@ -31,7 +31,7 @@ NO_RUN = "not the folder of a run, since it has no recipe.yaml; check the path"
 JOINED = "joined"
 """Name of the default folder for the report of several runs, beside the folder of the first run."""
 NARROWEST = 165
-"""Number of terminal columns that the paper's tables need."""
+"""Number of columns that the paper's whole tables need; a narrower terminal shows fewer columns."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +89,10 @@ def _paper() -> int:
     from salsa_peft.report.paper import show
 
     console = Console(highlight=False)
-    show(console if console.width >= NARROWEST else Console(highlight=False, width=NARROWEST))
+    if console.width >= NARROWEST or console.is_terminal:
+        show(console, narrow=console.width < NARROWEST)
+    else:
+        show(Console(highlight=False, width=NARROWEST))
     return 0
 
 

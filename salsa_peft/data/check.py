@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -42,6 +43,9 @@ from salsa_peft.utils.messages import short, short_path
 
 MAX_COUNTED_BYTES = 500_000_000
 """Size of the largest .jsonl file whose rows are counted; for .json files, a tenth of this size."""
+
+SLICE = re.compile(r"train\[(\d*):(\d*)\]\Z")
+"""A slice in rows, whose number of rows is known before the file is read."""
 
 
 def check_local(recipe: Recipe) -> None:
@@ -115,11 +119,19 @@ def number_of_rows(recipe: Recipe, key: str) -> int | None:
 
 
 def count_rows(source: Source | None) -> int | None:
-    """Number of rows of a local file, at most `limit`; None for a slice, a large file, and other sources."""
-    if source is None or "[" in source.split or not is_local(source.path) or not os.path.isfile(source.path):
+    """Number of rows of a local file, at most `limit`; None for a large file, other sources, and slices in percent."""
+    part = None if source is None else SLICE.match(source.split)
+    if (
+        source is None
+        or not is_local(source.path)
+        or not os.path.isfile(source.path)
+        or ("[" in source.split and not part)
+    ):
         return None
     status = os.stat(source.path)
     rows = _count(source.path, status.st_size, status.st_mtime_ns)
+    if rows is not None and part is not None:
+        rows = len(range(rows)[slice(*(int(end) if end else None for end in part.groups()))])
     return None if rows is None else min(rows, source.limit or rows)
 
 

@@ -6,6 +6,7 @@ The command is recipe/__main__.py. torch is not imported.
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from salsa_peft.recipe.commits import keep_commits, unknown_commits
 from salsa_peft.recipe.estimates import disk, hardware, hours
 from salsa_peft.recipe.results.files import REPORT, copy_report
 from salsa_peft.recipe.results.names import check_names, forget_removed, move_old_stages, update_names, withdraw_names
-from salsa_peft.utils.console import say
+from salsa_peft.utils.console import columns, say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked, read_json, timestamp, write_atomic
 from salsa_peft.utils.hub import Repository
@@ -155,20 +156,24 @@ def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str
     finished = {name: planned.folder for name, planned in plan.items() if planned.why is None}
     update_names(folder, loaded.recipe, finished)
     for name, planned in plan.items():
-        if name in asked:
-            _run_unit(planned, plan, loaded.recipe, recipe_yaml, folder, debug)
+        if name not in asked:
+            continue
+        _run_unit(planned, plan, loaded.recipe, recipe_yaml, folder, debug)
+        if planned.why is not None:
             finished[name] = planned.folder
             update_names(folder, loaded.recipe, finished)
-        if name == "report" and name in asked:
+        if name == "report":
             _show_report(planned.folder, folder)
 
 
 def _show_report(report: Path, run: Path) -> None:
     """Copy the report's files into the run's folder, and print its headline and the path of report.html."""
     copy_report(report, run)
-    for line in read_json(report / "summary.json").get(
-        "console", []
-    ):  # a report of an earlier version has no such lines
+    summary = read_json(report / "summary.json")
+    lines: list[str] = summary.get("console", [])  # a report of an earlier version has no such lines
+    if sys.stderr.isatty() and columns(sys.stderr) < max(map(len, lines), default=0):
+        lines = summary.get("narrow_console", lines)
+    for line in lines:
         say(line)
     print(run / REPORT, flush=True)
 

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from salsa_peft.report.findings import difference, headline, is_control, order, plain_policy, undecided
-from salsa_peft.report.format import Row, estimate, signed
+from salsa_peft.report.format import Row, estimate, fixed, signed
 from salsa_peft.report.style import MEASURES
 
+NUMBER = {"mean": 0.5, "low": 0.25, "high": 0.75}
+"""An estimate whose text is as long as those of other numbers between −1 and 1."""
 START = "seed-0"
 """The model that every policy starts from."""
-WIDTH = 120
-"""Maximum number of characters of a line in the terminal."""
+WIDTH, NARROW = 120, 80
+"""Maximum numbers of characters of a line: of a file, and of a narrow terminal."""
 EXPLAINED = {
     "gold": "a program's score of an answer, on which no policy is trained",
     "reward": "the score that the policies are trained to raise",
@@ -116,22 +118,31 @@ def words(tables: Sequence[Row], explained: Row) -> dict[str, str]:
     return {name: text for name, text in names.items() if text}
 
 
-def console(tables: Sequence[Row], explained: Row, paragraphs: Sequence[str]) -> list[str]:
-    """The headline as lines for a terminal: the words, the tables, and the report's first paragraphs."""
-    score, cell = (len(text) for text in ("0.000 [0.000, 0.000]", "+0.000 [+0.000, +0.000]"))
-    lines = _wrapped([f"{name}: {text}" for name, text in words(tables, explained).items()])
+def console(tables: Sequence[Row], explained: Row, paragraphs: Sequence[str], width: int = WIDTH) -> list[str]:
+    """The headline as lines for a terminal: the words, the tables, and the report's first paragraphs.
+
+    With a width of NARROW, an interval, which is symmetric, is written as ± half of its length.
+    """
+    of_score, of_difference = (_half, lambda row: _half(row, "+")) if width < WIDTH else (estimate, signed)
+    score, cell = (len(write(NUMBER)) for write in (of_score, of_difference))
+    lines = _wrapped([f"{name}: {text}" for name, text in words(tables, explained).items()], width)
     for part in tables:
         title, measure = f"{part['dataset']}, {part['n']} prompts", str(part["measure"])
         wide = max(map(len, (title, START, *map(_label, part["rows"]))))
         heads = [MEASURES.get(measure, measure), f"− {START}, the start", *_plain_head(part)]
-        sizes = [score, cell, cell]
+        sizes = [max(size, len(head)) for size, head in zip((score, cell, cell), heads, strict=False)]
         rows: list[tuple[str, list[str]]] = [(title, heads)]
-        rows.append((START, [estimate(part["start"])] if part["start"] else []))
+        rows.append((START, [of_score(part["start"])] if part["start"] else []))
         for row in part["rows"]:
-            both = [signed(row[key]) if row[key] else "–" for key in ("start", "ppo")]
-            rows.append((_label(row), [estimate(row["score"]), *both[: len(heads) - 1]]))
+            both = [of_difference(row[key]) if row[key] else "–" for key in ("start", "ppo")]
+            rows.append((_label(row), [of_score(row["score"]), *both[: len(heads) - 1]]))
         lines += ["", *("  ".join([f"{name:<{wide}}", *map(str.rjust, cells, sizes)]) for name, cells in rows)]
-    return lines + [line for text in paragraphs for line in ("", *_wrapped([text]))]
+    return lines + [line for text in paragraphs for line in ("", *_wrapped([text], width))]
+
+
+def _half(value: Row, sign: str = "") -> str:
+    """A mean and half the length of its interval. sign: + to write it before a positive mean."""
+    return f"{sign * (value['mean'] > 0)}{fixed(value['mean'])} ± {fixed((value['high'] - value['low']) / 2)}"
 
 
 def _plain_head(part: Row) -> list[str]:
@@ -139,9 +150,9 @@ def _plain_head(part: Row) -> list[str]:
     return [f"− {' or '.join(part['against'])}"] if part["against"] else []
 
 
-def _wrapped(texts: Sequence[str]) -> list[str]:
+def _wrapped(texts: Sequence[str], width: int) -> list[str]:
     return [
-        line for text in texts for line in textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+        line for text in texts for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     ]
 
 

@@ -51,6 +51,7 @@ def context(run: ReportInput) -> dict[str, Any]:
         "headline": tables,
         "words": headline.words(tables, run.explained),
         "console": headline.console(tables, run.explained, lead),
+        "narrow_console": headline.console(tables, run.explained, lead, headline.NARROW),
         "lead": lead,
         "more": [*also, *more],
         "judged": judged,
@@ -109,7 +110,7 @@ def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
     return finite(
         {
             **fields("name", "mode", "base", "versions"),
-            **{name: found[name] for name in ("headline", "console")},
+            **{name: found[name] for name in ("headline", "console", "narrow_console")},
             "finding": [*found["lead"], *found["more"]],
             "warnings": found["warnings"],
             "comparisons": found["compared"],

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Iterator
@@ -40,11 +41,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(line: str, style: str = "") -> None:
-    """Print a line on standard error and flush it. style: rich's, such as "red"; it is used on terminals only.
+    """Print a line on standard error and flush it. On a terminal, it is wrapped between words, and has a style of rich.
 
-    The environment variables NO_COLOR, FORCE_COLOR and TERM have the meaning that rich gives them.
+    The environment variables NO_COLOR and TERM have the meaning that rich gives them.
     """
-    print(styled(line, style, sys.stderr), file=sys.stderr, flush=True)
+    print(styled(wrapped(line, sys.stderr), style, sys.stderr), file=sys.stderr, flush=True)
+
+
+def wrapped(line: str, stream: Any, indent: int = 2) -> str:
+    """The line, and if the stream is a terminal, wrapped between words, with `indent` spaces before further lines.
+
+    A word that is longer than a line, such as a path, stays whole.
+    """
+    if not stream.isatty():
+        return line
+    width = columns(stream)
+    if len(line) <= width:
+        return line
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def columns(stream: Any) -> int:
+    """The width of the stream's terminal."""
+    from rich.console import Console
+
+    return Console(file=stream).width
 
 
 def styled(text: str, style: str, stream: Any) -> str:

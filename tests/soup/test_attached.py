@@ -375,8 +375,12 @@ class TestPeftsCall:
             assert model.active_adapters == ["a"]
 
     def test_where_pefts_cat_is_not_the_sum(self, base, folders: list[Path]) -> None:
-        """rsLoRA: PEFT 0.21 keeps use_rslora of the first member, and so multiplies the sum by √r."""
+        """rsLoRA: PEFT 0.21 keeps use_rslora of the first member, and so multiplies the sum by √(Σ r_i)."""
         model = loaded(base, folders)
+        model.add_weighted_adapter(["a", "b"], [0.3, 0.7], "theirs", "cat")
+        root = model.get_base_model().get_submodule(Q0).scaling["theirs"]
+        assert root == pytest.approx((3 + 5) ** 0.5)
+        assert_mean(model, {"a": 0.3 * root, "b": 0.7 * root}, "theirs", error=1e-5)
         soup.add_weighted_adapter(model, ["a", "b"], [0.3, 0.7], adapter_name="ours", combination_type="cat")
         assert_mean(model, {"a": 0.3, "b": 0.7}, "ours")
 

@@ -85,7 +85,8 @@ class PPOOptions:
     """Print responses in TRL's table of completions, and send all of them to wandb and trackio if they are in report_to
     (TRL's name)."""
     num_completions_to_print: Count | None = None
-    """Number of responses in TRL's table, drawn at random from the rollout batch (TRL's name). None: all."""
+    """Number of responses in TRL's table, drawn at random from the rollout batch (TRL's name). None: all.
+    Example: 5."""
     kl_coef: NonNegative = 0.2
     """Initial KL coefficient β. A policy's kl_coef overrides it. Unit: reward per nat. Source: paper A.3, 0.2 for PPO
     and 0.01 for SALSA."""

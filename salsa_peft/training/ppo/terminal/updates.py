@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from salsa_peft.models.stage_context import ProgressBar
 from salsa_peft.training.ppo.terminal.table import MISSING, Column, cells, columns_for, header, log_line, number
-from salsa_peft.utils.console import styled
+from salsa_peft.utils.console import styled, wrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -114,11 +113,8 @@ class UpdateTable(PrinterCallback):
             if key != "epoch"
         )
         parts = [self.name, f"step {step}", *values] if self.name else [f"step {step}", *values]
-        text = "  ".join(parts)
-        if sys.stdout.isatty():
-            whole = "  ".join(part.replace(" ", "\u00a0") for part in parts)  # a name and its value stay together
-            text = textwrap.fill(whole, Console(file=sys.stdout).width, subsequent_indent="  ").replace("\u00a0", " ")
-        self._write(text)
+        text = "  ".join(part.replace(" ", "\u00a0") for part in parts)  # so that a name and its value stay together
+        self._write(wrapped(text, sys.stdout).replace("\u00a0", " "))
         self.header_due = True
 
     @staticmethod
