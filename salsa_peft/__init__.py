@@ -1,6 +1,6 @@
 """salsa_peft: RLHF whose KL reference is a model soup (SALSA), with one base and many adapters.
 
-    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, use_reference
+    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, soup, use_reference
 
 The names are imported on first use, so that importing the package does not import torch.
 """
@@ -8,7 +8,7 @@ The names are imported on first use, so that importing the package does not impo
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "SalsaPPOTrainer": "salsa_peft.training.ppo.trainer",
@@ -20,6 +20,8 @@ __all__ = ["SalsaPPOConfig", "SalsaPPOTrainer", "__version__", "use_reference"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "soup":
+        return importlib.import_module("salsa_peft.soup")
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_NAMES[name]), name)

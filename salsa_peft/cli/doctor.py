@@ -27,10 +27,10 @@ import salsa_peft
 from salsa_peft.models.architectures.memory import GIB
 from salsa_peft.recipe import cache
 from salsa_peft.recipe.estimates import hardware
-from salsa_peft.utils.console import Parser, say, silence_import_warnings
+from salsa_peft.utils.console import Parser, complain, silence_import_warnings, styled, wrapped
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import existing_parent, lock_holder
-from salsa_peft.utils.manifests import MANIFEST, changed_file, read_manifest
+from salsa_peft.utils.manifests import MANIFEST, changed_file, read_manifest, stages_folder
 from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
@@ -273,13 +273,14 @@ def run_results(run: Path) -> Iterator[Finding]:
     yield Finding("lock", holder or "free")
     advice = None if os.access(run, os.W_OK) else "You are not allowed to write there; change the permissions"
     yield Finding("disk, run", f"{shutil.disk_usage(run).free / GIB:.1f} GiB free for {run}", advice)
-    for folder in sorted(path.parent for path in run.glob(f"*/**/{cache.BEGUN}")):
+    stages = stages_folder(run)
+    for folder in sorted(path.parent for path in stages.glob(f"*/**/{cache.BEGUN}")):
         if cache.KEY_FOLDER.match(folder.name) and not (folder / MANIFEST).exists():
             state = "in progress" if holder else "unfinished: run the recipe again to finish it"
-            yield Finding(folder.relative_to(run).as_posix(), state)
-    for folder in sorted(path.parent for path in run.glob(f"*/**/{MANIFEST}")):
+            yield Finding(folder.relative_to(stages).as_posix(), state)
+    for folder in sorted(path.parent for path in stages.glob(f"*/**/{MANIFEST}")):
         if cache.KEY_FOLDER.match(folder.name):
-            name, manifest = folder.relative_to(run), read_manifest(folder)
+            name, manifest = folder.relative_to(stages), read_manifest(folder)
             damage = f"{MANIFEST} cannot be read" if manifest is None else changed_file(folder, manifest)
             size = sum(entry["size"] for entry in manifest["files"].values()) if manifest is not None else 0
             again = None if damage is None else f"Run the recipe again to replace the result of {name.parent}"
@@ -311,18 +312,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{run}: not a run's folder, since it has no recipe.yaml; check the path",
             )
         except (SalsaError, OSError) as error:
-            say(one_line(str(error)))
+            complain(one_line(str(error)))
             return 2
         checks["run"] = partial(run_results, Path(run))
     silence_import_warnings()
     problems = []
     for name, check in checks.items():
         for finding in without_logins(name, check):
-            print(f"{'!' if finding.advice else ' '} {finding.name:<18} {finding.found}", flush=True)
+            line = wrapped(f"{'!' if finding.advice else ' '} {finding.name:<18} {finding.found}", sys.stdout, 21)
+            print(styled(line, "yellow" if finding.advice else "", sys.stdout), flush=True)
             problems += [finding] if finding.advice else []
     print(f"\n{len(problems)} problem{'s' * (len(problems) > 1)}:" if problems else "\nno problems")
     for finding in problems:
-        print(f"  {finding.name}: {finding.found}. {finding.advice}")
+        print(wrapped(f"  {finding.name}: {finding.found}. {finding.advice}", sys.stdout, 4))
     return 1 if problems else 0
 
 

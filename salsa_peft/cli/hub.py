@@ -1,6 +1,8 @@
-"""`salsa hub`: pushes results of a run to the Hub, and pulls them.
+"""`salsa hub`: pushes results of a run, or a soup, to the Hub, and pulls them.
 
     salsa hub push RUN soup salsa --to you/smollm2     push to you/smollm2-soup and you/smollm2-salsa, both private
+    salsa hub push RUN/salsa --to you/smollm2          push one result of a run
+    salsa hub push SOUP --to you/soup                  push a soup that `salsa soup SOUP …` made
     salsa hub push RUN                                 push the pending results again (their last push failed)
     salsa hub pull you/smollm2-soup [FOLDER]           download a repository, with weights only as safetensors
 
@@ -18,10 +20,13 @@ from pathlib import Path
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
 from salsa_peft.report.publish import hub as hub_push
 from salsa_peft.report.publish import model_card
-from salsa_peft.soup.lora.read import CONFIG
-from salsa_peft.utils.console import Parser, say
+from salsa_peft.report.publish.items import RECIPE, Item, Results, find_item, find_soup
+from salsa_peft.soup.lora.read import CONFIG, SUMMARY
+from salsa_peft.utils.console import Parser, complain
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked
+from salsa_peft.utils.hub import PUBLISHED
+from salsa_peft.utils.manifests import named_results
 from salsa_peft.utils.messages import one_line, short
 
 EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
@@ -29,11 +34,11 @@ EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
 
 def parser() -> Parser:
     """The parser of the command line."""
-    made = Parser(prog="salsa hub", description="Push a run's results to the Hub, or pull a repository.", epilog=EPILOG,
+    made = Parser(prog="salsa hub", description="Push results or a soup to the Hub, or pull a repository.", epilog=EPILOG,
                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="push | pull")
     push = commands.add_parser("push", help="push results of a run, each to a repository in one commit").add_argument
-    push("run", metavar="RUN", help="a run's folder")
+    push("run", metavar="RUN", help="the folder of a run, of one of its results, or of a soup")
     push("items", nargs="*", metavar="ITEM", help="soup, reward, seed-N or a policy's name (default: pending results)")
     push("--to", metavar="NAMESPACE/NAME", help="the repository; for several items NAMESPACE/NAME-ITEM")
     push("--public", action="store_true", help="make the repository public (default: private)")
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HubFailure, SalsaError) as error:
         if args.debug:
             traceback.print_exc()
-        say(one_line(error))
+        complain(one_line(error))
         return 1 if isinstance(error, HubFailure) else 2
 
 
@@ -70,10 +75,8 @@ class HubFailure(Exception):
 
 def push(args: argparse.Namespace) -> int:
     """Push the items that the arguments name, else the pending items; print the URLs of the repositories."""
-    run, names, to, base = Path(os.path.abspath(args.run)), args.items, args.to, args.base_model
-    require(
-        (run / "recipe.yaml").is_file(), f"{args.run}: not a run's folder, since it has no recipe.yaml; check the path"
-    )
+    run, names = run_and_names(args.run, args.items)
+    to, base = args.to, args.base_model
     require(not to or bool(names), "--to: works only with items; name the items to push, such as soup")
     require(not names or bool(to), "--to: is required with items; add --to namespace/name")
     require(len(set(names)) == len(names), f"{' '.join(names)}: name each item once")
@@ -92,15 +95,20 @@ def push(args: argparse.Namespace) -> int:
         bool(wanted or hub_push.pending(run)),
         f"{args.run}: no results are pending; name items to push, such as soup, and --to namespace/name",
     )
+    if not is_run(run):
+        soup = find_soup(run, base)
+        return _show(wanted[0], soup) if args.dry_run else _push_soup(wanted[0], soup)
     if args.dry_run:
-        return _show(run, wanted or hub_push.pending(run))
+        results = Results.of_run(run)
+        for one in wanted or hub_push.pending(run):
+            _show(one, find_item(results, one.item, one.base_model))
+        return 0
     with locked(run):
-        folders = model_card.result_folders(run)
-        recipe = model_card.recipe_of_run(run, folders)
+        results = Results.of_run(run)
         for one in wanted:  # raise errors before anything is sent or recorded
-            model_card.find_item(run, recipe, one.item, one.base_model, folders)
+            find_item(results, one.item, one.base_model)
         try:
-            done = hub_push.push_all(run, wanted or hub_push.pending(run), recipe, folders)
+            done = hub_push.push_all(wanted or hub_push.pending(run), results)
         except SalsaError as error:
             raise HubFailure(str(error)) from error
     for pushed in done:
@@ -108,20 +116,51 @@ def push(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
-    """Print the model card and the files of each item."""
-    folders = model_card.result_folders(run)
-    recipe = model_card.recipe_of_run(run, folders)
-    for one in wanted:
-        item = model_card.find_item(run, recipe, one.item, one.base_model, folders)
-        repo = one.to if not one.to.startswith("/") else f"you{one.to}"
-        card = model_card.render_card(item, repo)
-        files = model_card.published_files(item, card)
-        print(f"{one.item} → {repo} ({'private' if one.private else 'public'}), one commit of {len(files)} files:\n")
-        for name, content in files.items():
-            size = content.stat().st_size if isinstance(content, Path) else len(content)
-            print(f"  {size:>13,}  {name}")
-        print(f"\n{card}")
+def is_run(folder: Path) -> bool:
+    """Whether this is the folder of a run."""
+    return (folder / RECIPE).is_file()
+
+
+def run_and_names(folder: str, items: list[str]) -> tuple[Path, list[str]]:
+    """The run's folder and the names of its results to push; of a soup that no run made, its folder and name.
+
+    folder: the folder of a run, of one of its results (RUN/salsa), or of a soup; in the last two cases `items` may hold the
+    folders of further results of the same run. Raises SalsaError for other folders.
+    """
+    given = Path(os.path.abspath(folder))
+    if is_run(given):
+        return given, items
+    places = [given, *(Path(os.path.abspath(item)) for item in items)]
+    if all(place.name in named_results(place.parent) for place in places) and len({p.parent for p in places}) == 1:
+        return given.parent, [place.name for place in places]
+    require(
+        (given / SUMMARY).is_file(),
+        f"{folder}: not a run's folder, since it has no {RECIPE}, nor one of a run's results, nor a soup ({SUMMARY});"
+        " check the path",
+    )
+    require(not items, f"{' '.join(items)}: a soup has no items; push one soup at a time")
+    return given, [given.name]
+
+
+def _push_soup(wanted: hub_push.Push, soup: Item) -> int:
+    """Push a soup that no run made, and print the repository's URL."""
+    try:
+        print(hub_push.push(wanted, soup)["url"], flush=True)
+    except SalsaError as error:
+        raise HubFailure(f"{error}. The soup is as it was; to push it, run the same command again") from error
+    return 0
+
+
+def _show(wanted: hub_push.Push, item: Item) -> int:
+    """Print the model card and the files of an item."""
+    repo = wanted.to if not wanted.to.startswith("/") else f"you{wanted.to}"
+    card = model_card.render_card(item, repo)
+    files = model_card.published_files(item, card)
+    print(f"{wanted.item} → {repo} ({'private' if wanted.private else 'public'}), one commit of {len(files)} files:\n")
+    for name, content in files.items():
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        print(f"  {size:>13,}  {name}")
+    print(f"\n{card}")
     return 0
 
 
@@ -136,7 +175,7 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
         require(not made.exists() or made.is_dir(), f"{folder}: this is a file; choose a folder")
         kept = min((path.name for path in made.glob("*") if path.name != ".cache"), default=None)
         require(kept is None, f"{folder}: this folder is not empty (it has {kept}); choose an empty or new folder")
-    patterns = [*model_card.PUBLISHED, model_card.CARD, model_card.FIGURE, model_card.RECIPE]
+    patterns = [*PUBLISHED, model_card.CARD, model_card.FIGURE, RECIPE]
     download = functools.partial(
         snapshot_download, repo, revision=revision, local_dir=folder, allow_patterns=patterns, ignore_patterns="*/*"
     )

@@ -20,6 +20,7 @@ from salsa_peft.soup.member_folders import ADAPTERS, kind_of, local, member_name
 from salsa_peft.utils.console import Parser
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.manifests import MANIFEST
 
 EPILOG = """  salsa landscape OUT SEED_0 SEED_1 --measure sft_loss --data held_out.jsonl
   salsa landscape OUT SEED_0 SEED_1 SEED_2 --measure reward --reward REWARD --data prompts.jsonl --resolution 6
@@ -93,6 +94,10 @@ def measure_all(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[
     require(
         args.out.resolve() not in [folder.resolve() for folder in folders],
         f"{args.out}: this folder is a member; choose another folder for OUT",
+    )
+    require(
+        not (args.out / MANIFEST).exists(),
+        f"{args.out}: this folder is a result of a run; choose another folder for OUT",
     )
     # weights that are averaged without a base (a score head) cannot be scaled
     shrinks = kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].non_lora

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from salsa_peft.config.load import bundled_names
 from salsa_peft.recipe.__main__ import main as run_recipe
-from salsa_peft.utils.console import say
+from salsa_peft.utils.console import complain
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.manifests import replicate_folders
 from salsa_peft.utils.messages import one_line
@@ -31,7 +31,7 @@ NO_RUN = "not the folder of a run, since it has no recipe.yaml; check the path"
 JOINED = "joined"
 """Name of the default folder for the report of several runs, beside the folder of the first run."""
 NARROWEST = 165
-"""Number of terminal columns that the paper's tables need."""
+"""Number of columns that the paper's whole tables need; a narrower terminal shows fewer columns."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--output-dir: works only with several runs; leave it out, and the report goes into the run's folder",
             )
     except SalsaError as error:
-        say(one_line(error))
+        complain(one_line(error))
         return 2
     at = next((place for place, word in enumerate(words) if _is_run(word)), None)
     if at is not None and "--output-dir" not in words:
@@ -89,7 +89,10 @@ def _paper() -> int:
     from salsa_peft.report.paper import show
 
     console = Console(highlight=False)
-    show(console if console.width >= NARROWEST else Console(highlight=False, width=NARROWEST))
+    if console.width >= NARROWEST or console.is_terminal:
+        show(console, narrow=console.width < NARROWEST)
+    else:
+        show(Console(highlight=False, width=NARROWEST))
     return 0
 
 

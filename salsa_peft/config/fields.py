@@ -1,19 +1,16 @@
-"""Field types of the recipe's sections, and the check for unknown keys."""
+"""Field types of the recipe's sections, and small checks that they share."""
 
-import dataclasses
-import difflib
 import functools
 import math
 import re
-import types
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import did_you_mean, short
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import short
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
@@ -50,47 +47,6 @@ def require_multiple(key: str, value: int, factor: int, of: str, more: str = "")
     """Raise SalsaError unless `factor` divides `value`. of: names the factor. more: end of the message."""
     whole = math.ceil(value / factor) * factor
     require(value % factor == 0, f"{key}: {value} is not a multiple of {of}; set {key}={whole}{more}")
-
-
-def check_keys(label: str, value: Any, root: type) -> None:
-    """Raise SalsaError for the first unknown key in `value`, the settings of the dataclass `root`.
-
-    label: start of the message. The message also suggests the nearest known key.
-    """
-
-    def check(where: str, value: Any, hint: Any) -> None:
-        while typing.get_origin(hint) is Annotated:
-            hint = typing.get_args(hint)[0]
-        if typing.get_origin(hint) in (types.UnionType, typing.Union):
-            for option in typing.get_args(hint):
-                check(where, value, option)
-        elif isinstance(value, dict) and typing.get_origin(hint) is dict:
-            for key, entry in value.items():
-                check(join_keys(where, key), entry, typing.get_args(hint)[1])
-        elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
-            known = field_types(typing.cast(Any, hint))
-            for key, entry in value.items():
-                if key not in known:
-                    raise SalsaError(
-                        f"{label}: {join_keys(where, key)}: unknown key; {_advice(where, key, list(known), root)}"
-                    )
-                check(join_keys(where, key), entry, known[key])
-
-    check("", value, root)
-
-
-def _advice(where: str, key: str, known: list[str], root: type) -> str:
-    """Advice for an unknown key: the nearest known key, the right section, or the supported LoRA fields."""
-    if where == "adapter" and key in (*UNSUPPORTED_LORA_FIELDS, "lora"):
-        inside = ", not under `lora`" if key == "lora" else ""
-        return f"only {', '.join(known)} of PEFT's LoraConfig are supported; write them in `adapter`{inside}"
-    names = [name.rstrip("_") for name in known]
-    parts = [(name, part) for name, hint in field_types(root).items() for part in (hint, *typing.get_args(hint))]
-    of = [name for name, part in parts if dataclasses.is_dataclass(part) and key in field_types(typing.cast(Any, part))]
-    sections = [] if where else of
-    if key in UNSUPPORTED_LORA_FIELDS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
-        return did_you_mean(key, names)
-    return f"did you mean {' or '.join(f'{name}.{key}' for name in sections)}?"
 
 
 @functools.cache

@@ -51,6 +51,34 @@ class Job:
     recipe_yaml: str
     """The resolved recipe as YAML, for the report and the model cards."""
 
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder. `folder` is <run>/stages/<unit id>/<key>."""
+        return self.folder.parents[1 + len(Path(self.unit.id).parts)]
+
+
+UNLINKED = ("report",)
+"""Names in results.json without a link: the report's files are copied into the run's folder instead."""
+OWN_FILES = (
+    "stages", "logs", "figures", "report.html", "report.md", "summary.json", "results.json", "recipe.yaml", "commits.json",
+    "hub_pending.json", "hub_pushed.json", "hub_pushed.json.old", "judge_cache.sqlite",
+)  # fmt: skip
+"""Names of the files and folders, besides results, in a run's folder. No policy can have one of them."""
+
+
+def result_units(recipe: Recipe) -> dict[str, str]:
+    """Name of each of a run's results → id of its unit.
+
+    The names are toy (the embedded world: its base and data), seed-N, reward, soup, those of the policies, answers (all
+    models' answers to the questions) and report.
+    """
+    found = {"toy": "toy"} if recipe.toy is not None else {}
+    found |= {f"seed-{position}": f"sft/seed-{position}" for position in range(len(recipe.sft.seeds))}
+    found |= {"reward": "reward"} if recipe.reward.trained else {}
+    found |= {"soup": "soup"}
+    found |= {name: policy_id(recipe, name) for name in recipe.policies}
+    return found | {"answers": "evaluate", "report": "report"}
+
 
 def policy_id(recipe: Recipe, name: str) -> str:
     """Id of the unit that trains a policy, such as ppo/salsa or dpo/salsa-dpo."""

@@ -29,33 +29,38 @@ class Judge:
     """openai: name of the model at the endpoint. local: folder or Hub id of a chat model. function: module:name, as in
     reward.model; evaluation/judges/registry.py shows the signature."""
     base_url: str | None = None
-    """Kind openai: address of the endpoint, such as http://localhost:8000/v1. None: the openai package's default."""
+    """Kind openai: address of the endpoint, such as http://localhost:8000/v1. None: the openai package's default.
+    Example: http://localhost:8000/v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """Kind openai: environment variable with the API key. The key itself is never in a recipe, log or file."""
     prompt: Literal["figure7", "fastchat"] = "figure7"
     """Prompt of the judge. figure7: the paper's Figure 7, reworded. fastchat: FastChat's, by turn and category."""
     prompts: str | None = None
-    """Prompt fastchat: path of FastChat's judge_prompts.jsonl."""
+    """Prompt fastchat: path of FastChat's judge_prompts.jsonl. Example: judge_prompts.jsonl."""
     references: str | None = None
     """Prompt fastchat: path of FastChat's reference answers (reference_answer/gpt-4.jsonl) for math, reasoning and
-    coding. None: those in the questions' data. A question without reference answers gets a prompt without them."""
+    coding. None: those in the questions' data. A question without reference answers gets a prompt without them.
+    Example: reference_answer/gpt-4.jsonl."""
     temperature: NonNegative = 0.0
-    """Sampling temperature of the judge (FastChat's default)."""
+    """Sampling temperature of the judge. Source: FastChat's default."""
     max_tokens: Count = 2048
-    """Maximum number of tokens of a judgment (FastChat's default)."""
+    """Maximum number of tokens of a judgment. Source: FastChat's default."""
     concurrency: Count = 8
-    """openai: number of simultaneous requests. local: comparisons per batch. function: comparisons per call."""
+    """openai: number of simultaneous requests. local: comparisons per batch. function: comparisons per call. Unit:
+    requests or comparisons."""
     timeout: Positive = 120.0
-    """Kind openai: seconds until a request times out."""
+    """Kind openai: time until a request is given up. Unit: seconds."""
     retries: Annotated[int, Field(ge=0)] = 6
-    """Kind openai: retries, with growing pauses, after HTTP 408, 409, 429, 5xx, time-outs and lost connections."""
+    """Kind openai: maximum number of retries, with growing pauses, after HTTP 408, 409, 429, 5xx, time-outs and lost
+    connections."""
     ask_again: Annotated[int, Field(ge=0)] = 1
-    """How often the judge is asked again after a reply without a verdict, before the judgment counts as missing."""
+    """Number of times that the judge is asked again after a reply without a verdict, before the judgment counts as
+    missing."""
     budget: Count | None = None
     """Kind openai: maximum number of requests of a run, including retries. Judgments beyond this number count as
-    missing, and the next run requests them. None: no limit."""
+    missing, and the next run requests them. None: no limit. Example: 1000."""
     margin: NonNegative = 0.0
-    """Kind reward: largest difference of two scores that counts as a tie."""
+    """Kind reward: largest difference of two scores that counts as a tie. Unit: reward."""
 
     def check(self, where: str) -> None:
         """Raise SalsaError for bad settings, and for local files or functions that are missing or unusable.

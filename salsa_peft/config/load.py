@@ -4,31 +4,31 @@ A later layer overrides an earlier one:
 
     defaults < recipe file < adapters/<preset>.yaml < the recipe's own `lora:` section < --set a.b=value
 
-Each layer is checked for unknown keys separately. An error is one line and names the layer that set the key. Imports no
-torch.
+Each layer is checked for unknown keys separately. All mistakes are reported together, each in one line that names the
+layer that set the key, and the key's line in its file. Imports no torch.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from salsa_peft.config import paths, sweeps, validate
-from salsa_peft.config.fields import check_keys
+from salsa_peft.config.keys.problems import Layer, Problems
+from salsa_peft.config.keys.unknown import split_unknown
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
-from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import did_you_mean, explain_validation_error, short
+from salsa_peft.utils.errors import SalsaError, require, run_checks
+from salsa_peft.utils.messages import IS_REQUIRED, did_you_mean, explain_validation_error, short
 
 ATOMIC = {"reference", "controls"}
 """Keys whose value a later layer replaces as a whole: {soup: …} merged with {shrunk: …} would be no valid reference."""
@@ -36,15 +36,6 @@ NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"), ("evaluate", "contr
 """Keys of mappings from names to values. A null in a later layer removes the name from the mapping."""
 SOURCE_KEYS = {field.name for field in dataclasses.fields(Source)}
 RECIPE_TYPE = TypeAdapter(Recipe)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Settings from one source, without the defaults."""
-
-    label: str
-    """Start of error messages about the layer, such as the file's name or --set."""
-    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,8 +79,9 @@ def find_recipe(path_or_name: str) -> Path:
 def load_recipe(
     path_or_name: str, *, lora: str | None, overrides: list[str], more: Iterable[Callable[[Recipe], None]] = ()
 ) -> LoadedRecipe:
-    """Read, merge and check a recipe. Raises a one-line SalsaError that names the layer and the key.
+    """Read, merge and check a recipe. Raises a SalsaError with a line for each mistake, which names layer and key.
 
+    First come all unknown keys and wrong values; without any, all settings that contradict others or this machine's files.
     lora: name of an adapter preset. overrides: the values of `--set`. more: further checks to run after
     validate.check; each raises a SalsaError that starts with the key.
     """
@@ -100,29 +92,19 @@ def load_recipe(
         section is None or isinstance(section, dict),
         f"{path.name}: lora: must be a mapping of settings, not {short(section)}",
     )
-    base = _layer(path.name, written, str(path.parent))
-    extra = _layer(f"{path.name}: lora", section or {}, str(path.parent))
-    middle = [_preset(lora), extra] if lora is not None else []
-    layers = [base, *middle]
+    problems = Problems()
+    base = _layer(Layer(path.name, written, path), str(path.parent), problems)
+    extra = _layer(Layer(path.name, section or {}, path, "lora"), str(path.parent), problems)
+    middle = [_preset(lora, problems), extra] if lora is not None else []
+    problems.layers = [base, *middle]
     before = copy.deepcopy(base.data)
     data = functools.reduce(merge, (layer.data for layer in middle), before)
     changes, reset = _changes(before, middle, data), set(section or ())
     for text in overrides:
-        layer, keys = _override(text, data)
-        reset.discard(keys[0])
-        require(
-            keys[0] != "adapter" or data.get("adapter") is not None,
-            f"--set {text}: this run uses full weights, without an adapter; add --lora",
-        )
-        layers.append(layer)
-        data = _place(data, keys, layer.data, text)
+        with problems.collecting(placed=True):
+            data = _with_override(text, data, problems, reset)
     data = _with_seed_defaults(_without_nulls(data))
-    with _naming_layer(layers, path.name):
-        data = sweeps.expand_search(sweeps.expand_sweeps(data))
-    recipe = _typed(data, layers, path.name)
-    with _naming_layer(layers, path.name):
-        for check in (validate.check, *more):
-            check(recipe)
+    recipe, data = _checked(data, problems, more)
     require(  # for example, the saved recipe of a QLoRA run with --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,
         f"--lora {lora}: model.quantization is {recipe.model.quantization or 'null'}, as in a {recipe.mode} run; use"
@@ -131,11 +113,29 @@ def load_recipe(
     return LoadedRecipe(recipe, data, path, lora, changes, frozenset(reset))
 
 
-def _preset(name: str) -> Layer:
+def _checked(
+    data: dict[str, Any], problems: Problems, more: Iterable[Callable[[Recipe], None]]
+) -> tuple[Recipe, dict[str, Any]]:
+    """The Recipe of merged settings, and the settings with sweeps and searches expanded.
+
+    Raises SalsaError for the mistakes in `problems` and those found here.
+    """
+    with problems.collecting():
+        data = sweeps.expand_search(sweeps.expand_sweeps(data))
+    recipe = _typed({key: value for key, value in data.items() if key != "sweep"}, problems)
+    problems.report()
+    assert recipe is not None
+    with problems.collecting():
+        run_checks(functools.partial(check, recipe) for check in (validate.check, *more))
+    problems.report()
+    return recipe, data
+
+
+def _preset(name: str, problems: Problems) -> Layer:
     if name not in bundled_names("adapters"):
         raise SalsaError(f"--lora {name}: unknown preset; {did_you_mean(name, bundled_names('adapters'), 'presets')}")
     path = bundled_folder("adapters") / f"{name}.yaml"
-    return _layer(f"adapters/{path.name}", read_yaml(str(path)), str(path.parent))
+    return _layer(Layer(f"adapters/{path.name}", read_yaml(str(path)), path), str(path.parent), problems)
 
 
 def python_names(data: dict[str, Any]) -> dict[str, Any]:
@@ -146,13 +146,17 @@ def python_names(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "sft": {("from_" if key == "from" else key): value for key, value in sft.items()}}
 
 
-def _layer(label: str, data: dict[str, Any], folder: str) -> Layer:
-    data = python_names(data)
-    check_keys(label, data, Recipe)
-    return Layer(label, paths.absolute_paths(data, folder))
+def _layer(layer: Layer, folder: str, problems: Problems) -> Layer:
+    """The layer with absolute paths and without unknown keys, which are added to `problems`."""
+    data, unknown = split_unknown(python_names(layer.data), Recipe)
+    for key, advice in unknown.items():
+        problems.add(key, f"unknown key; {advice}", layer)
+        problems.misspelt.add(key.rpartition(".")[0])
+    return replace(layer, data=paths.absolute_paths(data, folder))
 
 
-def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
+def _with_override(text: str, data: dict[str, Any], problems: Problems, reset: set[str]) -> dict[str, Any]:
+    """Settings with the value of one `--set`, whose layer is added. Unknown keys are added to `problems` and left out."""
     label = f"--set {text if len(text) <= 80 else text[:77] + '…'}"
     key, equals, value = text.partition("=")
     require(bool(equals), f"{label}: must be key=value, such as ppo.learning_rate=1e-6")
@@ -165,7 +169,17 @@ def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
         keys = ["reward", "model"]
     for name in reversed(keys):
         nested = {name: nested}
-    return _layer("--set", nested, os.getcwd()), keys
+    known = len(problems)
+    layer = _layer(Layer("--set", nested), os.getcwd(), problems)
+    if len(problems) > known:
+        return data
+    reset.discard(keys[0])
+    require(
+        keys[0] != "adapter" or data.get("adapter") is not None,
+        f"--set {text}: this run uses full weights, without an adapter; add --lora",
+    )
+    problems.layers.append(layer)
+    return _place(data, keys, layer.data, text)
 
 
 def _split(key: str, data: Any) -> list[str]:
@@ -246,43 +260,27 @@ def _with_seed_defaults(data: dict[str, Any]) -> dict[str, Any]:
 
 def saved_recipe(path: Path) -> Recipe:
     """The Recipe in a run's recipe.yaml. Files that the recipe names need not exist. Raises SalsaError."""
-    return _typed(_without_nulls(python_names(read_yaml(str(path)))), [], str(path))
+    problems = Problems()
+    problems.layers = [Layer(str(path), {})]
+    recipe = _typed(_without_nulls(python_names(read_yaml(str(path)))), problems)
+    problems.report()
+    assert recipe is not None
+    return recipe
 
 
-def _typed(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
+def _typed(data: dict[str, Any], problems: Problems) -> Recipe | None:
+    """The Recipe of merged settings; None if a value has the wrong type, which is added to `problems`."""
     try:
         return RECIPE_TYPE.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        problems = [explain_validation_error(dict(problem)) for problem in error.errors(include_url=False)]
-        key, message = problems[0][0].replace("sft.from_", "sft.from"), problems[0][1]
-        more = len({name for name, _ in problems}) - 1
-        rest = f" (and {more} more)" if more else ""
-        raise SalsaError(f"{_origin(key, layers, file)}: {key}: {message}{rest}") from error
-
-
-@contextlib.contextmanager
-def _naming_layer(layers: list[Layer], file: str) -> Iterator[None]:
-    """Context that puts the label of the layer that set the key in front of a SalsaError `key: …`."""
-    try:
-        yield
-    except SalsaError as error:
-        key = str(error).partition(":")[0]
-        raise SalsaError(f"{_origin(key, layers, file)}: {error}") from error
-
-
-def _origin(key: str, layers: list[Layer], file: str) -> str:
-    """Label of the layer that sets the longest prefix of `key` (the last such layer); `file` if none does."""
-    label, depth = file, 0
-    for layer in layers:
-        inner: Any = layer.data
-        parts = 0
-        for part in key.replace("sft.from", "sft.from_").split("[")[0].split("."):
-            if not isinstance(inner, dict) or part not in inner:
-                break
-            inner, parts = inner[part], parts + 1
-        if parts and parts >= depth:
-            label, depth = layer.label, parts
-    return label
+        found: dict[str, str] = {}
+        for problem in error.errors(include_url=False):
+            key, message = explain_validation_error(dict(problem))
+            found.setdefault(key.replace("sft.from_", "sft.from"), message)
+        for key, message in found.items():
+            if message != IS_REQUIRED or key.rpartition(".")[0] not in problems.misspelt:
+                problems.add(key, message)
+        return None
 
 
 def _changes(before: dict[str, Any], middle: list[Layer], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -29,7 +29,8 @@ class Soup:
     )
     """Positions in sft.seeds of the models to average."""
     weights: list[float] | None = None
-    """One weight per member, summing to 1. None: equal weights. The paper's best soup has two members of weight ½."""
+    """One weight per member, summing to 1. None: equal weights. Source: the paper's best soup has two
+    members of weight ½. Example: [0.25, 0.75]."""
 
     @property
     def resolved_weights(self) -> list[float]:
@@ -198,9 +199,10 @@ class SoupSection(Soup):
     """Settings of the soup. linear and slerp use `weights`; greedy and learned choose them by `measure`."""
 
     strategy: Literal["linear", "slerp", "greedy", "learned"] = "linear"
-    """linear: Σ w_i θ_i (the paper). slerp: spherical interpolation between two members' deltas, with t = the second
+    """linear: Σ w_i θ_i. slerp: spherical interpolation between two members' deltas, with t = the second
     weight. greedy: a member joins the uniform mean if the measure does not get worse. learned: gradient steps on the
-    measure find the weights. greedy and learned follow Wortsman et al., 2022."""
+    measure find the weights. Source: linear is the paper's; greedy and learned are of Wortsman et
+    al. (2022)."""
     measure: str = "sft_loss"
     """Measure of greedy and learned: sft_loss on data.held_out, reward (mean score of responses to data.prompts), or
     module:name (a Python function of the model, where higher is better). learned supports sft_loss only."""
@@ -209,9 +211,10 @@ class SoupSection(Soup):
     steps: Count = 20
     """Number of Adam steps of strategy learned."""
     step_size: Positive = 0.1
-    """Adam's learning rate for the weights' logits in strategy learned (value of Wortsman et al.)."""
+    """Adam's learning rate for the weights' logits in strategy learned. Source: Wortsman et al. (2022)."""
     rank: Count | None = None
-    """Rank to which the soup's deltas are compressed; soup.json records the error. None: sum of the members' ranks."""
+    """Rank to which the soup's deltas are compressed; soup.json records the error. None: sum of the members' ranks.
+    Example: 16."""
 
     @property
     def uses_measure(self) -> bool:

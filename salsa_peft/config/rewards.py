@@ -22,7 +22,10 @@ from salsa_peft.utils.messages import one_line, short_path
 
 ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"
-FUNCTION = re.compile(rf"(?:(?P<folder>[^\0:]*)/)?(?P<module>{WORD}(?:\.{WORD})*):(?P<name>{WORD}(?:\.{WORD})*)\Z")
+FUNCTION = re.compile(
+    rf"(?:(?P<folder>[^\0:]*)/)?(?P<module>{WORD}(?:\.{WORD})*?)(?:\.py)?:(?P<name>{WORD}(?:\.{WORD})*)\Z"
+)
+"""[FOLDER/]module:name or [FOLDER/]file.py:name."""
 SEQUENCE_CLASSIFIER = "ForSequenceClassification"
 WRITE_A_FUNCTION = (
     "Write a Python function that loads the model and returns one score per response (reward: module:name), or use a"
@@ -95,11 +98,10 @@ def _part(where: str, value: Any) -> RewardPart:
 
 
 def split_function(value: str, where: str = "reward") -> tuple[str | None, str, str]:
-    """Folder, module and name of [FOLDER/]module:name. Raises a SalsaError that starts with `where`."""
+    """Folder, module and name of [FOLDER/]module:name or [FOLDER/]file.py:name. Raises a SalsaError that starts with `where`."""
     found = FUNCTION.match(value)
-    if found is None or found["module"].endswith(".py"):
-        hint = " without .py" if ".py:" in value else ""
-        raise SalsaError(f"{where}: {value!r:.60} is not a function; write module:name{hint}, such as my_rewards:score")
+    if found is None:
+        raise SalsaError(f"{where}: {value!r:.60} is not a function; write module:name, such as my_rewards:score")
     return found["folder"], found["module"], found["name"]
 
 

@@ -40,15 +40,15 @@ class Source:
 
     path: str
     """Hub id, hf://datasets/ path, folder, or file (.jsonl, .json, .parquet, .csv, .tsv, also compressed). Relative
-    paths start at the recipe's folder; with `--set`, at the current folder."""
+    paths start at the recipe's folder; with `--set`, at the current folder. Example: my.jsonl."""
     name: str | None = None
-    """Name of the Hub dataset's configuration."""
+    """Name of the Hub dataset's configuration. Example: default."""
     split: str = "train"
     """Split of a Hub dataset or folder, or a slice (train[:80%]). A single file has only train and its slices."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit on the Hub. Example: main."""
     limit: Count | None = None
-    """Number of rows to use: the first ones after a shuffle with a fixed seed. None: all rows."""
+    """Number of rows to use: the first ones after a shuffle with a fixed seed. None: all rows. Example: 1000."""
 
 
 DataSource = Annotated[Source, BeforeValidator(_source)]
@@ -65,20 +65,22 @@ class Model:
     base: str | None = None
     """Hub id or folder of a causal language model. None: the toy model (needs a `toy` section)."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit on the Hub. Example: main."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are always float32.
 
     It also sets the arithmetic of every stage: float32 computes in float32, bfloat16 under bf16 autocast where float32
-    weights (adapters, master weights) take part. float16 is for runs that train nothing.
-    """
+    weights (adapters, master weights) take part. float16 is for runs that train nothing."""
     quantization: Literal["nf4", "nf4-double"] | None = None
-    """4-bit quantisation of the base (QLoRA, Dettmers et al., 2023). nf4-double also quantises the scales. Adapters only."""
+    """4-bit quantisation of the base. nf4-double also quantises the scales. Adapters only. Source: QLoRA (Dettmers et
+    al., 2023)."""
     attn_implementation: str | None = None
     """Attention implementation of Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto:
-    flash_attention_2 on CUDA if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""
+    flash_attention_2 on CUDA if the package flash-attn is installed, else sdpa. Source: the paper uses flash attention
+    (A.1)."""
     max_length: Count = 1024
-    """Maximum number of tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
+    """Maximum number of tokens of a training sequence, and of prompt plus response in PPO. Source: the
+    paper has 2048 (A.1)."""
     chat_template: str | None = None
     """chatml, zephyr, plain, tokenizer (the base's own), or the path of a Jinja file. None: the toy model's (`toy`)."""
 
@@ -110,7 +112,8 @@ class Data:
     prompts: DataSource | None = None
     """PPO, RLOO, GRPO: rows with `prompt`, `messages` (whose last answer is cut off), or another accepted column."""
     held_out: DataSource | None = None
-    """Demonstrations that no seed was trained on, for the measure sft_loss of greedy and learned soups."""
+    """Demonstrations that no seed was trained on, for the measure sft_loss of greedy and learned soups. Example:
+    held_out.jsonl."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -120,14 +123,15 @@ class SFT(Training):
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0, 1])
     """Random seeds of data order and adapter initialization. `seed-N` and soup.members give positions in this list."""
     learning_rate: Positive = 2.5e-5
-    """Peak learning rate. Paper A.1."""
+    """Peak learning rate. Source: paper A.1."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Fraction of the steps, at the start, in which the learning rate rises. Paper A.1."""
+    """Fraction of the steps, at the start, in which the learning rate rises. Source: paper A.1."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the rows that each seed trains on, drawn at random for each seed. Paper: all rows."""
+    """Fraction of the rows that each seed trains on, drawn at random for each seed. Source: the paper has all rows."""
     from_: list[str | None] | None = None
-    """`from` in a recipe. SFT models that already exist: for each of `seeds` the folder or Hub id of a LoRA adapter (with
-    full weights, of a checkpoint), or null to train that model. A bare string is a list of one. None: train all."""
+    """`from` in a recipe. SFT models that already exist: for each of `seeds` the folder or Hub id of a LoRA adapter
+    (with full weights, of a checkpoint), or null to train that model. A bare string is a list of one. None: train
+    all. Example: [runs/first/seed-0, null]."""
 
     def existing_seed(self, position: int) -> str | None:
         """Folder or Hub id of the existing SFT model at a position in `seeds`; None if this run trains it."""
@@ -143,26 +147,28 @@ class Reward(Training):
     """
 
     model: Any = "adapter"
-    """adapter (trained by this run) | module:name, a Python function with the signature of TRL's reward functions, in the
-    recipe's folder or on Python's path | folder or Hub id of a sequence classifier or reward adapter | for a weighted
-    sum, a list of these or of {model, weight, name}."""
+    """adapter (trained by this run) | module:name, a Python function with the signature of TRL's reward functions, in
+    the recipe's folder or on Python's path | folder or Hub id of a sequence classifier or reward adapter | for a
+    weighted sum, a list of these or of {model, weight, name}."""
     learning_rate: Positive = 2.0e-5
-    """Peak learning rate. Paper A.2."""
+    """Peak learning rate. Source: paper A.2."""
     weight_decay: NonNegative = 0.001
-    """AdamW's weight decay. Paper A.2."""
+    """AdamW's weight decay. Source: paper A.2."""
     center_rewards_coefficient: NonNegative | None = 0.01
-    """Weight of (R(chosen) + R(rejected))² in the loss, which keeps the scores of every prompt near 0 (TRL's field and
-    recommended value; Eisenstein et al., 2023, eq. 2). Without it, most of the score's variance may lie between prompts,
-    and PPO's critic has to learn it first. null: no such term, as in the paper and in TRL's default."""
+    """Weight of (R(chosen) + R(rejected))² in the loss, which keeps the scores of every prompt near 0. Without it, most
+    of the score's variance may lie between prompts, and PPO's critic has to learn it first. null: no such term, as in
+    the paper and in TRL's default. Source: TRL's field and recommended value (Eisenstein et al., 2023, eq. 2)."""
     zero_score_head: bool = False
-    """Start with all weights of the score head 0, so that all scores start at 0. false: drawn from N(0, 1/(H+1)), as in
-    Stiennon et al. (2020), which gives a base with large hidden states large scores that training has to unlearn."""
+    """Start with all weights of the score head 0, so that all scores start at 0. false: drawn from N(0, 1/(H+1)), which
+    gives a base with large hidden states large scores that training has to unlearn. Source: Stiennon et al. (2020), for
+    false."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
-    """Seeds of the data order, one per reward model. Several models are averaged (WARM, Ramé et al., 2024)."""
+    """Seeds of the data order, one per reward model. Several models are averaged. Source: WARM (Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Fraction of the pairs that is not trained on but used for the accuracy in the metrics."""
     quality_prompts: Annotated[int, Field(ge=0)] = 64
-    """Number of PPO's prompts, drawn at random, on which the stage reward_quality measures the reward. 0: no such stage."""
+    """Number of PPO's prompts, drawn at random, on which the stage reward_quality measures the reward. 0: no such
+    stage."""
     quality_responses: Annotated[int, Field(ge=2)] = 4
     """Number of responses that seed-0 gives to each of these prompts."""
 
@@ -194,17 +200,22 @@ class PPO(PPOOptions, Training):
     # the ppo stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/resume.py has it.
 
     learning_rate: Positive = 2.0e-6
-    """Peak learning rate. Paper A.3 (Gemma: 1e-7)."""
+    """Peak learning rate. Source: paper A.3 (1e-7 for Gemma)."""
+    batch_size: Count = 8
+    """Number of responses in a rollout batch, over all processes."""
+    micro_batch_size: Count | None = None
+    """Number of responses in a forward pass. None: a process's whole share of a minibatch."""
     num_train_epochs: Positive = 2.0
-    """Number of passes over the prompts: our reading of "2 epochs of training" in paper A.3."""
+    """Number of passes over the prompts. Source: our reading of "2 epochs of training" in paper A.3."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Learning rate schedule, as in Transformers. linear is the default of TRL's PPO."""
+    """Learning rate schedule, as in Transformers. Source: TRL's default for PPO."""
     seed: Seed = 0
     """Seed of sampling, prompt order and minibatches, the same for every policy."""
     save_steps: Count = 50
     """Number of optimizer steps between two checkpoints, from which a stopped run resumes. The newest two are kept."""
     eval_prompts: str | None = None
-    """Name of a set in evaluate.prompts that is answered and scored during training. None: no such evaluation."""
+    """Name of a set in evaluate.prompts that is answered and scored during training. None: no such evaluation. Example:
+    mine."""
     eval_steps: Count = 100
     """Number of optimizer steps between two evaluations on eval_prompts."""
     eval_limit: Count = 64
@@ -236,8 +247,9 @@ class Policy:
     """A policy, whose training starts from seed-0."""
 
     reference: Any
-    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | {stretched:
-    {soup, seed}} | path of an adapter (full weights: of a checkpoint) | a list of these, whose KLs are averaged."""
+    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} |
+    {stretched: {soup, seed}} | path of an adapter (full weights: of a checkpoint) | a list of these, whose KLs are
+    averaged."""
     kl_coef: NonNegative | None = None
     """Initial KL coefficient β. None: kl_coef of the algorithm's section."""
     algorithm: Literal["ppo", "dpo", "kto", "rloo", "grpo"] = "ppo"
@@ -315,16 +327,18 @@ class Recipe:
     description: str = ""
     """Free text, shown in the report."""
     report_to: list[str] = dataclasses.field(default_factory=list)
-    """Where PPO logs its metrics besides metrics.jsonl, as in TrainingArguments: tensorboard, trackio, wandb …"""
+    """Where PPO logs its metrics besides metrics.jsonl, as in TrainingArguments: tensorboard, trackio, wandb … Example:
+    [tensorboard]."""
     replicates: Count = 1
-    """Number of times that the whole recipe is trained, each time with other seeds of everything: toy data and base, SFT,
-    reward model and policies. The results are in the folders replicate-0, replicate-1 … of the run."""
+    """Number of times that the whole recipe is trained, each time with other seeds of everything: toy data and base,
+    SFT, reward model and policies. The results are in the folders replicate-0, replicate-1 … of the run."""
     threads: Count | None = None
     """Number of CPU threads of each stage. None: PyTorch's default."""
     precision: Literal["auto", "master", "stochastic"] = "auto"
     """Precision of full-weight training (adapters are always float32). master: float32 weights and AdamW, under bf16
-    autocast unless model.dtype is float32. stochastic: bf16 weights with stochastic rounding and 8-bit AdamW (torchao, the extra `full`). auto:
-    master if models/architectures/memory.py estimates that it fits on the GPU, else stochastic."""
+    autocast unless model.dtype is float32. stochastic: bf16 weights with stochastic rounding and 8-bit AdamW (torchao,
+    the extra `full`). auto: master if models/architectures/memory.py estimates that it fits on the GPU, else
+    stochastic."""
     offload: Literal["none", "frozen"] = "none"
     """frozen: full-weight references and reward models are kept in CPU memory while the policy generates and trains."""
     num_processes: Count = 1
@@ -332,7 +346,7 @@ class Recipe:
     accelerate: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     """Parallelism of several processes: the name of a file in recipes/accelerate. No effect with one process."""
     export: list[Literal["merged"]] = dataclasses.field(default_factory=list)
-    """merged: also save each policy as a plain Transformers checkpoint."""
+    """merged: also save each policy as a plain Transformers checkpoint. Example: [merged]."""
     model: Model = dataclasses.field(default_factory=Model)
     """Base model, chat template and sequence length."""
     adapter: Adapter | None = None
@@ -374,8 +388,9 @@ class Recipe:
     hub: Hub = dataclasses.field(default_factory=Hub)
     """Publishing on the Hub."""
     revisions: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Hub id → branch, tag or commit of models that have no key `revision` of their own: in sft.from, references, reward
-    and a local judge. A run adds the commits of those that are missing here, and saves them in its recipe.yaml."""
+    """Hub id → branch, tag or commit of models that have no key `revision` of their own: in sft.from, references,
+    reward and a local judge. A run adds the commits of those that are missing here, and saves them in its
+    recipe.yaml. Example: {HuggingFaceTB/SmolLM2-135M-Instruct: main}."""
 
     def as_data(self) -> dict[str, Any]:
         """All settings, under the keys of a recipe file."""

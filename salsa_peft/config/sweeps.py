@@ -167,7 +167,7 @@ def expand_search(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(search, dict) or not isinstance(policies, dict):
         return data
     betas = search.get("kl_coef")
-    if not isinstance(betas, list) or not betas or any(type(beta) not in (int, float) for beta in betas):
+    if not isinstance(betas, list) or not betas or any(not is_number(beta) or beta < 0 for beta in betas):
         return data
     betas = [float(beta) for beta in betas]
     require_unique("search.kl_coef", betas)

@@ -5,12 +5,13 @@ before the first stage, not here. Imports no torch.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
-from salsa_peft.config.job import unit_of
+from salsa_peft.config.job import OWN_FILES, unit_of
 from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
@@ -24,51 +25,52 @@ from salsa_peft.config.rewards import (
     check_signature,
 )
 from salsa_peft.config.schema import Policy, Recipe
-from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.errors import SalsaError, require, run_checks
+from salsa_peft.utils.manifests import REPLICATE
 from salsa_peft.utils.messages import short
 
 
 def check(recipe: Recipe) -> None:
-    """Raise SalsaError for the first setting that contradicts other settings or this machine's files."""
-    _check_name("name", recipe.name)
-    seeds = recipe.sft.seeds
-    require_unique("sft.seeds", seeds)
-    recipe.sft.check("sft", recipe.num_processes)
-    _check_existing_seeds(recipe)
-    recipe.reward.check("reward", recipe.num_processes)
-    _check_reward(recipe)
-    _check_synthetic(recipe)
-    recipe.ppo.check("ppo", recipe.num_processes)
-    for algorithm in ALGORITHMS:
-        getattr(recipe, algorithm).check(algorithm)
-    recipe.soup.check("soup", len(seeds))
-    require_unique("reward.seeds", recipe.reward.seeds)
-    _check_lengths(recipe)
+    """Raise SalsaError for all settings that contradict other settings or this machine's files."""
+    sections = (recipe.sft, recipe.reward, recipe.ppo)
+    run_checks((
+        partial(_check_name, "name", recipe.name),
+        partial(require_unique, "sft.seeds", recipe.sft.seeds),
+        *(partial(section.check, name, recipe.num_processes) for name, section in zip(TRAINED, sections, strict=True)),
+        *(partial(getattr(recipe, algorithm).check, algorithm) for algorithm in ALGORITHMS),
+        partial(recipe.soup.check, "soup", len(recipe.sft.seeds)),
+        partial(require_unique, "reward.seeds", recipe.reward.seeds),
+        partial(_check_prompt_set, recipe, "ppo.eval_prompts", recipe.ppo.eval_prompts),
+        *(partial(check_one, recipe) for check_one in CHECKS),
+    ))  # fmt: skip
+
+
+def _check_policies(recipe: Recipe) -> None:
     require(
         len(recipe.policies) <= MAX_POLICIES,
         f"policies: {len(recipe.policies)} policies are more than {MAX_POLICIES}, the maximum; use fewer",
     )
-    for name, policy in recipe.policies.items():
-        _check_policy(name, policy, recipe)
-    _check_landscape(recipe)
-    _check_prompt_set(recipe, "ppo.eval_prompts", recipe.ppo.eval_prompts)
-    _check_evaluate(recipe)
-    _check_hub(recipe)
-    _check_required(recipe)
-    check_files(recipe)
-    _check_dtype(recipe)
-    _check_mode(recipe)
-    _check_sharded(recipe)
+    run_checks((
+        *(partial(_check_policy, name, policy, recipe) for name, policy in recipe.policies.items()),
+        *(partial(_check_result_name, f"search.methods: {method}", method) for method in sweeps.candidates(recipe)),
+    ))  # fmt: skip
 
 
 def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
     _check_name("policies", name)
-    reserved = name in ("base", "soup", "reward") or SEED.match(name)
-    require(not reserved, f"policies.{name}: is the name of another model of the run; rename the policy")
+    _check_result_name(f"policies.{name}", name)
     references = policy.references(f"policies.{name}")
     for reference in references:
         _check_reference(f"policies.{name}.reference", reference, recipe)
     _check_algorithm(f"policies.{name}", policy, references, recipe)
+
+
+def _check_result_name(where: str, name: str) -> None:
+    """Raise SalsaError if another result or file in the run's folder has the name of a policy, in any case of letters."""
+    model = name.lower() in ("base", "soup", "reward") or SEED.match(name.lower())
+    require(not model, f"{where}: is the name of another model of the run; rename the policy")
+    own = name.lower() in (*OWN_FILES, "toy", "answers", "report") or REPLICATE.fullmatch(name.lower())
+    require(not own, f"{where}: is the name of a file or folder of the run; rename the policy")
 
 
 def _check_existing_seeds(recipe: Recipe) -> None:
@@ -149,8 +151,8 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
 
 def _check_dtype(recipe: Recipe) -> None:
     """Raise SalsaError if a stage would train over a base in float16."""
-    seeds, reward = range(len(recipe.sft.seeds)), recipe.reward
-    stages = ["sft"] if any(recipe.sft.existing_seed(position) is None for position in seeds) else []
+    reward = recipe.reward
+    stages = ["sft"] if None in (recipe.sft.from_ or [None]) else []
     stages += ["reward"] if reward.trained else []
     stages += [policy.algorithm for policy in recipe.policies.values()]
     require(
@@ -419,9 +421,16 @@ def _check_required(recipe: Recipe) -> None:
         "evaluate.prompts": recipe.evaluate.prompts,
     }
     hints = {"model.chat_template": "use chatml, zephyr, tokenizer (the base's own) or the path of a Jinja file"}
-    for key, value in given.items():
-        hint = hints.get(key, "add it")
-        require(
-            bool(value) or recipe.toy is not None,
-            f"{key}: is required; {hint} (or add a `toy` section, which builds a tiny model and toy data)",
-        )
+    toy = "(or add a `toy` section, which builds a tiny model and toy data)"
+    run_checks(
+        partial(require, bool(value) or recipe.toy is not None, f"{key}: is required; {hints.get(key, 'add it')} {toy}")
+        for key, value in given.items()
+    )
+
+
+TRAINED = ("sft", "reward", "ppo")
+CHECKS: tuple[Callable[[Recipe], None], ...] = (
+    _check_existing_seeds, _check_reward, _check_synthetic, _check_lengths, _check_policies, _check_landscape, _check_evaluate,
+    _check_hub, _check_required, check_files, _check_dtype, _check_mode, _check_sharded,
+)  # fmt: skip
+"""Checks across sections. They run all, so each must work with a recipe that another one rejects."""

@@ -6,6 +6,7 @@ Scalars follow YAML 1.2's core schema, in decimal only: 2e-6 is a number, 010 is
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -106,6 +107,37 @@ def read_yaml(path: str) -> dict[str, Any]:
     kind = "empty" if data is None else f"a {type(data).__name__}"
     require(isinstance(data, dict), f"{path}: must contain `key: value` lines, but is {kind}")
     return data
+
+
+def node_tree(path: Path) -> Any:
+    """The node tree of a file that read_yaml accepts, for line_of; None for a file of more than 100 kB."""
+    return (
+        None
+        if path.stat().st_size > MAX_BYTES // 10
+        else RecipeLoader(path.read_text(encoding="utf-8")).get_single_node()
+    )
+
+
+def line_of(node: Any, key: str) -> int | None:
+    """Line, from 1, of a key such as sft.seeds[0] in a node tree, or of the innermost section of it that is there.
+
+    None if no part of the key is there.
+    """
+    line = None
+    while key:
+        if isinstance(node, yaml.SequenceNode) and (item := re.match(r"\[(\d+)\]\.?", key)):
+            if int(item[1]) >= len(node.value):
+                break
+            node, key = node.value[int(item[1])], key[item.end() :]
+            line = node.start_mark.line + 1
+            continue
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        named = [entry for entry in entries if f"{key}.".startswith((f"{entry[0].value}.", f"{entry[0].value}["))]
+        if not named:
+            break
+        name, node = max(named, key=lambda entry: len(entry[0].value))
+        line, key = name.start_mark.line + 1, key[len(name.value) :].removeprefix(".")
+    return line
 
 
 def parse_yaml(text: str, where: str) -> Any:

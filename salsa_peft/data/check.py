@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -37,11 +38,14 @@ from salsa_peft.data.files import (
 from salsa_peft.data.questions import questions
 from salsa_peft.data.splits import prompt_digest, split_by_prompt
 from salsa_peft.utils.console import say
-from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.errors import SalsaError, require, run_checks
 from salsa_peft.utils.messages import short, short_path
 
 MAX_COUNTED_BYTES = 500_000_000
 """Size of the largest .jsonl file whose rows are counted; for .json files, a tenth of this size."""
+
+SLICE = re.compile(r"train\[(\d*):(\d*)\]\Z")
+"""A slice in rows, whose number of rows is known before the file is read."""
 
 
 def check_local(recipe: Recipe) -> None:
@@ -49,20 +53,22 @@ def check_local(recipe: Recipe) -> None:
     kinds = {key: "demonstrations" if key == "held_out" else key for key in datasets.TOY_FILES}
     named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in kinds.items()]
     named += [(f"evaluate.prompts.{name}", "prompts", source) for name, source in recipe.evaluate.prompts.items()]
-    for key, kind, source in named:
-        if source is None:
-            continue
-        if is_local(source.path) and not os.path.isdir(source.path):
-            path = short_path(source.path)
-            require(os.path.isfile(source.path), f"{key}: there is no file or folder {path}; give {ACCEPTED_SOURCES}")
-            require(data_suffix(source.path) is not None, f"{key}: {path} is no data file; give {ACCEPTED_SOURCES}")
-            check_split(source)
-            _check_columns(key, kind, source.path)
-        elif source.path.startswith("hf://"):
-            check_hub_path(source.path, key)
-        elif not is_local(source.path):
-            check_hub_id(key, source.path, ACCEPTED_SOURCES)
+    run_checks(functools.partial(check_source, *entry) for entry in named if entry[2] is not None)
     _check_rows(recipe)
+
+
+def check_source(key: str, kind: str, source: Source) -> None:
+    """Raise SalsaError, which starts with `key`, for a missing file or a first row without the columns of its kind."""
+    if is_local(source.path) and not os.path.isdir(source.path):
+        path = short_path(source.path)
+        require(os.path.isfile(source.path), f"{key}: there is no file or folder {path}; give {ACCEPTED_SOURCES}")
+        require(data_suffix(source.path) is not None, f"{key}: {path} is no data file; give {ACCEPTED_SOURCES}")
+        check_split(source)
+        _check_columns(key, kind, source.path)
+    elif source.path.startswith("hf://"):
+        check_hub_path(source.path, key)
+    elif not is_local(source.path):
+        check_hub_id(key, source.path, ACCEPTED_SOURCES)
 
 
 def _check_rows(recipe: Recipe) -> None:
@@ -113,11 +119,19 @@ def number_of_rows(recipe: Recipe, key: str) -> int | None:
 
 
 def count_rows(source: Source | None) -> int | None:
-    """Number of rows of a local file, at most `limit`; None for a slice, a large file, and other sources."""
-    if source is None or "[" in source.split or not is_local(source.path) or not os.path.isfile(source.path):
+    """Number of rows of a local file, at most `limit`; None for a large file, other sources, and slices in percent."""
+    part = None if source is None else SLICE.match(source.split)
+    if (
+        source is None
+        or not is_local(source.path)
+        or not os.path.isfile(source.path)
+        or ("[" in source.split and not part)
+    ):
         return None
     status = os.stat(source.path)
     rows = _count(source.path, status.st_size, status.st_mtime_ns)
+    if rows is not None and part is not None:
+        rows = len(range(rows)[slice(*(int(end) if end else None for end in part.groups()))])
     return None if rows is None else min(rows, source.limit or rows)
 
 

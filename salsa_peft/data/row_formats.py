@@ -1,7 +1,7 @@
 """Row formats: for each kind of data, a table of columns and the functions that read them.
 
 Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's dataset types are read as in TRL, alignment-handbook and
-LLaMA-Factory. To add a format, add a function and an entry of its table. README, "Data", lists the formats for users.
+LLaMA-Factory. To add a format, add a function and an entry of its table. docs/data.md lists the formats for users.
 Imports no torch.
 """
 

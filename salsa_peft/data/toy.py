@@ -14,12 +14,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from salsa_peft.config.options.toy import Toy
 from salsa_peft.data.toy_language import (
     FREE_LENGTH,
     GRADES,
@@ -34,10 +35,7 @@ from salsa_peft.data.toy_language import (
     grade,
 )
 
-if TYPE_CHECKING:
-    from salsa_peft.config.options.toy import Toy
-
-__all__ = ["build", "gold", "make_tokenizer"]
+__all__ = ["build", "gold", "make_tokenizer", "world"]
 
 CHAT_TEMPLATE = (
     "{{ '<bos>' }}{% for message in messages %}"
@@ -49,6 +47,8 @@ CHAT_TEMPLATE = (
 )
 
 Progress = Callable[[int, int, str], None]
+SMALL = {"demonstration_noise": 0.5, "preferences": 1000, "prompts": 2000, "eval_prompts": 128}
+"""Sizes of the world that `world` builds, as fields of Toy."""
 
 
 def make_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -191,6 +191,18 @@ def draw_preferences(
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+def world(folder: str | Path = "runs/world", **options: Any) -> Path:
+    """Build a small embedded world in `folder`, unless it is there, and return the folder. options: fields of Toy.
+
+    The folder has the base (base/), and demonstrations, held_out, preferences, prompts, eval_in and eval_out (.jsonl).
+    """
+    folder = Path(folder)
+    if not (folder / "eval_out.jsonl").is_file():  # the file that is written last
+        folder.mkdir(parents=True, exist_ok=True)
+        build(Toy(**(SMALL | options)), folder, lambda *_: None)
+    return folder
 
 
 def build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.judge import Judge
-from salsa_peft.data.questions import Question
+from salsa_peft.config.schema import Source
+from salsa_peft.data.files import load_rows
+from salsa_peft.data.questions import ID_COLUMNS, Question
+from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.messages import listed, short
+
+TEXT_COLUMNS = ("answer", "output", "response", "completion")
+"""Columns with the answer to a question of one turn."""
 
 
 def file_stem(name: str) -> str:
@@ -57,6 +64,67 @@ def write_answers(
             for question, turns in turns_of.items()
         ]
         write_atomic(folder / "model_answer" / f"{name}.jsonl", lines(found))
+
+
+def read_answers(path: str, questions: Sequence[Question]) -> list[tuple[str, ...]]:
+    """The answers in a file to all questions, in the questions' order; one text for each turn.
+
+    Rows are found by the question's id. A row has `choices` (FastChat, arena-hard-auto v0.1; the first choice counts),
+    `messages` (arena-hard-auto v2.0), or one of TEXT_COLUMNS. Raises SalsaError if the file does not answer exactly the
+    turns of these questions.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for number, row in load_rows(Source(path=path)):
+        where = f"{path}, row {number}"
+        identity = str(next((row[key] for key in ID_COLUMNS if isinstance(row.get(key), int | str)), number))
+        require(identity not in found, f"{where}: question {short(identity)} is answered twice; remove one of the rows")
+        found[identity] = _answer_texts(row, where)
+    known = {str(one.id): one for one in questions}
+    missing, unknown = [one for one in known if one not in found], [one for one in found if one not in known]
+    require(
+        not missing and not unknown,
+        f"{path}: its question ids do not match the questions: "
+        + " and ".join(
+            f"{len(ids)} {what} ({listed(ids)})"
+            for ids, what in ((missing, "without an answer"), (unknown, "that are no question's"))
+            if ids
+        )
+        + "; give the questions that this file answers",
+    )
+    for identity, question in known.items():
+        turns, asked = len(found[identity]), len(question.turns)
+        require(
+            turns == asked,
+            f"{path}, question {identity}: has answers to {turns} turn{'s' * (turns != 1)}, but the question has {asked};"
+            " give the answers to these questions",
+        )
+    return [found[str(one.id)] for one in questions]
+
+
+def _answer_texts(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The answers of a row, one for each turn."""
+    choices, messages = row.get("choices"), row.get("messages")
+    turns: Any
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        turns = choices[0].get("turns")
+    elif isinstance(messages, list):
+        turns = [one for one in messages if isinstance(one, dict) and one.get("role") == "assistant"]
+    else:
+        turns = [row[key] for key in TEXT_COLUMNS if isinstance(row.get(key), str)][:1]
+    texts = [_text(turn) for turn in turns] if isinstance(turns, list) else []
+    if not texts or None in texts:
+        raise SalsaError(
+            f"{where}: has no answer; a row must have choices: [{{turns: […]}}] (FastChat, arena-hard-auto), messages, or"
+            f" one of {', '.join(TEXT_COLUMNS)}"
+        )
+    return tuple(str(text) for text in texts)
+
+
+def _text(turn: Any) -> str | None:
+    """The text of a turn, which is text, {content: text} or {content: {answer: text}}; None for anything else."""
+    content = turn.get("content") if isinstance(turn, dict) else turn
+    content = content.get("answer") if isinstance(content, dict) else content
+    return content if isinstance(content, str) else None
 
 
 WINNER = {"a": "model_1", "b": "model_2", "tie": "tie", "missing": "error"}

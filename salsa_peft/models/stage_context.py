@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback
 
 from salsa_peft.config.job import Job
@@ -241,38 +244,66 @@ def remove_printer(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-FIGURES = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL", "objective/response_length": "length"}
-"""Key of a metric in a Trainer's logs → its name beside the progress bar."""
+FIGURES = {
+    "loss": "loss",
+    "mean_token_accuracy": "accuracy",
+    "accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",
+    "reward": "reward",
+    "kl": "KL",
+    "learning_rate": "lr",
+    "num_tokens": "tokens",
+}
+"""Key of a metric in the logs of Trainer and TRL → its name beside the progress bar, the most important first."""
 
 
 class ProgressBar(TrainerCallback):
     """Callback that shows a progress bar with the latest metrics, and saves the log as folder/log.jsonl.
 
     transformers' ProgressCallback does not show the stage, prints every log in full, and writes unreadable text if the
-    output is not a terminal.
+    output is not a terminal. The bar is shown in the first process only. beside_table: whether a table shows the metrics, so
+    that the bar shows none, and nothing is printed if standard error is not a terminal.
     """
 
-    def __init__(self, description: str, folder: Path | None = None) -> None:
-        self.description, self.folder = description, folder
+    def __init__(self, description: str, folder: Path | None = None, *, beside_table: bool = False) -> None:
+        self.description, self.folder, self.beside_table = description, folder, beside_table
         self.context = contextlib.ExitStack()
+        self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the progress bar."""
-        self.bar = self.context.enter_context(progress_bar(state.max_steps, self.description))
-        self.bar.n = self.bar.initial = state.global_step
+        if state.is_world_process_zero and (sys.stderr.isatty() or not self.beside_table):
+            self.bar = self.context.enter_context(progress_bar(state.max_steps, self.description))
+            self.bar.n = self.bar.initial = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Advance the progress bar by one optimizer step."""
-        self.bar.update()
+        if self.bar is not None:
+            self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Set the metrics that the progress bar shows when it is next drawn."""
-        found = {FIGURES[key]: value for key, value in (logs or {}).items() if key in FIGURES}
-        if found:
-            self.bar.set_postfix(found, refresh=False)
+        """Set the metrics that the progress bar shows when it is next drawn: those for which a terminal has room."""
+        found = {name: (logs or {})[key] for key, name in FIGURES.items() if key in (logs or {})}
+        if self.bar is not None and found and not self.beside_table:
+            shown = [
+                f"{name}={tqdm.format_sizeof(found[name]) if name == 'tokens' else f'{found[name]:.3g}'}"
+                for name in found
+            ]
+            room = self._room()
+            while len(shown) > 1 and len(", ".join(shown)) > room:
+                shown.pop()
+            self.bar.set_postfix_str(", ".join(shown), refresh=False)
+
+    def _room(self) -> float:
+        """Number of characters for metrics beside a bar of 10 characters; in a log there is no limit."""
+        if not sys.stderr.isatty():
+            return math.inf
+        around = f"{self.bar.desc}100%|{'█' * 10}| {self.bar.total}/{self.bar.total} [00:00<00:00, 999.99it/s, ]"
+        return (self.bar.dynamic_ncols(self.bar.fp)[0] if self.bar.dynamic_ncols else self.bar.ncols) - len(around)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the progress bar and write log.jsonl."""
         self.context.close()
+        self.bar = None
         if self.folder is not None and state.is_world_process_zero:
             write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log_history))

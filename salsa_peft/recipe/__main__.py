@@ -21,8 +21,9 @@ from salsa_peft.recipe.commits import check_revisions, found_commits, with_commi
 from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
 from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
 from salsa_peft.recipe.replicates import kept_commits, run_replicates
+from salsa_peft.recipe.results.files import show_results
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
-from salsa_peft.utils.console import Parser, say
+from salsa_peft.utils.console import Parser, complain, no_echo_of_control_characters
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import disk_full_message
 from salsa_peft.utils.hub import pinned
@@ -44,7 +45,7 @@ def main(
     args = parse_args(sys.argv[1:] if argv is None else argv, prog)
     folder = Path()
     try:
-        with raise_on_sigterm():
+        with raise_on_sigterm(), no_echo_of_control_characters():
             sets = [*args.set, *([] if args.replicates is None else [f"replicates={args.replicates}"])]
             checks = (check_local, check, check_revisions)
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=sets, more=checks)
@@ -59,29 +60,33 @@ def main(
                     prune=args.prune, dry_run=args.dry_run, gpu=args.gpu, commits=commits, report_of=report_of,
                     debug=args.debug,
                 )  # fmt: skip
+            if not args.dry_run and report_of is None:
+                show_results(folder, recipe)
             return 0
     except (SalsaError, StageError) as error:
-        code, line = 2 if isinstance(error, SalsaError) else 1, one_line(error)
+        code, lines = (2, error.problems) if isinstance(error, SalsaError) else (1, [str(error)])
     except OSError as error:
         line = (
             f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are kept;"
             " correct this, and run the same command again"
         )
-        code, line = 1, one_line(disk_full_message(error, folder) or line)
+        code, lines = 1, [disk_full_message(error, folder) or line]
     except KeyboardInterrupt:
-        code, line, args.debug = 130, "stopped; run the same command again to continue", False
+        code, lines, args.debug = 130, ["stopped; run the same command again to continue"], False
     except Terminated:
-        code, line, args.debug = 143, "terminated; run the same command again to continue", False
+        code, lines, args.debug = 143, ["terminated; run the same command again to continue"], False
     if args.debug:
         traceback.print_exc()
-    say(line)
+    for line in lines:
+        complain(one_line(line))
     return code
 
 
 def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespace:
     """Parse the command line.
 
-    `--lora` may be followed by a preset's name. If a different word follows and no recipe is given, it is the recipe.
+    `--lora` may be followed by a preset's name. If a different word follows and no recipe is given, it is the recipe; so is
+    a word without = after the settings of `--set`.
     """
     presets = bundled_names("adapters")
     parser = Parser(
@@ -93,7 +98,14 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     add("recipe", nargs="*", metavar="RECIPE", help="a YAML file, or the name of a bundled recipe")
     names = ", ".join(presets)
     add("--lora", nargs="?", const="lora", metavar="PRESET", help=f"train adapters; presets: {names} (default: lora)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key, such as ppo.learning_rate=1e-6")
+    add(
+        "--set",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set keys: ppo.learning_rate=1e-6 sft.seeds=[0,1]",
+    )
     add("--replicates", type=int, metavar="N", help="train everything N times with other seeds, and join the reports")
     add("--dry-run", action="store_true", help="print the plan and write nothing")
     gpus = ", ".join(GPUS)
@@ -106,6 +118,11 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     args = parser.parse_intermixed_args(argv)
     if not args.recipe and args.lora is not None and args.lora not in presets:
         args.recipe, args.lora = [args.lora], "lora"
+    others = [word for words in args.set for word in words[1:] if "=" not in word]  # `--set a=1 my.yaml`
+    if not args.recipe and len(others) == 1:
+        args.recipe = others
+        args.set = [[word for word in words if word not in others] for words in args.set]
+    args.set = [word for words in args.set for word in words]
     if len(args.recipe) != 1:
         words = " ".join(args.recipe) or "none"
         parser.error(f"RECIPE: give exactly one YAML file or name of a bundled recipe (given: {words})")

@@ -1,6 +1,6 @@
 """The cache of a run's results: each unit's key and folder, and whether its result is up to date.
 
-A unit's folder is <run>/<stage>/[<name>/]<first 12 digits of the key>. The manifest is written last, so a result
+A unit's folder is <run>/stages/<stage>/[<name>/]<first 12 digits of the key>. The manifest is written last, so a result
 without a manifest is unfinished. torch is not imported.
 """
 
@@ -17,7 +17,14 @@ from salsa_peft.config.job import Unit
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import read_json, write_atomic
 from salsa_peft.utils.fingerprints import canonical_json, fingerprint, sha256
-from salsa_peft.utils.manifests import MANIFEST, changed_file, content_digest, read_manifest, versions
+from salsa_peft.utils.manifests import (
+    MANIFEST,
+    changed_file,
+    content_digest,
+    read_manifest,
+    stages_folder,
+    versions,
+)
 from salsa_peft.utils.messages import difference, listed
 
 BEGUN = "begun.json"
@@ -247,12 +254,13 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> Plan:
     keys: dict[str, str] = {}
     plan: Plan = {}
     fingerprints: dict[str, str] = {}
+    stages = stages_folder(run)
     made_with, forced = versions({name for unit in units for name in unit.libraries}), set(forced)
     for unit in units:
         touched = {name: made_with[name] for name in ("salsa-peft", *unit.libraries)}
         parts = key_parts(unit, keys, touched, fingerprints)
         keys[unit.id] = _hash(parts)
-        folder = run / unit.id / keys[unit.id][:12]
+        folder = stages / unit.id / keys[unit.id][:12]
         cached = {name: plan[name].folder for name in unit.inputs if plan[name].why is None}
         waits = next((f"waits for {name}" for name in unit.inputs if name not in cached), None)
         is_forced = unit.id in forced or unit.stage in forced
@@ -265,7 +273,8 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> Plan:
 def prune(run: Path, stages: Iterable[str], plan: Plan) -> list[Path]:
     """Remove the results of these stages that are not in the plan, and return the removed folders."""
     keep = {planned.folder for planned in plan.values()}
-    found = [path for stage in stages for path in (*(run / stage).glob("*"), *(run / stage).glob("*/*"))]
+    places = [stages_folder(run) / stage for stage in stages]
+    found = [path for place in places for path in (*place.glob("*"), *place.glob("*/*"))]
     folders = [path for path in found if KEY_FOLDER.match(path.name)]
     parents = {path.parent for path in folders}  # a policy may have a name that looks like a key
     old = [path for path in folders if path.is_dir() and path not in keep and path not in parents]

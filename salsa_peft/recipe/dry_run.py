@@ -26,6 +26,8 @@ from salsa_peft.recipe.estimates.hardware import Gpu
 
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
+SHORT = ("weights", "grads", "optim.", "activ.", "KV", "logits")
+"""Titles of MEMORY's columns on a terminal."""
 PRESET = "--lora"
 """Key of the adapter preset in a dict of settings; all other keys of the dict are recipe keys."""
 PRESETS: dict[str, Literal["nf4-double"] | None] = {"lora": None, "qlora": "nf4-double"}
@@ -48,7 +50,8 @@ ORDER = (
 
 def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu: Gpu | None) -> None:
     """Print the plan on standard output. gpu: the GPU to plan for."""
-    console, recipe = Console(highlight=False, soft_wrap=True), loaded.recipe
+    console, recipe = Console(highlight=False), loaded.recipe
+    console.soft_wrap = not console.is_terminal  # on a terminal, lines are wrapped between words
     console.print(Text(f"results: {run}"))
     console.print(Text(f"recipe:  {loaded.path}" + (f" with --lora {loaded.preset}" if loaded.preset else "")))
     console.print()
@@ -68,7 +71,7 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
     if rows:
         _print(console, header, rows, narrow=9)
     for note in notes:
-        console.print(Text(f"{note}\n"))
+        console.print(Text((note.replace("at most:", "≤ (at most):") if console.is_terminal else note) + "\n"))
     console.print(Text(disk.plan_line(recipe, plan, asked, None if gpu is None else float(gpu.bytes)) + "\n"))
     answers = plan["evaluate"]
     judge = costs.plan_line(recipe, answers.folder / "answers.jsonl" if answers.why is None else None)
@@ -82,7 +85,7 @@ def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu:
 
 
 def _print(console: Console, header: list[str], rows: list[list[str]], narrow: int = 28) -> None:
-    """Print a table; without a terminal, print it as plain lines of any width.
+    """Print a table as wide as the terminal; without a terminal, print it as plain lines of any width.
 
     narrow: minimum width of a column in the plain lines.
     """
@@ -91,8 +94,13 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
         for row in [header, *rows]:
             console.print(Text("  ".join(map(str.ljust, row, widths)).rstrip()))
     else:
-        columns = [Column(title, overflow="fold") for title in header]
-        table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
+        rows = [[cell.replace("at most ", "≤ ").replace("about ", "≈ ") for cell in row] for row in rows]
+        words = [
+            max(len(word) for cell in column for word in cell.split()) for column in zip(header, *rows, strict=True)
+        ]
+        columns = [Column(title, overflow="fold", min_width=word) for title, word in zip(header, words, strict=True)]
+        columns[0].no_wrap = True
+        table = Table(*columns, box=None, padding=(0, 2 if len(header) < 8 else 1, 0, 0), header_style="bold")
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)
@@ -106,18 +114,28 @@ def _print_memory(console: Console, loaded: LoadedRecipe, gpu: Gpu | None) -> No
     if size is None:
         console.print(Text(f"memory: not known before the config.json of {recipe.model.base} is downloaded\n"))
         return
-    rows, limit = [], None if gpu is None else float(gpu.bytes)
+    rows, short, notes, limit = [], [], [], None if gpu is None else float(gpu.bytes)
     for stage in memory.stages_of(recipe):
         found = memory.estimate(recipe, stage, size, limit)
         helps = None if limit is None else advice(recipe, [stage], size, limit, loaded.reset_by_lora)
         full = recipe.mode == "full" and stage in TRAINING
         weights = memory.choose_precision(recipe, stage, limit, size) if full else recipe.mode
         fits = "" if limit is None else "fits" if helps is None else f"too large; use {helps}"
-        parts = [_bytes(getattr(found, part)) for part in MEMORY]
-        rows.append([stage, f"{found.phase} ({weights})", *parts, _bytes(found.total), fits])
+        parts = [*(getattr(found, part) for part in MEMORY), found.total]
+        rows.append([stage, f"{found.phase} ({weights})", *map(_bytes, parts), fits])
+        short.append(
+            [stage, f"{found.phase} ({weights})" if full else found.phase, *map(_gib, parts), fits.split(";")[0]]
+        )
+        notes += [f"{stage}: {fits}"] if helps is not None else []
     against = "no GPU" if gpu is None else f"{gpu.name}, {gpu.bytes / memory.GIB:.0f} GiB"
-    header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "total", against]
-    _print(console, header, rows, narrow=9)
+    if console.is_terminal:
+        console.print(Text(f"GPU memory in GiB: {against}", style="bold"))
+        _print(console, ["stage", "peak in", *SHORT, "total", ""], short)
+        for note in notes:
+            console.print(Text(f"{note}\n"))
+    else:
+        header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "total", against]
+        _print(console, header, rows, narrow=9)
     together = None if limit is None else advice(recipe, memory.stages_of(recipe), size, limit, loaded.reset_by_lora)
     if together is not None:
         start = "no option makes all stages fit; use" if together == NOTHING else "all stages fit with:"
@@ -131,6 +149,10 @@ def _bytes(number: float) -> str:
         return "–"
     unit, name = (memory.GIB, "GiB") if number >= memory.GIB / 10 else (2**20, "MiB")
     return f"{number / unit:.1f} {name}"
+
+
+def _gib(number: float) -> str:
+    return "–" if number == 0 else f"{number / memory.GIB:.1f}" if number >= memory.GIB / 20 else "<0.1"
 
 
 def _training_rows(recipe: Recipe) -> list[list[str]]:

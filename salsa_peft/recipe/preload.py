@@ -13,9 +13,10 @@ import gc
 
 gc.disable()
 
-from salsa_peft.utils.console import silence_import_warnings
+from salsa_peft.utils.console import silence_import_warnings, use_thread_lock
 
 silence_import_warnings()
+use_thread_lock()
 
 import datasets
 import peft  # noqa: F401

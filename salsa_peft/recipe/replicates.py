@@ -16,10 +16,18 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import cache, commits, run
 from salsa_peft.recipe.estimates import hours
 from salsa_peft.recipe.estimates.hardware import Gpu
+from salsa_peft.recipe.results.files import REPORT
 from salsa_peft.utils.console import say
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.hub import Repository
-from salsa_peft.utils.manifests import MANIFEST, latest_report, read_manifest, replicate_folder, replicate_folders
+from salsa_peft.utils.manifests import (
+    MANIFEST,
+    latest_report,
+    read_manifest,
+    replicate_folder,
+    replicate_folders,
+    stages_folder,
+)
 from salsa_peft.utils.messages import duration
 
 STRIDE = 1000
@@ -82,7 +90,7 @@ def join(folder: Path) -> None:
     from salsa_peft.report.replicates.runs import read_runs
 
     write_joined(folder, read_runs([folder]))
-    print(folder / run.REPORT, flush=True)
+    print(folder / REPORT, flush=True)
 
 
 class Cost(NamedTuple):
@@ -101,7 +109,7 @@ def cost(recipe: Recipe, folder: Path, stages: dict[str, run.Stage], gpu: Gpu | 
     found = replicate_folders(folder)
     measured: dict[str, list[float]] = {}
     for stage in stages:
-        for manifest in (path for one in found for path in one.glob(f"{stage}/**/{MANIFEST}")):
+        for manifest in (path for one in found for path in stages_folder(one).glob(f"{stage}/**/{MANIFEST}")):
             took = (read_manifest(manifest.parent) or {}).get("seconds")
             measured.setdefault(stage, []).extend([] if took is None else [took])
     each = left = 0.0

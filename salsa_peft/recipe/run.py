@@ -6,6 +6,7 @@ The command is recipe/__main__.py. torch is not imported.
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,9 @@ from salsa_peft.data.check import check_every_row
 from salsa_peft.recipe import cache, processes, units
 from salsa_peft.recipe.commits import keep_commits, unknown_commits
 from salsa_peft.recipe.estimates import disk, hardware, hours
-from salsa_peft.utils.console import say
+from salsa_peft.recipe.results.files import REPORT, copy_report
+from salsa_peft.recipe.results.names import check_names, forget_removed, move_old_stages, update_names, withdraw_names
+from salsa_peft.utils.console import columns, say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked, read_json, timestamp, write_atomic
 from salsa_peft.utils.hub import Repository
@@ -60,7 +63,6 @@ STAGES = {
     "report": Stage("salsa_peft.recipe.small_stages:report", units.report_units),
     "hub": Stage("salsa_peft.report.publish.hub:run", units.hub_units),
 }
-REPORT = "report.html"
 
 
 def run(
@@ -98,6 +100,7 @@ def run(
             hardware.check_packages(recipe, stages_to_run(plan, asked))
         check_data(recipe, plan, asked)
     if dry_run:
+        check_names(folder, recipe)
         from salsa_peft.recipe.dry_run import show_plan
 
         show_plan(loaded, folder, plan, asked, gpu or next(iter(hardware.gpus()), None))
@@ -106,12 +109,14 @@ def run(
         check_machine(recipe, plan, asked)
         check_data(recipe, plan, asked, hub=True)
     with locked(folder):
+        move_old_stages(folder)
+        check_names(folder, recipe)
         # 2. plan again: another process may have changed the folder before it was locked
         plan = make_plan(work, folder, forced, asked, report_of)
         if not new:
             check_data(recipe, plan, asked)
         for warning in (*unknown_commits(recipe), *check_machine(recipe, plan, asked)):
-            say(f"warning: {warning}")
+            say(f"warning: {warning}", "yellow")
         if not new:
             check_data(recipe, plan, asked, hub=True)
         # 3. run; until everything is finished, the next commands keep the commits
@@ -122,6 +127,8 @@ def run(
         # 4. remove old results
         for path in cache.prune(folder, stages, plan) if prune else []:
             say(f"pruned {path.relative_to(folder)}")
+        if prune:
+            forget_removed(folder)
 
 
 def make_plan(
@@ -146,21 +153,27 @@ def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str
     write_atomic(folder / "recipe.yaml", recipe_yaml)
     if any(planned.why is not None for name, planned in plan.items() if name in asked):
         say("loading libraries …")
+    finished = {name: planned.folder for name, planned in plan.items() if planned.why is None}
+    update_names(folder, loaded.recipe, finished)
     for name, planned in plan.items():
         if name in asked:
             _run_unit(planned, plan, loaded.recipe, recipe_yaml, folder, debug)
+            finished[name] = planned.folder
+            update_names(folder, loaded.recipe, finished)
         if name == "report" and name in asked:
-            _show_report(planned.folder, folder / REPORT)
+            _show_report(planned.folder, folder)
 
 
-def _show_report(folder: Path, copy: Path) -> None:
-    """Copy report.html out of its result's folder, and print its headline and the copy's path."""
-    write_atomic(copy, (folder / REPORT).read_bytes())
-    for line in read_json(folder / "summary.json").get(
-        "console", []
-    ):  # a report of an earlier version has no such lines
+def _show_report(report: Path, run: Path) -> None:
+    """Copy the report's files into the run's folder, and print its headline and the path of report.html."""
+    copy_report(report, run)
+    summary = read_json(report / "summary.json")
+    lines: list[str] = summary.get("console", [])  # a report of an earlier version has no such lines
+    if sys.stderr.isatty() and columns(sys.stderr) < max(map(len, lines), default=0):
+        lines = summary.get("narrow_console", lines)
+    for line in lines:
         say(line)
-    print(copy, flush=True)
+    print(run / REPORT, flush=True)
 
 
 def _run_unit(
@@ -170,7 +183,7 @@ def _run_unit(
     unit = planned.unit
     if planned.why is None:
         cache.remove_temporary_files(planned.folder)  # left if the run was killed just after the manifest was written
-        say(f"{unit.id} … cached")
+        say(f"{unit.id} … cached", "dim")
         return
     earlier = _seconds_so_far(planned, plan) if planned.why == "unfinished" else None
     if planned.why.startswith(("changed", "missing", "unfinished", "outdated")):
@@ -178,6 +191,7 @@ def _run_unit(
     started = timestamp()
     inputs = {name: plan[name].folder for name in unit.inputs}
     job = Job(recipe=recipe, unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml)
+    withdraw_names(folder, planned.folder)
     log = folder / "logs" / f"{unit.id.replace('/', '-')}.log"
     result, job, halved = _run_job(job, planned, plan, earlier, log, debug)
     on_gpu = result.gpu_peak_mb is not None
@@ -191,7 +205,7 @@ def _run_unit(
     gpu += "" if planned_mb is None else f" (planned {planned_mb:.0f})"
     took = duration(result.seconds) + ("" if seconds is None else f" (planned {duration(seconds)})")
     together = f" in {count} processes together" if (count := _processes(job)) > 1 else ""
-    say(f"{unit.id} … done in {took}, peak {result.peak_mb:.0f} MB{together}{gpu}")
+    say(f"{unit.id} … done in {took}, peak {result.peak_mb:.0f} MB{together}{gpu}", "green")
 
 
 def _seconds_so_far(planned: cache.PlannedUnit, plan: cache.Plan) -> float | None:
@@ -220,7 +234,7 @@ def _run_job(
             if smaller is None:
                 raise
             earlier = _seconds_so_far(planned, plan)
-            say(one_line(error))
+            say(one_line(error), "yellow")
             changes = ", ".join(f"{key} {after} (was {before})" for key, (before, after) in smaller.changed.items())
             again = "starting again" if earlier is None else "resuming"
             say(f"{job.unit.id} … {again} with {changes}; the global batch stays the same")

@@ -293,6 +293,7 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
         builder.libraries |= {"vllm"} if recipe.ppo.rollout_backend == "vllm" else set()
         # the result does not depend on them: a guard that stops leaves an unfinished unit, which other guards may resume
         fields["ppo"] |= {"save_steps": None, "shown_every": None, "guards": None}
+        del fields["ppo"]["log_completions"], fields["ppo"]["num_completions_to_print"]
         inputs += ["reward_quality"] if recipe.measures_reward else []  # for a warning
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
     return builder.unit(algorithm, fields, _seed(0), *inputs, *_of_references(references), name=name)

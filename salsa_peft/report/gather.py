@@ -98,6 +98,8 @@ class ReportInput:
     """Name of each model in evaluate.controls → the label of its reference."""
     toy: bool = False
     """Whether base and data are made by the run (section `toy`), so that replicates have their own."""
+    lengths: str = "tokens"
+    """Unit of the answers' lengths."""
     explained: dict[str, str] = field(default_factory=dict)
     """Explanations of this run's measures and sets of questions, by name."""
 

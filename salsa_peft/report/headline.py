@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salsa_peft.report.findings import START, Scored, is_control, plain_policy, undecided
-from salsa_peft.report.format import Row, estimate, signed
+from salsa_peft.report.format import Row, estimate, fixed, signed
 from salsa_peft.report.style import MEASURES
 
-WIDTH = 120
-"""Maximum number of characters of a line in the terminal."""
+NUMBER = {"mean": 0.5, "low": 0.25, "high": 0.75}
+"""An estimate whose text is as long as those of other numbers between −1 and 1."""
+WIDTH, NARROW = 120, 80
+"""Maximum numbers of characters of a line: of a file, and of a narrow terminal."""
 
 
 def table(run: Scored | None) -> list[dict[str, Any]]:
@@ -166,22 +168,33 @@ def measure_name(measure: str) -> str:
     return MEASURES.get(measure, measure)
 
 
-def console(tables: Sequence[Row], names: Mapping[str, str], sentences: Mapping[str, str]) -> list[str]:
-    """The headline as lines for a terminal: the names, the tables, and the sentences of the first screen."""
-    score, cell = (len(text) for text in ("0.000 [0.000, 0.000]", "+0.000 [+0.000, +0.000]"))
-    lines = _wrapped([f"{name}: {text}" for name, text in names.items()])
+def console(
+    tables: Sequence[Row], names: Mapping[str, str], sentences: Mapping[str, str], width: int = WIDTH
+) -> list[str]:
+    """The headline as lines for a terminal: the names, the tables, and the sentences of the first screen.
+
+    With a width of NARROW, an interval, which is symmetric, is written as ± half of its length.
+    """
+    of_score, of_difference = (_half, lambda row: _half(row, "+")) if width < WIDTH else (estimate, signed)
+    score, cell = (len(write(NUMBER)) for write in (of_score, of_difference))
+    lines = _wrapped([f"{name}: {text}" for name, text in names.items()], width)
     for part in tables:
         title, measure = f"{part['dataset']}, {part['n']} prompts", str(part["measure"])
         wide = max(map(len, (title, START, *map(_label, part["rows"]))))
         heads = [measure_name(measure), f"− {START}, the start", *_plain_head(part)]
-        sizes = [score, cell, cell]
+        sizes = [max(size, len(head)) for size, head in zip((score, cell, cell), heads, strict=False)]
         rows: list[tuple[str, list[str]]] = [(title, heads)]
-        rows.append((START, [estimate(part["start"])] if part["start"] else []))
+        rows.append((START, [of_score(part["start"])] if part["start"] else []))
         for row in part["rows"]:
-            both = [signed(row[key]) if row[key] else "–" for key in ("start", "ppo")]
-            rows.append((_label(row), [estimate(row["score"]), *both[: len(heads) - 1]]))
+            both = [of_difference(row[key]) if row[key] else "–" for key in ("start", "ppo")]
+            rows.append((_label(row), [of_score(row["score"]), *both[: len(heads) - 1]]))
         lines += ["", *("  ".join([f"{name:<{wide}}", *map(str.rjust, cells, sizes)]) for name, cells in rows)]
-    return lines + [line for title, text in sentences.items() for line in ("", *_wrapped([f"{title}: {text}"]))]
+    return lines + [line for title, text in sentences.items() for line in ("", *_wrapped([f"{title}: {text}"], width))]
+
+
+def _half(value: Row, sign: str = "") -> str:
+    """A mean and half the length of its interval. sign: + to write it before a positive mean."""
+    return f"{sign * (value['mean'] > 0)}{fixed(value['mean'])} ± {fixed((value['high'] - value['low']) / 2)}"
 
 
 def _plain_head(part: Row) -> list[str]:
@@ -189,9 +202,9 @@ def _plain_head(part: Row) -> list[str]:
     return [f"− {' or '.join(part['against'])}"] if part["against"] else []
 
 
-def _wrapped(texts: Sequence[str]) -> list[str]:
+def _wrapped(texts: Sequence[str], width: int) -> list[str]:
     return [
-        line for text in texts for line in textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+        line for text in texts for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     ]
 
 

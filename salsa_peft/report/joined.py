@@ -26,6 +26,7 @@ from salsa_peft.report.replicates.table import as_markdown
 from salsa_peft.report.sections import first_screen
 from salsa_peft.report.style import MEASURES, Panel
 from salsa_peft.utils.errors import require
+from salsa_peft.utils.manifests import stages_folder
 from salsa_peft.utils.statistics import holm, mean_interval, sign_flip_test, t_test
 
 
@@ -250,7 +251,7 @@ def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row]) -> l
 
 
 def _run(run: Run, group: str, folder: Path) -> dict[str, Any]:
-    pages = [*run.folder.glob("report.html"), *sorted(run.folder.glob("report/*/report.html"))]
+    pages = [*run.folder.glob("report.html"), *sorted(stages_folder(run.folder).glob("report/*/report.html"))]
     return {
         "name": run.report.name,
         "group": group,

@@ -46,6 +46,7 @@ def judged(run: ReportInput) -> dict[str, Any] | None:
             name: [next((pair for pair in data["pairs"] if (pair["a"], pair["b"]) == of), None) for of in pairs]
             for name, data in datasets.items()
         },
+        "lengths": run.lengths,
         "paper": any(pair["paper"] for pair in everything),
         "several": any(data["turns"] > 1 for data in datasets.values()),
         "missing": any(pair["missing"] for pair in everything),
@@ -161,7 +162,7 @@ def warnings(run: ReportInput) -> list[str]:
     if run.verdicts is None:
         return []
     found = []
-    if run.verdicts["judge"]["kind"] == "reward":
+    if run.verdicts["judge"]["kind"] == "reward" and run.policies:
         found.append(
             "The judge is the recipe's reward, on which the policies were trained, so it favours the policies."
         )

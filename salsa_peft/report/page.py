@@ -62,6 +62,7 @@ def context(run: ReportInput) -> dict[str, Any]:
         "screen": screen,
         "headline": tables,
         "console": headline.console(tables, screen["names"], screen["sentences"]),
+        "narrow_console": headline.console(tables, screen["names"], screen["sentences"], headline.NARROW),
         "frontier": frontier.frontier([run]) if run.policies else None,
         "more": findings.along(run.landscape) if run.landscape else [],
         "judged": judged,
@@ -108,7 +109,7 @@ def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
     return finite(
         {
             **fields("name", "mode", "base", "versions"),
-            **{name: found[name] for name in ("screen", "headline", "console", "frontier")},
+            **{name: found[name] for name in ("screen", "headline", "console", "narrow_console", "frontier")},
             "finding": [*found["screen"]["sentences"].values(), *found["more"]],
             "warnings": found["warnings"],
             "comparisons": found["compared"],

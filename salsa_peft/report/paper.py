@@ -167,8 +167,12 @@ def flags() -> list[str]:
     ]
 
 
-def show(console: Console) -> None:
-    """Print every table recomputed from its counts, for `salsa report --paper`."""
+def show(console: Console, *, narrow: bool = False) -> None:
+    """Print every table recomputed from its counts, for `salsa report --paper`.
+
+    narrow: for 80 columns, with less in Tables 2 to 5: no missing answers, unadjusted win rates and p-values.
+    """
+    left_out = ("missing", "win rate, printed", "counts", "p", "p, Holm") if narrow else ()
     console.print(Text(f"{_facts()['source']}.\nIntervals: Tango's (1998) score interval of W − L over N, as a win rate; p: exact sign test without ties;"
                        " p, Holm: corrected over the cells of the same pair. Judgments are of one training seed and are treated as independent."))  # fmt: skip
     one = _table("Table 1, adjusted win rate, %", "model", "questions", "pair", "printed", "counts [95%]", "p, Holm")
@@ -178,11 +182,13 @@ def show(console: Console) -> None:
     for number in (2, 3, 4, 5):
         of = [cell for cell in cells() if cell.table == number]
         title = f"Table {number}, {of[0].model}"
-        table = _table(title, "questions", "pair", "win", "loss", "tie", "missing", "win rate, printed", "counts", "adjusted, printed", "counts [95%]", "p", "p, Holm")  # fmt: skip
+        header = ("questions", "pair", "win", "loss", "tie", "missing", "win rate, printed", "counts", "adjusted, printed", "counts [95%]", "p", "p, Holm")  # fmt: skip
+        table = _table(title, *(name for name in header if name not in left_out))
         for cell in of:
             v = cell.rates
-            table.add_row(cell.dataset + ("*" if cell.flags else ""), f"{cell.a} – {cell.b}", str(v.wins), str(v.losses), str(v.ties), str(cell.missing), cell.printed[0],
-                          f"{100 * v.win_rate:.2f}", cell.printed[1], _interval(cell), p_value(v.p_value), p_value(cell.p_holm))  # fmt: skip
+            texts = (cell.dataset + ("*" if cell.flags else ""), f"{cell.a} – {cell.b}", str(v.wins), str(v.losses), str(v.ties), str(cell.missing), cell.printed[0],
+                     f"{100 * v.win_rate:.2f}", cell.printed[1], _interval(cell), p_value(v.p_value), p_value(cell.p_holm))  # fmt: skip
+            table.add_row(*(text for name, text in zip(header, texts, strict=True) if name not in left_out))
         console.print(table)
     console.print(Text("* Contradicted by its counts:" if flags() else "All printed numbers agree with their counts."))
     for flag in flags():

@@ -14,7 +14,14 @@ from salsa_peft.soup.average import Options, check, soup
 from salsa_peft.soup.member_folders import kind_of, local_members, member_names
 from salsa_peft.soup.strategies import STRATEGIES
 from salsa_peft.soup.summary import SoupSummary
-from salsa_peft.utils.console import Parser, progress_bar, say, silence_import_warnings
+from salsa_peft.utils.console import (
+    Parser,
+    complain,
+    no_echo_of_control_characters,
+    progress_bar,
+    say,
+    silence_import_warnings,
+)
 from salsa_peft.utils.errors import SalsaError, require
 
 EPILOG = """members are folders or Hub ids of LoRA adapters of one base, or of full checkpoints of one architecture.
@@ -116,17 +123,18 @@ def run_command(
     warnings, package = DeferredWarnings(logging.WARNING), logging.getLogger("salsa_peft")
     package.addHandler(warnings)
     try:
-        work(args, warnings.show)
+        with no_echo_of_control_characters():
+            work(args, warnings.show)
         warnings.show()
     except (SalsaError, OSError) as error:
         if args.debug or isinstance(error, OSError):
             warnings.show()
         if args.debug:
             raise
-        say(f"{prog}: {error}")
+        complain(f"{prog}: {error}")
         return 2
     except KeyboardInterrupt:
-        say(f"{prog}: interrupted; run the same command again")
+        complain(f"{prog}: interrupted; run the same command again")
         return 130
     finally:
         package.removeHandler(warnings)
@@ -187,7 +195,7 @@ def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        summary = soup(args.out, folders, weights, names=member_names(args.members), progress=progress, **options)
+        summary = soup(args.out, args.members, weights, names=member_names(args.members), progress=progress, **options)
     print_summary(summary)
     print(f"written to {args.out}")
 

@@ -92,7 +92,7 @@ def soup(
     require(bool(members), "members: the list is empty; a soup needs at least one adapter or checkpoint")
     folders = local_members(members)
     kind = kind_of(folders)
-    requested = _requested_weights(weights, len(folders), normalize, kind)
+    requested = requested_weights(weights, len(folders), normalize, kind)
     labels = list(member_names(members) if names is None else names)
     require(len(labels) == len(folders), f"names: {len(labels)} names for {len(folders)} members; give one per member")
     stacked = None if kind == CHECKPOINTS or merge else StackedAdapter.load(folders, labels, same_base=same_base)
@@ -137,7 +137,9 @@ class _Request(NamedTuple):
         return [self.folders[i] for i in used], [self.names[i] for i in used], [weights[i] for i in used]
 
 
-def _requested_weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
+def requested_weights(
+    weights: Sequence[float] | None, members: int, normalize: bool = False, kind: str = ADAPTERS
+) -> list[float]:
     """One weight per member, by default uniform. Raises SalsaError if a weight or the sum is not allowed."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)

@@ -63,7 +63,7 @@ def local(name: Path | str, revision: str | None = None, why: str = "") -> Path:
     """The local folder of a path or Hub id. why: text for the error, such as the file that names the path."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path.resolve() if path.is_symlink() else path  # a run may change the link while the folder is read
     require(
         HUB_ID.match(str(name)) is not None and not path.exists(),
         f"no such folder: {name}{why or '; name a folder, or a Hub id (namespace/name)'}",

@@ -14,7 +14,7 @@ from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import resolve_dtype
 from salsa_peft.models.rewards.quality import between_prompt_share
 from salsa_peft.models.rewards.reward import recipe_reward
-from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, seed_folders
+from salsa_peft.models.stage_context import ProgressBar, StageContext, seed_folders
 from salsa_peft.models.weights import cast_weights
 from salsa_peft.soup.average import soup
 from salsa_peft.training import checkpoints
@@ -92,18 +92,18 @@ def run(job: Job) -> dict[str, Any]:
     prompts = datasets.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
-        ppo_config(context, name, job.folder),
-        prompts,
+        args=ppo_config(context, name, job.folder),
+        train_dataset=prompts,
         references=references,
-        reward=reward,
+        reward_funcs=reward,
         processing_class=context.tokenizer,
         eval_dataset=evaluation_prompts(job),
-        callbacks=[ProgressBar(job.unit.id, job.folder)],
+        callbacks=[ProgressBar(job.unit.id, job.folder, beside_table=True)],
     )
     trainer.guards.between_prompt_share = between_prompt_share(job.inputs)
     trainer.how_to_resume = "the same command continues from it"
     trainer.checkpoints.remedy = checkpoints.start_again(job.unit.id)
-    remove_printer(trainer)
+    trainer.table.name = job.unit.id
     (checkpoint,) = broadcast_object_list(
         [checkpoints.newest_of(job.folder, job.unit.id) if trainer.is_world_process_zero() else None]
     )

@@ -5,6 +5,9 @@
 For adapters, the deltas are averaged, as in a soup. The first sync is exact, because the reference's rank is the sum of
 the soup's and the policy's. Later syncs give the best approximation of that rank; the error is logged. References
 with full weights are float32, since bfloat16 would round small changes away.
+
+A soup of adapters of the policy's model (salsa_peft.soup.attach) is computed again from what its members are now, so
+that a soup with the policy as member follows it, while its other members hold it in place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +38,7 @@ def check(references: Sequence[FrozenReference], policy: Any, name: str | None, 
         own = one.adapter is not None or one.model is not None
         require(own, f"{where}: the base cannot be synced, because the policy uses it too; remove sync_every")
         require(not sharded, f"{where}: sharded weights cannot be synced; remove sync_every")
-        if one.adapter is not None:
+        if one.adapter is not None and one.soup is None:
             list(_layers(policy, str(name), one.adapter))
 
 
@@ -45,14 +48,17 @@ def sync(policy: Any, name: str | None, references: Sequence[FrozenReference], s
     name: the policy's adapter; None for full weights. Returns the largest relative error of the syncs (the share of the
     new delta's norm that is lost), or None if no reference was due.
     """
-    errors = [
-        _sync_adapter(policy, str(name), str(one.adapter), one.mixup_alpha)
-        if one.model is None
-        else _sync_model(causal_lm(policy), one.model, one.mixup_alpha)
-        for one in references
-        if one.sync_every is not None and step % one.sync_every == 0
-    ]
-    return max(errors, default=None)
+    due = (one for one in references if one.sync_every is not None and step % one.sync_every == 0)
+    return max((_sync(policy, name, one) for one in due), default=None)
+
+
+def _sync(policy: Any, name: str | None, one: FrozenReference) -> float:
+    if one.soup is not None:
+        one.soup.refresh()
+        return one.soup.error or 0.0
+    if one.model is not None:
+        return _sync_model(causal_lm(policy), one.model, one.mixup_alpha)
+    return _sync_adapter(policy, str(name), str(one.adapter), one.mixup_alpha)
 
 
 @torch.no_grad()

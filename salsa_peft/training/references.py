@@ -30,6 +30,7 @@ from salsa_peft.models.base import causal_lm
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.stage_context import StageContext, reference_folder, seed_folders
+from salsa_peft.soup.attached import AttachedSoup
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
@@ -52,6 +53,8 @@ class FrozenReference(NamedTuple):
     """Number of updates from one sync to the next (training/reference_sync.py). None: never synced."""
     mixup_alpha: float = 0.1
     """α of a sync: θ_ref ← (1 − α) θ_ref + α θ_policy."""
+    soup: AttachedSoup | None = None
+    """The soup of adapters of the policy's model that `adapter` is, if it is one. A sync renews it instead."""
 
 
 def attach_reference(
@@ -138,15 +141,16 @@ def load_reference(
 
 def as_references(
     model: PeftModel | PreTrainedModel,
-    references: Sequence[str | Path | FrozenReference | PreTrainedModel],
+    references: Sequence[str | Path | FrozenReference | AttachedSoup | PreTrainedModel],
     names: Sequence[str] | None = None,
 ) -> list[FrozenReference]:
     """Convert the references that a library user passes to frozen references of the policy `model`.
 
-    Each may be a model or a checkpoint's folder. With a PeftModel it may also be "base", an attached adapter's name, or
-    an adapter's folder or Hub id; with full weights, also a checkpoint's Hub id. names: names for the adapters attached
-    here. Raises SalsaError for an empty list, for an object that cannot be a reference of the model, and for an adapter
-    whose fingerprint is of a base other than the policy's (without fingerprint, a line is printed).
+    Each may be a model or a checkpoint's folder. With a PeftModel it may also be "base", an attached adapter's name, a
+    soup that `salsa_peft.soup.attach` returned, or an adapter's folder or Hub id; with full weights, also a
+    checkpoint's Hub id. names: names for the adapters attached here. Raises SalsaError for an empty list, for an object
+    that cannot be a reference of the model, and for an adapter whose fingerprint is of a base other than the policy's
+    (without fingerprint, a line is printed).
     """
     given = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
     require(
@@ -163,6 +167,8 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
         known = [None, *model.peft_config] if isinstance(model, PeftModel) else [None]
         require(reference.adapter in known, f"references: the model has no adapter {reference.adapter!r}; attach it")
         return reference
+    if isinstance(reference, AttachedSoup):
+        return soup_reference(model, reference)
     if isinstance(reference, PreTrainedModel):
         return freeze(model, reference, reference.name_or_path or new_name)
     if not isinstance(reference, str | Path):
@@ -208,6 +214,16 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
             name, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
         )
     return freeze(model, loaded.to(model.device), name)
+
+
+def soup_reference(model: Any, soup: AttachedSoup) -> FrozenReference:
+    """Freeze a soup that `salsa_peft.soup.attach` added to the policy's model. With sync_every it follows its members."""
+    require(
+        soup.model is model,
+        f"references: the soup {soup.name!r} is attached to another model than the policy's; attach it to this one",
+    )
+    lora.set_trainable(soup.model, soup.name, False)
+    return FrozenReference(soup.name, soup.name, None, soup.sync_every, soup=soup)
 
 
 def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> FrozenReference:
@@ -280,8 +296,8 @@ def place_frozen_models(
     device: torch.device = args.device  # type: ignore[assignment]
     models = [reference.model for reference in references]
     if args.offload == "none":
-        for model in models:
-            if model is not None:
+        for model in (*models, *(one.frozen_model() for one in reward.components())):
+            if model is not None and next(model.parameters()).device != device:
                 model.to(device)  # type: ignore[arg-type]
         return [contextlib.nullcontext for _ in models]
     scoring = [(one, frozen) for one in reward.components() if (frozen := one.frozen_model()) is not None]

@@ -57,7 +57,10 @@ def run(job: Job) -> dict[str, Any]:
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
         say(f"{job.unit.id}  {describe(metrics)}")
         if (pairs := metrics["accuracy"]["held_out"]["n"]) < FEW_PAIRS:
-            say(f"{job.unit.id}  warning: the accuracy was measured on {pairs} held-out pair{'s' * (pairs > 1)} only")
+            say(
+                f"{job.unit.id}  warning: the accuracy was measured on {pairs} held-out pair{'s' * (pairs > 1)} only",
+                "yellow",
+            )
     return metrics
 
 

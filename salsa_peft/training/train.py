@@ -123,7 +123,7 @@ class Resumable(Trainer):
         if stop.terminated:
             saved = [path.name for path in checkpoints.checkpoints(self.folder)[:1]]
             if main:
-                say(f"{unit}  SIGTERM: the same command goes on from {saved[0] if saved else 'the beginning'}")
+                say(f"{unit}  stopped: the same command goes on from {saved[0] if saved else 'the beginning'}")
             raise SystemExit(128 + signal.SIGTERM)
         return loss
 

@@ -26,8 +26,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.merged import merge_fault, merged_parameters
+from salsa_peft.soup.attached import AttachedSoup
 from salsa_peft.training import reference_sync
-from salsa_peft.training.references import FrozenReference, as_references
+from salsa_peft.training.references import FrozenReference, as_references, soup_reference
 from salsa_peft.utils.errors import require
 
 REF = "ref"
@@ -35,14 +36,14 @@ REF = "ref"
 MERGED_WEIGHTS = "_iter_named_params"
 """The method of TRL's VLLMGeneration that yields the names and weights that are sent to vLLM."""
 TRAINERS = (DPOTrainer, KTOTrainer, RLOOTrainer, GRPOTrainer)
-AnyReference = str | Path | FrozenReference | PreTrainedModel
+AnyReference = str | Path | FrozenReference | AttachedSoup | PreTrainedModel
 
 
 def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]) -> list[FrozenReference]:
     """Set the reference of a TRL trainer. Returns a FrozenReference for each one given.
 
     trainer: a DPOTrainer, KTOTrainer, RLOOTrainer or GRPOTrainer, before `train`. reference: one or a list, as in
-    `references.as_references`: an adapter's folder or Hub id, an attached adapter's name, "base", or with full weights
+    `references.as_references`: an adapter's folder or Hub id, an attached adapter's name or soup, "base", or with full weights
     a checkpoint's folder or Hub id, or a model. The trainer's previous reference is dropped. The trainer's checkpoints
     include a reference that is an adapter (as `ref/`), but not a model.
 
@@ -58,6 +59,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]
     check_trainer(trainer, len(given))
     model = trainer.accelerator.unwrap_model(trainer.model)
+    given = [soup_reference(model, one) if isinstance(one, AttachedSoup) else one for one in given]
     own = str(model.active_adapter) if isinstance(model, PeftModel) else None
     require(
         own is None or own not in [one.adapter if isinstance(one, FrozenReference) else one for one in given],

@@ -1,4 +1,4 @@
-"""The commands' argument parser, messages on standard error, and progress bars. Imports no torch."""
+"""The commands' argument parser, messages on standard error, Ctrl-C, and progress bars. Imports no torch."""
 
 import argparse
 import contextlib
@@ -6,6 +6,8 @@ import io
 import logging
 import os
 import sys
+import textwrap
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -38,9 +40,79 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message).removeprefix('argument ')}; see {self.prog} --help\n")
 
 
-def say(line: str) -> None:
-    """Print a line on standard error and flush it."""
-    print(line, file=sys.stderr, flush=True)
+def say(line: str, style: str = "") -> None:
+    """Print a line on standard error and flush it. On a terminal, it is wrapped between words, and has a style of rich.
+
+    The environment variables NO_COLOR and TERM have the meaning that rich gives them.
+    """
+    print(styled(wrapped(line, sys.stderr), style, sys.stderr), file=sys.stderr, flush=True)
+
+
+def wrapped(line: str, stream: Any, indent: int = 2) -> str:
+    """The line, and if the stream is a terminal, wrapped between words, with `indent` spaces before further lines.
+
+    A word that is longer than a line, such as a path, stays whole.
+    """
+    if not stream.isatty():
+        return line
+    width = columns(stream)
+    if len(line) <= width:
+        return line
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def columns(stream: Any) -> int:
+    """The width of the stream's terminal."""
+    from rich.console import Console
+
+    return Console(file=stream).width
+
+
+def styled(text: str, style: str, stream: Any) -> str:
+    """The text with the escape sequences of a style of rich if the stream is a terminal, else the text itself."""
+    if not (style and stream.isatty()):
+        return text
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=stream)
+    with console.capture() as captured:
+        console.print(Text(text, style=style), soft_wrap=True, end="")
+    return captured.get()
+
+
+def complain(line: str) -> None:
+    """Print an error in red on standard error, on a line of its own: a bar that was interrupted is erased."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[J")  # to the end of the screen
+    say(line, "red")
+
+
+@contextlib.contextmanager
+def no_echo_of_control_characters() -> Iterator[None]:
+    """Context in which the terminal does not print ^C for Ctrl-C, which would break the line of a progress bar.
+
+    Nothing is changed for a process in the background, which the kernel would stop.
+    """
+    import termios
+
+    def in_foreground() -> bool:
+        try:
+            return sys.stdin is not None and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+        except (OSError, ValueError):  # no terminal, another session's terminal, or closed
+            return False
+
+    if not in_foreground():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        if in_foreground():
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def silence_import_warnings() -> None:
@@ -59,6 +131,7 @@ def progress_bar(total: int, description: str, *, interval: float = INTERVAL) ->
     from tqdm import tqdm
     from tqdm.contrib import DummyTqdmFile
 
+    use_thread_lock()
     options: dict[str, Any] = {"total": total, "desc": description, "miniters": 1}
     if not sys.stderr.isatty():
         with tqdm(**options, file=_Lines(), mininterval=interval, delay=interval, position=0, ascii=True) as bar:
@@ -71,6 +144,17 @@ def progress_bar(total: int, description: str, *, interval: float = INTERVAL) ->
         contextlib.redirect_stderr(above),
     ):
         yield bar
+
+
+def use_thread_lock() -> None:
+    """Let tqdm lock with threads only.
+
+    Its default lock is also for several processes: a named semaphore, which a process that is killed leaks.
+    """
+    from tqdm import tqdm
+
+    if "_lock" not in vars(tqdm):
+        tqdm.set_lock(threading.RLock())
 
 
 def _width() -> dict[str, Any]:

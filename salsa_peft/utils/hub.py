@@ -1,20 +1,31 @@
-"""Downloads of Hub repositories, and the errors of the Hub and Transformers as one line each."""
+"""Downloads of Hub repositories, the files to publish, and the errors of the Hub and Transformers as one line each."""
 
 import contextlib
+import json
 import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import read_json
 from salsa_peft.utils.safetensors_io import NO_SAFETENSORS
 
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 """A repository's id on the Hub: NAME or NAMESPACE/NAME."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """The files of a model: weights in safetensors, configuration, tokenizer and chat template."""
+PUBLISHED = (
+    "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
+    "model-*-of-*.safetensors", "model.safetensors.index.json", "fingerprint.json", "soup.json", "metrics.json", "policy.json",
+    "value_head.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+"""Patterns of the file names that are published; no other file of a model's folder is published."""
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{24,}")
 COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 TIMEOUT = 5.0
 """Seconds that a question about a repository's commit may take."""
@@ -112,6 +123,74 @@ def resolve_commits(repositories: Iterable[Repository], *, record: bool) -> dict
         elif record:
             api.resolve_revision(**given)
     return found
+
+
+def model_files(folder: Path, base: str | None) -> dict[str, Path | bytes]:
+    """The files of a trained model to publish: name → path, or bytes for JSON whose local paths are cut.
+
+    base: the base's id on the Hub, which an adapter's config names then. Raises SalsaError if the folder has no weights in
+    safetensors.
+    """
+    there = sorted(path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in PUBLISHED))
+    files: dict[str, Path | bytes] = {path.name: path for path in there}
+    require(
+        any(name.endswith(".safetensors") and name != "value_head.safetensors" for name in files),
+        f"{folder}: has no weights in safetensors, the only format that is published; delete the folder and run again",
+    )
+    for path in there:
+        if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):
+            content = read_json(path)
+            require(isinstance(content, dict), f"{path}: must be a JSON object; delete the file and run again")
+            named = {} if base is None or path.name != "adapter_config.json" else {"base_model_name_or_path": base}
+            clean = without_paths(content | named)
+            if clean != content:
+                files[path.name] = (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def without_paths(value: Any) -> Any:
+    """JSON data with absolute paths replaced by their last part."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def check_secrets(files: dict[str, Path | bytes]) -> None:
+    """Raise SalsaError if a text file contains the Hub token in use, or anything that looks like one."""
+    from huggingface_hub import get_token
+
+    token = (get_token() or "").encode()
+    for name, content in files.items():
+        if name.endswith((".safetensors", ".png")):
+            continue
+        raw = content if isinstance(content, bytes) else content.read_bytes()
+        found = (token and token in raw) or (TOKEN.search(raw) and name != "tokenizer.json")
+        require(
+            not found, f"{name}: contains a token of the Hub; revoke the token, and remove it from the recipe or data"
+        )
+
+
+def licence(base: str, card: Path | None = None, *, online: bool) -> str | None:
+    """The licence in the model card of a base: a local file, or that of its Hub id; None if it is unknown.
+
+    online: whether to ask the Hub if the card is not in the local cache.
+    """
+    from huggingface_hub import metadata_load, model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError
+    from yaml import YAMLError
+
+    cached = try_to_load_from_cache(base, "README.md")
+    path = next((path for path in (card, cached) if isinstance(path, str | Path) and Path(path).is_file()), None)
+    if path is None and not online:
+        return None
+    try:
+        found: Any = model_info(base).card_data if path is None else metadata_load(path)
+    except (HTTPError, OSError, ValueError, YAMLError):  # a push must not fail because of the base's card
+        return None
+    named = None if found is None else found.get("license")
+    return named if isinstance(named, str) else None
 
 
 @contextlib.contextmanager

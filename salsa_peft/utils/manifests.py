@@ -14,6 +14,10 @@ from salsa_peft.utils.fingerprints import canonical_json, sha256
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 """The libraries, besides salsa-peft itself, whose versions are in reports and in most cache keys."""
 MANIFEST = "manifest.json"
+STAGES = "stages"
+"""Folder, in a run's folder, of the results of all stages: stages/<stage>/[<name>/]<key>."""
+RESULTS = "results.json"
+"""File, in a run's folder, that says which results are the current ones: name → {"unit", "folder"}."""
 REPLICATE = re.compile(r"replicate-(0|[1-9]\d*)")
 """Name of the folder of a run's replicate."""
 
@@ -66,9 +70,38 @@ def changed_file(folder: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
+def stages_folder(run: Path) -> Path:
+    """The folder of a run's stages.
+
+    This is the run's folder itself in a run that an earlier version of salsa_peft made, until it is run again.
+    """
+    made = run / STAGES
+    old = not made.is_dir() and any(next(run.glob(f"{depth}/{MANIFEST}"), None) for depth in ("*/*", "*/*/*"))
+    return run if old else made
+
+
+def named_results(run: Path) -> dict[str, tuple[str, Path]]:
+    """Name of each current result, such as seed-0 or report → id of its unit, and its folder (results.json).
+
+    Results that are no longer there are left out. Raises SalsaError if results.json cannot be read.
+    """
+    path = run / RESULTS
+    if not path.is_file():
+        return {}
+    try:
+        rows = {str(name): (str(row["unit"]), run / row["folder"]) for name, row in read_json(path).items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise SalsaError(f"{path}: is damaged; remove the file, and run the recipe again to write it again") from error
+    return {name: (unit, folder) for name, (unit, folder) in rows.items() if folder.is_dir()}
+
+
 def latest_report(run: Path) -> Path | None:
-    """The folder of the most recent finished report; None if there is no finished report."""
-    there = [path for path in run.glob(f"report/*/{MANIFEST}") if read_manifest(path.parent) is not None]
+    """The folder of the run's current report, or else of the most recent finished one; None if there is none."""
+    current = named_results(run).get("report")
+    if current is not None and read_manifest(current[1]) is not None:
+        return current[1]
+    found = stages_folder(run).glob(f"report/*/{MANIFEST}")
+    there = [path for path in found if read_manifest(path.parent) is not None]
     return max(there, key=lambda path: path.stat().st_mtime_ns).parent if there else None
 
 
@@ -96,7 +129,7 @@ def finished_results(run: Path) -> dict[str, Path]:
         raise SalsaError(f"{run}: this run has no finished report; {again}")
     folders = {}
     for unit, wanted in (read_manifest(report) or {"inputs": {}})["inputs"].items():
-        places = [path.parent for path in sorted(run.glob(f"{unit}/*/{MANIFEST}"))]
+        places = [path.parent for path in sorted(stages_folder(run).glob(f"{unit}/*/{MANIFEST}"))]
         fits = [place for place in places if content_digest(read_manifest(place) or {"files": {}}) == wanted]
         if not fits:
             raise SalsaError(f"{run}: the result of {unit} that the report was made from is missing; {again}")

@@ -20,6 +20,9 @@ BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at 
           "less_than_equal": ("le", "at most")}  # fmt: skip
 """pydantic's error type → the name of the bound in the error's context, and the comparison as text."""
 
+IS_REQUIRED = "is required; add it"
+"""Message about a key without a default that is missing."""
+
 
 def short(value: Any) -> str:
     """The repr of a value; a repr of more than 60 characters is cut to 58."""
@@ -67,7 +70,9 @@ def one_line(message: object) -> str:
 
 def did_you_mean(found: str, known: list[str], what: str = "known keys") -> str:
     """Suggestion of the known name nearest to `found`, or else a list of all known names or of the 30 nearest."""
-    close = difflib.get_close_matches(found, known, n=1, cutoff=0.6)
+    spelled = {name.lower(): name for name in known} | {name: name for name in known}
+    close = [spelled[name] for name in difflib.get_close_matches(found, spelled, n=1, cutoff=0.6)]
+    close = close or [spelled[name] for name in difflib.get_close_matches(found.lower(), spelled, n=1, cutoff=0.6)]
     names = known if len(known) <= 30 else difflib.get_close_matches(found, known, n=len(known), cutoff=0.0)
     return f"did you mean {close[0]}?" if close else f"{what}: {listed(names, 30) or 'none'}"
 
@@ -83,7 +88,7 @@ def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
             key += f".{part}" if key else part
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return key, "is required; add it"
+        return key, IS_REQUIRED
     if kind == "own_message":
         return key, error["msg"]
     found = describe(value) if value is None or isinstance(value, bool) else short(value)
@@ -98,7 +103,7 @@ def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
         return key, f"must have at least {context['min_length']} entry, not {found}"
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", context["expected"])
-        close = difflib.get_close_matches(str(value), known, n=1)
+        close = difflib.get_close_matches(str(value).lower(), known, n=1)
         words = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
         return key, f"must be {words}, not {found}" + (f"; did you mean {close[0]}?" if close else "")
     return key or "recipe", f"{found} is not valid: {one_line(error['msg'])}"

@@ -102,7 +102,12 @@ def run(model: str, arm: str, replicate: int, tokens: int, updates: int) -> dict
         )  # fmt: skip
         prompts = [{"prompt": start} for start in STARTS * 40]
         trainer = SalsaPPOTrainer(
-            policy, config, prompts, references=["base"], reward=reward, processing_class=tokenizer
+            policy,
+            args=config,
+            train_dataset=prompts,
+            references=["base"],
+            reward_funcs=reward,
+            processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
         begun = time.process_time()

@@ -141,7 +141,7 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
     )  # fmt: skip
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     trainer = SalsaPPOTrainer(
-        model, args, rows, references=[made["soup"]], reward=made["reward"], processing_class=tokenizer, callbacks=[Watch()]
+        model, args=args, train_dataset=rows, references=[made["soup"]], reward_funcs=made["reward"], processing_class=tokenizer, callbacks=[Watch()]
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -144,7 +144,9 @@ def make_trainer(args: argparse.Namespace, output: str) -> Any:
         max_steps=args.updates * MINIBATCHES * EPOCHS, seed=0,
     )  # fmt: skip
     data = [{"input_ids": ids} for ids in prompt_ids(tokenizer, LENGTHS[args.lengths], BATCH)]
-    return SalsaPPOTrainer(policy, config, data, references=references, reward=reward, processing_class=tokenizer)
+    return SalsaPPOTrainer(
+        policy, args=config, train_dataset=data, references=references, reward_funcs=reward, processing_class=tokenizer
+    )
 
 
 def operator_times(meter: Any) -> Any:

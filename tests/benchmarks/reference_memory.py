@@ -55,7 +55,9 @@ def measure(folder: str, references: int, updates: int) -> dict[str, float]:
             output_dir=scratch, batch_size=16, num_mini_batches=2, num_ppo_epochs=1, num_train_epochs=1, max_new_tokens=48,
             min_new_tokens=47, report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        trainer = SalsaPPOTrainer(model, args, rows, references=names, reward=reward, processing_class=tokenizer)
+        trainer = SalsaPPOTrainer(
+            model, args=args, train_dataset=rows, references=names, reward_funcs=reward, processing_class=tokenizer
+        )
         start = time.perf_counter()
         trainer.train()
     seconds = (time.perf_counter() - start) / updates

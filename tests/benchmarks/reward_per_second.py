@@ -218,8 +218,8 @@ def ours(setup: Setup, **options: Any) -> Any:
         guards={"collapse": "warn"}, **options,
     )  # fmt: skip
     return SalsaPPOTrainer(
-        get_peft_model(*setup.policy.values()), args, [{"input_ids": ids} for ids in setup.tokens],
-        references=["base"], reward=setup.reward, processing_class=setup.tokenizer,
+        get_peft_model(*setup.policy.values()), args=args, train_dataset=[{"input_ids": ids} for ids in setup.tokens],
+        references=["base"], reward_funcs=setup.reward, processing_class=setup.tokenizer,
     )  # fmt: skip
 
 

@@ -46,10 +46,10 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def said(load, *overrides: str, **options: Any) -> str:
     with pytest.raises(SalsaError) as caught:
         load(*overrides, **options)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert len(line) < 900
-    return line
+    for line in caught.value.problems:
+        assert "\n" not in line
+        assert len(line) < 900
+    return str(caught.value)
 
 
 def test_layers_in_their_order(load):
@@ -91,7 +91,7 @@ REFUSED = [
     ("ppo.learning_rate=fast", ["--set: ppo.learning_rate: must be a number, not 'fast'"]),
     ("ppo.learning_rat=1e-6", ["ppo.learning_rat: unknown key", "did you mean learning_rate?"]),
     ("polices.x=1", ["polices: unknown key", "did you mean policies?"]),
-    ("adapter.rank=3", ["adapter.rank: unknown key", "r, lora_alpha"]),
+    ("adapter.rank=3", ["adapter.rank: unknown key; did you mean r?"]),
     (
         "adapter.use_dora=true",
         [
@@ -321,16 +321,15 @@ def test_one_seed_that_is_taken_needs_no_brackets(load, tmp_path):
 
 def test_the_layer_that_said_it_is_named(load):
     assert said(load, text=RECIPE + "ppo: {learning_rate: fast}\n", lora=None).startswith(
-        "tiny.yaml: ppo.learning_rate: must be a number, not 'fast'"
+        "tiny.yaml: line 7: ppo.learning_rate: must be a number, not 'fast'"
     )
     assert said(load, text=RECIPE + "lora: {ppo: {learning_rate: fast}}\n").startswith(
-        "tiny.yaml: lora: ppo.learning_rate: must be a number, not 'fast'"
+        "tiny.yaml: line 7: lora: ppo.learning_rate: must be a number, not 'fast'"
     )
     assert said(load, text=RECIPE + "lora: {ppo: {lr: 1}}\n", lora=None).startswith(
-        "tiny.yaml: lora: ppo.lr: unknown key"
+        "tiny.yaml: line 7: lora: ppo.lr: unknown key; did you mean learning_rate?"
     )
     assert said(load, text=RECIPE + "lora: 3\n").startswith("tiny.yaml: lora: must be a mapping of settings, not 3")
-    assert "(and 1 more)" in said(load, "ppo.learning_rate=fast", "sft.learning_rate=fast")
 
 
 def test_what_a_rollout_backend_cannot_do_is_refused(load):

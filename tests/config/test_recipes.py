@@ -193,5 +193,5 @@ def test_a_7b_recipes_dry_run_takes_two_seconds_and_no_torch(mode: list[str], tm
     words = [sys.executable, "-c", script, "llama2_full", *mode, "--dry-run", "--output-dir", str(tmp_path / "run")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 4  # 2 on a machine of its own: README, Measured
+    assert time.perf_counter() - start < 4  # 2 on a machine of its own
     assert "ppo/salsa" in done.stdout and not (tmp_path / "run").exists()

@@ -121,7 +121,7 @@ def test_the_recipe_as_it_ran_has_policies_and_no_sweep(load: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("sweep", "line"),
     [
-        ("{alhpa: {values: [1]}}", "s.yaml: sweep.alhpa: unknown sweep; did you mean alpha?"),
+        ("{alhpa: {values: [1]}}", "s.yaml: line 6: sweep.alhpa: unknown sweep; did you mean alpha?"),
         ("{alpha: {value: [1]}}", "sweep.alpha.value: unknown key; did you mean values?"),
         ("{alpha: [1]}", "sweep.alpha: must be a mapping {values: […]}, not [1]"),
         ("{alpha: {}}", "sweep.alpha.values: is required; give a list of numbers"),

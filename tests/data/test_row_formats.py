@@ -547,9 +547,9 @@ class TestBeforeAStageBegins:
         assert salsa_run([*words, "--dry-run"]) == 0, "a plan fetches nothing"
 
 
-def test_readme_names_the_columns_in_their_order() -> None:
-    """Each kind of data has one row of README's table, with every column that is read."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_page_names_the_columns_in_their_order() -> None:
+    """Each kind of data has one row of the table in docs/data.md, with every column that is read."""
+    lines = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
     table = {
         kind: next(line for line in lines if line.startswith(f"| `data.{kind}`"))
         for kind in ("demonstrations", "preferences", "prompts")

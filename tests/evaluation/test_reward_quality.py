@@ -157,7 +157,9 @@ def test_centring_keeps_scores_near_zero(tmp_path: Path) -> None:
     sums = {}
     for coefficient in (None, 1.0):
         command(tmp_path / "run", "lora", "toy,data,sft,reward", **{"reward.center_rewards_coefficient": coefficient, "reward.num_train_epochs": 6, "reward.learning_rate": 5e-3})  # fmt: skip
-        made = max((tmp_path / "run" / "reward").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
+        made = max(
+            (tmp_path / "run" / "stages" / "reward").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime_ns
+        )
         spread = read(made)["spread"]["held_out"]
         sums[coefficient] = spread["score_mean"] ** 2 + spread["score_sd"] ** 2
     assert sums[1.0] < 0.5 * sums[None]

@@ -24,6 +24,7 @@ from unittest import mock
 from bundled_recipes import NEEDED
 
 from salsa_peft.config import yaml as yaml_text
+from salsa_peft.config.keys.problems import MOST
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import run as recipe
@@ -658,13 +659,14 @@ def wrong(bad: Bad, folder: Path, before: list[tuple[str, int]]) -> tuple[str | 
     seconds = time.process_time() - start
     err.flush()
     said = err.buffer.getvalue().decode()  # type: ignore[attr-defined]
-    line = said.removesuffix("\n")
+    lines = said.removesuffix("\n").split("\n")
     (folder / "bad.yaml").unlink()
     for fault, why in (
         (code != 2, f"its code was {code}"),
-        (not line.strip() or not said.endswith("\n"), "it said nothing"),
-        (not line.isprintable(), "it said more than one line"),
-        (len(line) > LONGEST, f"its line has {len(line)} characters"),
+        (not all(map(str.strip, lines)) or not said.endswith("\n"), "it said nothing, or an empty line"),
+        (not all(map(str.isprintable, lines)), "a line is not printable"),
+        (max(map(len, lines)) > LONGEST, f"its longest line has {max(map(len, lines))} characters"),
+        (len(lines) > MOST + 1, f"it said {len(lines)} lines"),
         ("Traceback" in said, "a trace"),
         (out.getvalue() != "", "it said something on standard output"),
         (seconds > SECONDS, f"it took {seconds:.1f} s"),

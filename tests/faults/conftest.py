@@ -1,4 +1,4 @@
-"""Faults and bad input. The run ends with a table: fault, tries, survived, and what was measured; README's is this one."""
+"""Faults and bad input. The run ends with a table: fault, tries, survived, and what was measured; docs/faults.md has this one."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def trainer_of(model: Any, tokenizer: Any, folder: Path, references: list[Any], 
         "bf16": False, "save_strategy": "no", "disable_tqdm": True,
     }  # fmt: skip
     return SalsaPPOTrainer(
-        model, SalsaPPOConfig(output_dir=str(folder), **(settings | options)), PROMPTS, references=references,
-        reward=length_reward, processing_class=tokenizer,
+        model, args=SalsaPPOConfig(output_dir=str(folder), **(settings | options)), train_dataset=PROMPTS, references=references,
+        reward_funcs=length_reward, processing_class=tokenizer,
     )  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def test_every_file_of_a_finished_run_by_every_damage(go: Any, damage: str, tall
     assert go()[:2] == (0, UNITS)
     expected = contents(RUN)
     for unit, name in FILES:
-        [place] = [path.parent for path in RUN.glob(f"{unit}/*/{MANIFEST}")]
+        [place] = [path.parent for path in (RUN / "stages").glob(f"{unit}/*/{MANIFEST}")]
         DAMAGES[damage](place / name)
         why = "missing" if damage in ("missing", "folder") else "changed"
         first = (
@@ -184,7 +184,7 @@ def test_a_manifest_that_is_none(go: Any, damage: str) -> None:
     """The unit counts as unfinished and is made again, to the same bytes; so nothing that hangs on it is."""
     go()
     expected = contents(RUN)
-    [path] = RUN.glob("soup/*/manifest.json")
+    [path] = (RUN / "stages").glob("soup/*/manifest.json")
     if damage in MANIFESTS:
         path.write_text(json.dumps(MANIFESTS[damage]))
     else:
@@ -212,7 +212,7 @@ def test_a_manifest_that_was_edited(go: Any, edit: Callable[[Any], object], said
     """What it says must be so."""
     go()
     expected = contents(RUN)
-    [path] = RUN.glob("soup/*/manifest.json")
+    [path] = (RUN / "stages").glob("soup/*/manifest.json")
     found = json.loads(path.read_text())
     edit(found)
     path.write_text(json.dumps(found))
@@ -250,7 +250,7 @@ def test_a_folder_in_a_files_place_is_named(go: Any, name: str) -> None:
 def test_what_an_unfinished_policy_was_begun_from(go: Any, damage: str) -> None:
     """begun.json that can't be read or says something else: nothing in its folder is gone on with."""
     go()
-    [place] = [path.parent for path in RUN.glob("ppo/salsa/*/manifest.json")]
+    [place] = [path.parent for path in (RUN / "stages").glob("ppo/salsa/*/manifest.json")]
     expected = contents(RUN)
     for damaged in (False, True):
         (place / "manifest.json").unlink()

@@ -317,10 +317,10 @@ class TestACommand:
             "if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={sys.argv[1]}k', 'none', 'disk']).returncode: sys.exit(77)\n"
             "first = subprocess.run(sys.argv[2:], stderr=subprocess.PIPE, text=True)\n"
             "print(first.returncode, first.stderr.count('Traceback'), 'the disk is full' in first.stderr or 'free on' in first.stderr, flush=True)\n"
-            "done = len(list(Path('disk/run').glob('*/**/manifest.json')))\n"
+            "done = len(list(Path('disk/run/stages').glob('**/manifest.json')))\n"
             "subprocess.run(['mount', '-o', 'remount,size=200m', 'disk'], check=True)\n"
             "again = subprocess.run(sys.argv[2:], stderr=subprocess.PIPE, text=True)\n"
-            "print(again.returncode, again.stderr.count('cached') >= done, len(list(Path('disk/run').glob('*/**/manifest.json'))), flush=True)\n"
+            "print(again.returncode, again.stderr.count('cached') >= done, len(list(Path('disk/run/stages').glob('**/manifest.json'))), flush=True)\n"
         )
         sizes = (40, 300, 420)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -37,7 +37,8 @@ SMALL = {
 SAVES = (
     "**/.partial", "**/checkpoint-1", "**/checkpoint-3", "toy/*/base/*", "sft/seed-1/*/*.safetensors", "reward/*/*", "soup/*/*",
     "dpo/dpo/*/*", "ppo/salsa/*/rollout*", "ppo/moving/*/*", "landscape/*/*", "evaluate/*/*", "judge/*/*", "report/*/*", "hub/*/*",
-    "ppo/salsa/*/manifest.json", "sft/seed-0/*/manifest.json", "logs", "report.html", "*/*/.manifest*",
+    "ppo/salsa/*/manifest.json", "sft/seed-0/*/manifest.json", "../logs", "../report.html", "*/*/.manifest*",
+    "../results.json", "../seed-0", "../salsa", "../figures/*",
 )  # fmt: skip
 """What is looked for: the moment that it appears is in a save, or between two stages."""
 TIMES = ("seconds", "peak_mb")
@@ -109,7 +110,7 @@ def stop(process: subprocess.Popen[str], trial: Trial) -> None:
 
 def wait_for(trial: Trial, process: subprocess.Popen[str], folder: Path) -> bool:
     """Until the trial's moment → whether the run is still on its way."""
-    while trial.save is not None and process.poll() is None and not any(folder.glob(trial.save)):
+    while trial.save is not None and process.poll() is None and not any((folder / "stages").glob(trial.save)):
         time.sleep(0.002)
     end = time.monotonic() + trial.after
     while time.monotonic() < end and process.poll() is None:
@@ -119,7 +120,7 @@ def wait_for(trial: Trial, process: subprocess.Popen[str], folder: Path) -> bool
 
 def left(folder: Path) -> dict[str, Any]:
     """What a finished run has: its summary without times, and the hashes of everything that no time is in."""
-    (report,) = folder.glob("report/*/summary.json")
+    (report,) = folder.glob("stages/report/*/summary.json")
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
@@ -127,7 +128,7 @@ def left(folder: Path) -> dict[str, Any]:
         return [timeless(entry) for entry in value] if isinstance(value, list) else value
 
     hashes = {}
-    for manifest in sorted(folder.glob("*/**/manifest.json")):
+    for manifest in sorted(folder.glob("stages/**/manifest.json")):
         found = json.loads(manifest.read_text())
         assert not list(manifest.parent.glob("checkpoint-*")) and not (manifest.parent / "begun.json").exists()
         for name, entry in found["files"].items():
@@ -231,7 +232,7 @@ class TestTrainingStages:
 
     def saved(self, folder: Path, name: str) -> set[str]:
         """Names of a unit's checkpoints, those of a reward model's members with the member's."""
-        found = [*folder.glob(f"{name}/*/checkpoint-*"), *folder.glob(f"{name}/*/seed-*/checkpoint-*")]
+        found = [*folder.glob(f"stages/{name}/*/checkpoint-*"), *folder.glob(f"stages/{name}/*/seed-*/checkpoint-*")]
         return {f"{path.parent.name}/{path.name}" for path in found}
 
     def killed(self, folder: Path, name: str, whom: str, after: float) -> str | None:
@@ -255,7 +256,7 @@ class TestTrainingStages:
         said = whole.communicate(timeout=1200)[1]
         assert whole.returncode == 0, said[-3000:]
         for name in ("sft/seed-0", "reward", "dpo/dpo"):
-            (place,) = (path.parent for path in folder.glob(f"{name}/*/manifest.json"))
+            (place,) = (path.parent for path in folder.glob(f"stages/{name}/*/manifest.json"))
             expected = self.left(place)
             place.rename(aside)
             whom = ("command", "group", "stage")
@@ -284,7 +285,7 @@ def fake(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 def results(folder: Path) -> dict[str, str]:
     """Unit → what it left."""
-    files = (folder / "runs" / "x-lora").glob("*/**/result.txt")
+    files = (folder / "runs" / "x-lora" / "stages").glob("**/result.txt")
     return dict(line.split() for line in (file.read_text() for file in files))
 
 
@@ -315,7 +316,7 @@ def test_the_run_folder_at_random_moments(tmp_path: Path, tally: Any) -> None:
 def test_a_kill_between_the_manifest_and_tidying_up(tmp_path: Path) -> None:
     """The unit is finished; the checkpoints that it needed on the way, which can be as large as all else, go when the command is run again."""
     assert fake(tmp_path).wait(60) == 0
-    (unit,) = (tmp_path / "runs" / "x-lora" / "ppo" / "salsa").iterdir()
+    (unit,) = (tmp_path / "runs" / "x-lora" / "stages" / "ppo" / "salsa").iterdir()
     (unit / "checkpoint-15").mkdir()
     (unit / "checkpoint-15" / "optimizer.pt").write_bytes(b"large")
     (unit / "begun.json").write_text("{}")

@@ -307,7 +307,7 @@ class TestStages:
             "sft/seed-0 … starting again with sft.micro_batch_size 8 (was 16); the global batch stays the same",
             "sft/seed-0 … starting again with sft.micro_batch_size 4 (was 8); the global batch stays the same",
         ]
-        (manifest,) = (tmp_path / "run" / "sft" / "seed-0").glob("*/manifest.json")
+        (manifest,) = (tmp_path / "run" / "stages" / "sft" / "seed-0").glob("*/manifest.json")
         assert json.loads(manifest.read_text())["halved"] == {"sft.micro_batch_size": 4}
         code, said = go(4, 16)
         assert code == 0 and "sft/seed-0 … cached" in said

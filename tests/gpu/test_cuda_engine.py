@@ -101,7 +101,12 @@ def test_a_bf16_base_holds_float32_adapters(
     args = SalsaPPOConfig(output_dir=str(tmp_path / "run"), batch_size=8, num_ppo_epochs=1, max_new_tokens=7, learning_rate=1e-3, max_steps=2,
                           bf16=True, report_to="none", save_strategy="no", disable_tqdm=True, **on_gpu)  # fmt: skip
     trainer = SalsaPPOTrainer(
-        model, args, PROMPTS, references=["soup", "base"], reward=length_reward, processing_class=tokenizer
+        model,
+        args=args,
+        train_dataset=PROMPTS,
+        references=["soup", "base"],
+        reward_funcs=length_reward,
+        processing_class=tokenizer,
     )
     before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
     trainer.train()
@@ -207,7 +212,12 @@ def test_vllm(make_base: Any, make_adapter: Any, tokenizer: Any, on_gpu: dict[st
                           save_strategy="no", disable_tqdm=True, rollout_backend="vllm", max_prompt_length=16,
                           rollout_options={"gpu_memory_utilization": 0.1}, **on_gpu)  # fmt: skip
     trainer = SalsaPPOTrainer(
-        model, args, PROMPTS, references=["soup"], reward=length_reward, processing_class=tokenizer
+        model,
+        args=args,
+        train_dataset=PROMPTS,
+        references=["soup"],
+        reward_funcs=length_reward,
+        processing_class=tokenizer,
     )
     trainer.train()
     assert trainer.ppo.update == 2 and figures(tmp_path / "run")[0]["val/ratio"] == pytest.approx(1, abs=1e-3)
@@ -368,7 +378,12 @@ def test_four_bits_train_adapters_and_no_base(
                               num_train_epochs=2, report_to="none", disable_tqdm=True, gradient_checkpointing=True, save_steps=1,
                               bf16=True, optim=optimizer, **on_gpu, **options)  # fmt: skip
         return SalsaPPOTrainer(
-            model, args, PROMPTS, references=["soup", "base"], reward=length_reward, processing_class=tokenizer
+            model,
+            args=args,
+            train_dataset=PROMPTS,
+            references=["soup", "base"],
+            reward_funcs=length_reward,
+            processing_class=tokenizer,
         )
 
     def frozen(of: SalsaPPOTrainer) -> dict[str, torch.Tensor]:

@@ -60,7 +60,12 @@ def test_three_references_are_thin(
         args = SalsaPPOConfig(output_dir=str(tmp_path / str(count)), batch_size=8, max_new_tokens=7, max_steps=4, report_to="none",
                               save_strategy="no", disable_tqdm=True, **on_gpu)  # fmt: skip
         trainer = SalsaPPOTrainer(
-            model, args, PROMPTS, references=names, reward=length_reward, processing_class=tokenizer
+            model,
+            args=args,
+            train_dataset=PROMPTS,
+            references=names,
+            reward_funcs=length_reward,
+            processing_class=tokenizer,
         )
         trainer.train()
         peaks.append(card.peak() - before)

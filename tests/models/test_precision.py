@@ -76,8 +76,8 @@ def make_full(make_base: Any, tokenizer: Any, tmp_path: Path) -> Any:
         }  # fmt: skip
         args = SalsaPPOConfig(output_dir=str(tmp_path / name), **(settings | options))
         return SalsaPPOTrainer(
-            make_base(**wide).to(dtype), args, PROMPTS, references=[make_base(seed=1, **wide).to(dtype)],
-            reward=length_reward, processing_class=tokenizer,
+            make_base(**wide).to(dtype), args=args, train_dataset=PROMPTS, references=[make_base(seed=1, **wide).to(dtype)],
+            reward_funcs=length_reward, processing_class=tokenizer,
         )  # fmt: skip
 
     return make

@@ -108,7 +108,12 @@ def test_ppo_evaluation_landscape_and_measures_compute_the_same_numbers(
     prompts = [{"input_ids": list(range(5 + row, 12 + row))} for row in range(ROWS)]
     reward = AdapterReward(model, tmp_path / "reward")
     trainer = SalsaPPOTrainer(
-        model, config, prompts, references=["base"], reward=reward, processing_class=context.tokenizer
+        model,
+        args=config,
+        train_dataset=prompts,
+        references=["base"],
+        reward_funcs=reward,
+        processing_class=context.tokenizer,
     )
     rollout = roll_out(trainer, ROWS)
     given = rollout.responses
@@ -147,7 +152,7 @@ def test_trained_full_weights_compute_what_frozen_ones_do(
     assert {weight.dtype for weight in policy.parameters()} == {precision.PRECISIONS[chosen].weights}
     prompts = [{"input_ids": list(range(5 + row, 12 + row))} for row in range(ROWS)]
     trainer = SalsaPPOTrainer(
-        policy, ppo_config(context, "ppo", tmp_path / "run"), prompts, references=[reference], reward=length_reward, processing_class=context.tokenizer
+        policy, args=ppo_config(context, "ppo", tmp_path / "run"), train_dataset=prompts, references=[reference], reward_funcs=length_reward, processing_class=context.tokenizer
     )  # fmt: skip
     rollout = roll_out(trainer, ROWS)
     assert rollout.kl.abs().max() == 0

@@ -59,7 +59,7 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def manifest(unit: str) -> dict:
-    [path] = Path("runs/tiny-lora").glob(f"{unit}/*/manifest.json")
+    [path] = Path("runs/tiny-lora/stages").glob(f"{unit}/*/manifest.json")
     return json.loads(path.read_text())
 
 
@@ -126,7 +126,7 @@ def test_a_stage_reads_models_at_the_recipes_revisions(go):
 
 def test_damage_is_named_and_redone(go):
     go()
-    [file] = Path("runs/tiny-lora").glob("soup/*/deeper/more.bin")
+    [file] = Path("runs/tiny-lora/stages").glob("soup/*/deeper/more.bin")
     file.write_bytes(b"1235")
     code, made, err = go()
     assert code == 0
@@ -134,7 +134,7 @@ def test_damage_is_named_and_redone(go):
     assert "soup … changed: deeper/more.bin" in err
     file.unlink()
     assert "soup … missing: deeper/more.bin" in go()[2]
-    [path] = Path("runs/tiny-lora").glob("soup/*/manifest.json")
+    [path] = Path("runs/tiny-lora/stages").glob("soup/*/manifest.json")
     path.write_text('{"files": 3}')
     assert "soup … unfinished" in go()[2]
     assert go()[1] == []
@@ -142,7 +142,7 @@ def test_damage_is_named_and_redone(go):
 
 def test_an_input_made_anew_by_another_run_is_noticed(go):
     go()
-    [file] = Path("runs/tiny-lora").glob("soup/*/manifest.json")
+    [file] = Path("runs/tiny-lora/stages").glob("soup/*/manifest.json")
     text = json.loads(file.read_text())
     text["files"]["deeper/more.bin"] = {"size": 4, "sha256": sha256(file)}
     file.write_text(json.dumps(text))
@@ -213,12 +213,12 @@ def test_debug_shows_the_trace(go):
 def test_prune(go):
     go()
     go("--set", "sft.learning_rate=1e-3", "--set", "policies.abcdef012345={reference: base}")
-    assert len(list(Path("runs/tiny-lora").glob("sft/*/*"))) == 4
+    assert len(list(Path("runs/tiny-lora/stages").glob("sft/*/*"))) == 4
     go("--set", "policies.abcdef012345={reference: base}", "--prune")
-    assert len(list(Path("runs/tiny-lora").glob("sft/*/*"))) == 2
+    assert len(list(Path("runs/tiny-lora/stages").glob("sft/*/*"))) == 2
     assert go("--set", "policies.abcdef012345={reference: base}")[1] == []
     go("--prune")
-    assert not list(Path("runs/tiny-lora").glob("ppo/abcdef012345/*"))
+    assert not list(Path("runs/tiny-lora/stages").glob("ppo/abcdef012345/*"))
     assert go()[1] == []
 
 
@@ -246,7 +246,7 @@ def test_standard_output_is_the_reports_path(tmp_path):
     assert process.returncode == 0
     assert path.endswith("/report.html")
     assert Path(path) == tmp_path / "runs/tiny-lora/report.html"
-    assert Path(path).read_text() == next((tmp_path / "runs/tiny-lora/report").glob("*/report.html")).read_text()
+    assert Path(path).read_text() == next((tmp_path / "runs/tiny-lora/stages/report").glob("*/report.html")).read_text()
     assert "noise" in err
 
 

@@ -77,11 +77,12 @@ def test_what_is_published_is_somebody_s_seeds_reward_and_reference(tmp_path: Pa
         told = json.loads((seed.parent / "metrics.json").read_text())
         assert told == {"from": "tester/r-seed-0", "commit": server.repos["tester/r-seed-0"].commits[-1].sha}
         weights = [
-            next(run.glob(f"ppo/{name}/*/adapter_model.safetensors")).read_bytes() for name in ("salsa", "theirs")
+            next(run.glob(f"stages/ppo/{name}/*/adapter_model.safetensors")).read_bytes()
+            for name in ("salsa", "theirs")
         ]
         assert weights[0] == weights[1] != seed.read_bytes()
         first = [
-            json.loads(next(run.glob(f"ppo/{name}/*/metrics.jsonl")).read_text().splitlines()[0])
+            json.loads(next(run.glob(f"stages/ppo/{name}/*/metrics.jsonl")).read_text().splitlines()[0])
             for name in ("salsa", "theirs")
         ]
         assert first[0]["objective/kl"] == first[1]["objective/kl"] != 0

@@ -51,7 +51,7 @@ def pids(folder: Path) -> list[int]:
     """Of both processes, once they wait; and of the launcher above them."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        files = list(folder.glob("runs/tiny-lora/sft/seed-0/*/waits-*"))
+        files = list(folder.glob("runs/tiny-lora/stages/sft/seed-0/*/waits-*"))
         if len(files) == 2:
             found = [int(file.read_text()) for file in files]
             above = Path(f"/proc/{found[0]}/stat").read_text().rsplit(")", 1)[1].split()[1]
@@ -111,7 +111,7 @@ def test_a_signal_reaches_both_which_may_save(tmp_path: Path, number: int, code:
     assert process.wait(30) == code
     assert all(gone(pid) for pid in there)
     assert process.stderr is not None and process.stderr.read().endswith("run the same command again to continue\n")
-    assert len(list(tmp_path.glob("runs/tiny-lora/sft/seed-0/*/saved-*"))) == 2
+    assert len(list(tmp_path.glob("runs/tiny-lora/stages/sft/seed-0/*/saved-*"))) == 2
     assert list((tmp_path / "runs" / "tiny-lora" / "logs").iterdir()) == []
 
 

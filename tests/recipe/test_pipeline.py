@@ -84,10 +84,10 @@ def test_every_stage_left_what_it_should(run: Path) -> None:
 def test_soups_whose_weights_are_found(run: Path, sets: dict[str, Any]) -> None:
     """From the seeds of the run, in a folder of its own; the run's own soup stays."""
     words = [word for key, value in sets.items() for word in ("--set", f"soup.{key}={json.dumps(value)}")]
-    before = {path.parent for path in (run / "soup").glob("*/manifest.json")}
+    before = {path.parent for path in (run / "stages" / "soup").glob("*/manifest.json")}
     done = command(run, *words, "--stages", "soup")
     assert done.returncode == 0, done.stderr[-3000:]
-    (made,) = {path.parent for path in (run / "soup").glob("*/manifest.json")} - before
+    (made,) = {path.parent for path in (run / "stages" / "soup").glob("*/manifest.json")} - before
     found = read(made / "soup.json")
     shutil.rmtree(made)
     assert found["strategy"] == sets["strategy"] and sum(found["weights"]) == pytest.approx(1)
@@ -105,10 +105,10 @@ def test_a_reward_of_two_seeds_is_their_soup(run: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    before = {path.parent for path in (run / "reward").glob("*/manifest.json")}
+    before = {path.parent for path in (run / "stages" / "reward").glob("*/manifest.json")}
     done = command(run, "--set", "reward.seeds=[0, 1]", "--stages", "reward")
     assert done.returncode == 0, done.stderr[-3000:]
-    (made,) = {path.parent for path in (run / "reward").glob("*/manifest.json")} - before
+    (made,) = {path.parent for path in (run / "stages" / "reward").glob("*/manifest.json")} - before
     figures = read(made / "metrics.json")
     assert [member["seed"] for member in figures["members"]] == [0, 1]
     assert figures["accuracy"]["held_out"]["n"] == figures["members"][0]["accuracy"]["held_out"]["n"]
@@ -352,11 +352,11 @@ def test_a_policy_that_was_killed_goes_on_and_ends_the_same(run: Path, tmp_path:
         shutil.rmtree(unit(folder, name))
     often = ("--set", "ppo.save_steps=1", "--stages", "ppo")
     process = start(folder, *often)
-    until(process, folder, "ppo/salsa/*/checkpoint-2")
+    until(process, folder, "stages/ppo/salsa/*/checkpoint-2")
     process.kill()
     process.communicate()
     process = start(folder, *often)
-    until(process, folder, "ppo/mkl/*/checkpoint-1")
+    until(process, folder, "stages/ppo/mkl/*/checkpoint-1")
     process.terminate()
     said = process.communicate()[1]
     assert (

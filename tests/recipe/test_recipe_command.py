@@ -125,6 +125,24 @@ def test_lora_never_swallows_the_recipe(words, preset, path):
 
 
 @pytest.mark.parametrize(
+    ("words", "sets"),
+    [
+        ("tiny.yaml --set a=1 b=2", ["a=1", "b=2"]),
+        ("tiny.yaml --set a=1 --set b=2 c=3 --lora", ["a=1", "b=2", "c=3"]),
+        ("--set a=1 b=2 tiny.yaml --lora --set c=3", ["a=1", "b=2", "c=3"]),
+        ("--set a=1 tiny.yaml b=2", ["a=1", "b=2"]),
+        ("--lora --set a=1 b=2 tiny.yaml", ["a=1", "b=2"]),
+        ("--set=a=1 tiny.yaml --set=b=", ["a=1", "b="]),
+        ("tiny.yaml --set a b=2", ["a", "b=2"]),  # refused when the recipe is read, with all other mistakes
+        ("tiny.yaml --set a=1 b", ["a=1", "b"]),
+    ],
+)
+def test_set_takes_several_settings_and_never_the_recipe(words, sets):
+    args = parse_args(words.split())
+    assert (args.set, args.recipe) == (sets, "tiny.yaml")
+
+
+@pytest.mark.parametrize(
     "words", ["", "--lora", "a.yaml b.yaml", "--lora lora a.yaml b.yaml", "a.yaml --nope", "a.yaml --set"]
 )
 def test_wrong_command_lines(words, capsys):

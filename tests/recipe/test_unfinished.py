@@ -44,11 +44,11 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 def unit(name: str) -> Path:
     """The newest finished folder of a unit."""
-    return next(cache.finished(RUN / name))[0]
+    return next(cache.finished(RUN / "stages" / name))[0]
 
 
 def manifest(name: str) -> dict[str, Any]:
-    return next(cache.finished(RUN / name))[1]
+    return next(cache.finished(RUN / "stages" / name))[1]
 
 
 class TestMissingStages:

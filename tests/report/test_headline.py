@@ -42,7 +42,9 @@ def tables_of(run: ReportInput, **changes: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run() -> ReportInput:
-    return replace(synthetic(n=40), explained=EXPLAINED)
+    found = synthetic(n=40)
+    policies = {**found.policies, "mkl": replace(found.policies["mkl"], references=2)}
+    return replace(found, explained=EXPLAINED, policies=policies)
 
 
 def test_each_model_against_its_start_and_against_ppo(run: ReportInput) -> None:
@@ -154,6 +156,8 @@ def test_html_markdown_summary_and_terminal_say_the_same(run: ReportInput, tmp_p
     summary = write_report(tmp_path, run)
     page, text = Page((tmp_path / "report.html").read_text("utf-8")).text, (tmp_path / "report.md").read_text("utf-8")
     lines = summary["console"]
+    narrow = summary["narrow_console"]
+    assert max(map(len, narrow)) <= headline.NARROW == 80 < max(map(len, lines))
     terminal = " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= headline.WIDTH
     plain = text.replace("\\", "")
@@ -173,3 +177,19 @@ def test_html_markdown_summary_and_terminal_say_the_same(run: ReportInput, tmp_p
     salsa = next(row for row in summary["headline"][0]["rows"] if row["model"] == "salsa")
     line = next(line for line in lines if line.startswith("salsa "))
     assert " ".join(line.split()).endswith(f"{words.signed(salsa['start'])} {words.signed(salsa['ppo'])}")
+
+
+def test_a_narrow_terminal_gets_half_of_each_interval() -> None:
+    """The columns end under their titles, and a long name does not push them beyond 80 characters."""
+    table = {**part(salsa=(0.1, 0.02, 0.18), mkl=(-0.1, -0.175, -0.025)), "against": ["ppo"]}
+    table["start"] = {"mean": 0.644, "low": 0.618, "high": 0.67}
+    for row in table["rows"]:
+        row |= {"control": row["model"] == "mkl", "score": {"mean": 0.75, "low": 0.7, "high": 0.8}, "ppo": None}
+    lines = headline.console([table], {}, ["word " * 40], headline.NARROW)
+    assert lines[lines.index("") + 1 :][:4] == [
+        "in, 50 prompts    gold reward  − seed-0, the start           − ppo",
+        "seed-0          0.644 ± 0.026",
+        "salsa           0.750 ± 0.050       +0.100 ± 0.080               –",
+        "mkl (control)   0.750 ± 0.050       −0.100 ± 0.075               –",
+    ]
+    assert max(map(len, lines)) <= 80

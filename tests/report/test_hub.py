@@ -90,7 +90,7 @@ def test_results_are_pushed_each_in_one_private_commit_with_its_files_alone(
             assert b"of-the-users" not in content, file
     config = json.loads(files(server, "tester/tiny-soup")["adapter_config.json"])
     assert config["base_model_name_or_path"] == BASE_ID
-    (folder,) = [path.parent for path in run.glob("soup/*/manifest.json")]
+    (folder,) = [path.parent for path in run.glob("stages/soup/*/manifest.json")]
     assert (
         files(server, "tester/tiny-soup")["adapter_model.safetensors"]
         == (folder / "adapter_model.safetensors").read_bytes()
@@ -115,7 +115,7 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(server: Hub, ru
     assert data["license"] == "llama2", "asked of the Hub"
     assert {"salsa", "ppo", "peft", "lora"} <= set(data["tags"])
     assert data["datasets"] == ["some/pairs", "some/prompts"]
-    summary = json.loads(next(run.glob("report/*/summary.json")).read_text())
+    summary = json.loads(next(run.glob("stages/report/*/summary.json")).read_text())
     score = summary["evaluation"]["datasets"]["in"]["models"]["salsa"]["scores"]["gold"]
     metrics = [one["value"] for result in data["model-index"][0]["results"] for one in result["metrics"]]
     assert round(score["mean"], 4) in metrics
@@ -136,7 +136,7 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(server: Hub, ru
     soup = files(server, "tester/tiny-soup")["README.md"].decode()
     assert "model-soup" in soup and "| soup | linear: 0.5·seed-0, 0.5·seed-1 |" in soup
     assert "## Members" not in body
-    for path in run.glob("sft/seed-*/*/adapter_model.safetensors"):
+    for path in run.glob("stages/sft/seed-*/*/adapter_model.safetensors"):
         own = [path.parent.parent.name, "0.5", path.parent.name, f"adapter\\_model.safetensors {sha256(path)[:16]}…"]
         of_base = json.loads((path.parent / "fingerprint.json").read_text())["base"]
         assert "| " + " | ".join([*own, f"{of_base[:16]}…"]) + " |" in soup
@@ -153,7 +153,7 @@ def test_a_user_loads_what_was_pushed_with_the_three_lines_of_the_card(server: H
             r"```python\n(.*?)```", files(server, f"tester/tiny-{name}")["README.md"].decode(), re.DOTALL
         )[0]
         assert len(code.strip().splitlines()) == 3
-        (folder,) = [path.parent for path in run.glob(f"{name}/*/manifest.json")]
+        (folder,) = [path.parent for path in run.glob(f"stages/{name}/*/manifest.json")]
         more = f"""
 import torch
 ids = torch.tensor([tokenizer("kin pear zinc")["input_ids"]])
@@ -335,7 +335,7 @@ def test_full_weights_are_pushed_as_checkpoints(
         assert (front["base_model_relation"], front["library_name"]) == (relation, "transformers")
         assert str(tmp_path).encode() not in given["config.json"]
     (tmp_path / "w.safetensors").write_bytes(files(server, "tester/full-soup")["model.safetensors"])
-    (folder,) = [path.parent for path in run.glob("soup/*/manifest.json")]
+    (folder,) = [path.parent for path in run.glob("stages/soup/*/manifest.json")]
     own = load_file(folder / "model.safetensors")
     assert all(value.equal(own[name]) for name, value in load_file(tmp_path / "w.safetensors").items())
 
@@ -382,7 +382,7 @@ def test_bad_words_are_one_line(run: Path, capsys: Any, words: list[str], messag
 def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, tokenizer: Any, make_base: Any, make_adapter: Any) -> None:  # fmt: skip
     """A changed file, a token in the recipe, pickled weights, a base that nobody else has."""
 
-    next(run.glob("report/*/manifest.json")).unlink()  # without a report the recipe is the run's
+    next(run.glob("stages/report/*/manifest.json")).unlink()  # without a report the recipe is the run's
 
     def write(text: str) -> None:
         (run / "recipe.yaml").write_text(text)
@@ -400,11 +400,11 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
     write(recipe.replace(f"base: {BASE_ID}", f"base: {tmp_path / 'base'}"))
     assert "base: base exists only on this machine; give the base's id" in said("soup")
     write(recipe)
-    weights = next(run.glob("soup/*/adapter_model.safetensors"))
+    weights = next(run.glob("stages/soup/*/adapter_model.safetensors"))
     raw = weights.read_bytes()
     weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     assert "so it is not published" in said("soup")
-    weights = next(run.glob("ppo/salsa/*/adapter_model.safetensors"))
+    weights = next(run.glob("stages/ppo/salsa/*/adapter_model.safetensors"))
     weights.rename(weights.with_name("adapter_model.bin"))
     manifest = json.loads((weights.parent / "manifest.json").read_text())
     manifest["files"]["adapter_model.bin"] = manifest["files"].pop("adapter_model.safetensors")
@@ -478,7 +478,7 @@ def test_one_pending_item_that_is_gone_stops_no_other(server: Hub, run: Path, tm
 
 def test_a_run_that_is_half_there_is_one_line(run: Path, capsys: Any) -> None:
     """Also the report's files are held against its manifest."""
-    report = next(run.glob("report/*/summary.json"))
+    report = next(run.glob("stages/report/*/summary.json"))
     whole = report.read_bytes()
     for text in (b"{}", b"[", None):
         report.unlink() if text is None else report.write_bytes(text)

@@ -169,7 +169,7 @@ def test_no_verdict_is_no_rate(run: ReportInput, tmp_path: Path) -> None:
     write_report(tmp_path, replace(run, verdicts=verdicts, landscape=None, policies={}))
     page = Page((tmp_path / "report.html").read_text("utf-8")).text
     assert "50.0 [0.0, 100.0]" not in page + (tmp_path / "report.md").read_text("utf-8")
-    assert "without any verdict" in page and not list((tmp_path / "figures").glob("judged-*"))
+    assert "The judge (local tiny-judge) gave no verdict." in page and not list((tmp_path / "figures").glob("judged-*"))
 
 
 def test_without_verdicts_there_is_no_such_section(tmp_path: Path) -> None:

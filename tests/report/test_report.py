@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from paths import ROOT
 from synthetic_run import HOSTILE, Page, synthetic
 
 from salsa_peft.report import findings
 from salsa_peft.report import format as words
 from salsa_peft.report.gather import ReportInput
+from salsa_peft.report.joined import write_joined
 from salsa_peft.report.page import write_report
+from salsa_peft.report.replicates.runs import Run
 from salsa_peft.utils import files as runs
 
 
@@ -131,6 +134,20 @@ def conclusions(mean: float, low: float, high: float, n: int = 96, b: str = "ppo
                 pair["difference"] = given if dataset == "in" else {"mean": 0.2, "low": 0.1, "high": 0.3, "n": 96}
     rows = findings.comparisons(findings.scored(run))
     return [findings.means_for_averaging(one, run.policies) for one in rows if (one["a"], one["b"]) == ("salsa", b)]
+
+
+def test_every_key_of_the_summary_is_documented(
+    written: tuple[ReportInput, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """In docs/run-folder.md, and no others; of a run, then of joined runs."""
+    run, _, summary = written
+    text = (ROOT / "docs" / "run-folder.md").read_text("utf-8").split("## summary.json")[1]
+    tables = [
+        [key for row in re.findall(r"^\| (`.*?) \|", part, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)]
+        for part in text.split("The joined report")
+    ]
+    assert sorted(tables[0]) == sorted(summary)
+    assert sorted(tables[1]) == sorted(write_joined(tmp_path, [Run(run, tmp_path)]))
 
 
 def test_the_words_follow_the_interval() -> None:

@@ -173,7 +173,7 @@ def _inline() -> Iterator[dict[str, Any]]:
 
 def unit(folder: Path, name: str) -> Path:
     """The one finished folder of a unit."""
-    (found,) = [path.parent for path in (folder / name).glob("*/manifest.json")]
+    (found,) = [path.parent for path in (folder / "stages" / name).glob("*/manifest.json")]
     return found
 
 

@@ -22,6 +22,7 @@ from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe.results.names import update_names
 from salsa_peft.recipe.units import POLICY_UNITS, report_units, reward_units, sft_units, soup_units
 from salsa_peft.report.page import write_report
 from salsa_peft.soup import average
@@ -63,7 +64,7 @@ def make_run(
     for number, unit in enumerate(work):
         unit = Unit(**{**vars(unit), "inputs": tuple(name for name in unit.inputs if name in there)})
         step = runs.PlannedUnit(
-            unit=unit, key=f"{number:012x}" + "0" * 52, folder=run / unit.id / f"{number:012x}", why=None
+            unit=unit, key=f"{number:012x}" + "0" * 52, folder=run / "stages" / unit.id / f"{number:012x}", why=None
         )
         steps[unit.id] = step
         step.folder.mkdir(parents=True)
@@ -83,6 +84,7 @@ def make_run(
             (step.folder / "completions.jsonl").write_text('{"prompt": "of-the-users"}\n')
         (step.folder / "fingerprint.json").write_text(sign)
         runs.write_manifest(step, steps)
+    update_names(run, recipe, {name: step.folder for name, step in steps.items()})
     return run
 
 

@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def unit(run: Path, name: str) -> Path:
     """The one finished folder of a unit."""
-    (found,) = [path.parent for path in (run / name).glob("*/manifest.json")]
+    (found,) = [path.parent for path in (run / "stages" / name).glob("*/manifest.json")]
     return found
 
 

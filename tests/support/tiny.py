@@ -47,7 +47,7 @@ def make_adapter(model: Any, name: str, seed: int, **options: Any) -> PeftModel:
 def make_trainer(
     tokenizer: Any,
     folder: Path,
-    references: list[Any] | None = None,
+    references: Any = None,
     reward: Any = length_reward,
     pad_is_eos: bool = False,
     adapter: dict[str, Any] | None = None,
@@ -58,7 +58,10 @@ def make_trainer(
     eval_dataset: Any = None,
     **options: Any,
 ) -> SalsaPPOTrainer:
-    """A trainer on a random base with adapters policy, seed-0 and soup; `full`: of full weights, its reference too."""
+    """A trainer on a random base with adapters policy, seed-0 and soup; `full`: of full weights, its reference too.
+
+    references: a list, or a function that makes it of the model.
+    """
     chosen = copy.deepcopy(tokenizer)
     if pad_is_eos:
         chosen.pad_token = chosen.eos_token
@@ -77,10 +80,10 @@ def make_trainer(
     quiet = {"report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
     return SalsaPPOTrainer(
         model,
-        SalsaPPOConfig(output_dir=str(folder), **(settings | quiet | options)),
-        prompts,
-        references=references or ["soup"],
-        reward=reward,
+        args=SalsaPPOConfig(output_dir=str(folder), **(settings | quiet | options)),
+        train_dataset=prompts,
+        references=references(model) if callable(references) else references or ["soup"],
+        reward_funcs=reward,
         processing_class=chosen,
         callbacks=callbacks,
         eval_dataset=eval_dataset,

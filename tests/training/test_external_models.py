@@ -564,7 +564,7 @@ def test_one_seed_alone_is_a_run(
     assert code == 0, said
     run = tmp_path / "run"
     assert [member["weight"] for member in read(unit(run, "soup") / "soup.json")["members"]] == [1.0]
-    assert not (run / "landscape").exists()
+    assert not (run / "stages" / "landscape").exists()
     scores = {
         name: told["scores"]
         for name, told in read(unit(run, "evaluate") / "evaluation.json")["datasets"]["in"]["models"].items()

@@ -76,7 +76,7 @@ def whole(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     folder = tmp_path_factory.mktemp("whole") / request.param
     with inline_stages():
         assert command(folder, "--stages", "toy,data,sft,reward,soup,dpo,kto,rloo,grpo,landscape") == 0
-        yield folder, {name: content(unit(folder, name)) for name in UNITS if any((folder / name).glob("*"))}
+        yield folder, {name: content(unit(folder, name)) for name in UNITS if any((folder / "stages" / name).glob("*"))}
 
 
 def stop_at(step: int, patch: pytest.MonkeyPatch, seed: int | None = None) -> None:
@@ -229,7 +229,7 @@ class TestSigterm:
             with pytest.raises(SystemExit) as left:
                 command(folder, "--stages", name)
         assert left.value.code == 143
-        assert f"{name}  SIGTERM: the same command goes on from checkpoint-{step}" in capsys.readouterr().err
+        assert f"{name}  stopped: the same command goes on from checkpoint-{step}" in capsys.readouterr().err
         (place,) = (folder / name).iterdir()
         assert [path.name for path in checkpoints.checkpoints(place)] == [f"checkpoint-{step}"]
         with pytest.MonkeyPatch.context() as patch:
@@ -304,7 +304,7 @@ class TestCheckpoint:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "save", full)
             assert command(folder, "--stages", "sft/seed-0") != 0
-        (place,) = (folder / "sft" / "seed-0").iterdir()
+        (place,) = (folder / "stages" / "sft" / "seed-0").iterdir()
         assert "a file could not be written because the disk is full" in capsys.readouterr().err
         assert [path.name for path in checkpoints.checkpoints(place)] == ["checkpoint-3"]
         assert not (place / checkpoints.PARTIAL).exists()

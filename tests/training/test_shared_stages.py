@@ -115,7 +115,7 @@ def test_a_policy_that_was_stopped_goes_on(tmp_path: Path) -> None:
     """SIGTERM to the command: both processes save, and the same command ends what it began."""
     words = words_of(tmp_path / "two", ["--lora"], num_processes=2, ppo__num_train_epochs=40)
     process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list((tmp_path / "two").glob("ppo/both/*/metrics.jsonl")):
+    while process.poll() is None and not list((tmp_path / "two").glob("stages/ppo/both/*/metrics.jsonl")):
         time.sleep(0.05)
     process.terminate()
     assert process.wait(60) == 143

@@ -27,15 +27,17 @@ class Hub:
     """Results to push after the report. A failed push fails no run; `salsa hub push` repeats the push."""
 
     push: list[str] = dataclasses.field(default_factory=list)
-    """Results to push, each into its own repository: soup, reward, seed-N, a policy's name. Empty: none."""
+    """Results to push, each into its own repository: soup, reward, seed-N, a policy's name. Empty: none. Example:
+    [soup, salsa]."""
     namespace: str | None = None
-    """User or organization. None: the logged-in user."""
+    """User or organization. None: the logged-in user. Example: my-team."""
     name: str | None = None
-    """First part of the repositories' names <name>-<result>. None: the name of the run's folder."""
+    """First part of the repositories' names <name>-<result>. None: the name of the run's folder. Example: my-model."""
     private: bool = True
     """Whether the repositories are private."""
     base_model: str | None = None
-    """The base's Hub id for the model card, where model.base is a local folder. None: model.base."""
+    """The base's Hub id for the model card, where model.base is a local folder. None: model.base. Example:
+    HuggingFaceTB/SmolLM2-135M-Instruct."""
 
     def check(self, where: str) -> None:
         """Raise SalsaError for names that the Hub would reject."""

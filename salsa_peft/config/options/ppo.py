@@ -20,11 +20,11 @@ class Sampling:
     """Sampling of responses, without top-p and top-k, which would change the sampled distribution."""
 
     max_new_tokens: Count = 128
-    """Maximum length of a response, EOS included (TRL's response_length)."""
+    """Maximum number of tokens of a response, EOS included. Source: TRL's response_length."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
     """Number of tokens before EOS is allowed, in policy and references, so that short responses cannot lower the KL."""
     temperature: Positive = 1.0
-    """Sampling temperature. Log-probs are computed at this temperature too (TRL's default is 0.7)."""
+    """Sampling temperature. Log-probs are computed at this temperature too. Source: TRL's default is 0.7."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,20 +35,22 @@ class PPOOptions:
     """
 
     num_ppo_epochs: Count = 4
-    """Number of passes over a rollout batch (TRL's default)."""
+    """Number of passes over a rollout batch. Source: TRL's default."""
     num_mini_batches: Count = 1
-    """Number of optimizer steps in one pass over a rollout batch (TRL's default)."""
+    """Number of optimizer steps in one pass over a rollout batch. Source: TRL's default."""
     rollout_batch_size: Count | None = None
-    """Maximum number of responses generated or scored in one call (TRL: local_rollout_forward_batch_size). None: all in
-    one call."""
+    """Maximum number of responses generated or scored in one call. None: all in one call. Source: TRL's
+    local_rollout_forward_batch_size."""
     micro_batch_tokens: Count | None = None
     """Maximum number of tokens, padding included, in one forward pass of training, or of policy, references and rewards
-    when they score. A longer sequence has a forward pass of its own. None: no limit. Not for sharded weights."""
+    when they score. A longer sequence has a forward pass of its own. None: no limit. Not for sharded weights. Example:
+    4096."""
     rollout_backend: Literal["hf", "paged", "vllm"] = "hf"
-    """hf: Transformers' generate. paged: Transformers' continuous batching. vllm: vLLM through TRL (the extra `vllm`)."""
+    """hf: Transformers' generate. paged: Transformers' continuous batching. vllm: vLLM through TRL (the extra
+    `vllm`)."""
     rollout_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the backend. paged: fields of Transformers' ContinuousBatchingConfig. vllm: arguments of TRL's
-    VLLMGeneration. config/options/rollout.py lists them."""
+    VLLMGeneration. config/options/rollout.py lists them. Example: {gpu_memory_utilization: 0.3}."""
     rollout_compile: bool = False
     """Generate with a static cache and a compiled decoding step (rollout_backend hf on CUDA)."""
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
@@ -56,85 +58,105 @@ class PPOOptions:
     during generation, which saves this forward pass but differs from it by rounding (noticeably in bf16)."""
     importance_sampling_correction: bool | None = None
     """Multiply the policy loss by truncated importance weights π/q, because the sampler q differs from the policy π as
-    it is scored (TRL's GRPO: vllm_importance_sampling_correction). None: true for paged and vllm, false for hf."""
+    it is scored. None: true for paged and vllm, false for hf. Source: vllm_importance_sampling_correction of TRL's
+    GRPO."""
     importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
         "token_truncate"
     )
     """A weight for each token, or the product of a response's ratios for all its tokens; ratios outside the bounds are
-    truncated to them, or set to 0. token_truncate is verl's default; TRL's is sequence_mask."""
+    truncated to them, or set to 0. Source: verl's default; TRL's is sequence_mask."""
     importance_sampling_clip_max: Annotated[float, Field(ge=1)] | None = 3.0
-    """Upper bound of the importance ratio (TRL's default). None: no bound."""
+    """Upper bound of the importance ratio. None: no bound. Source: TRL's default."""
     importance_sampling_clip_min: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Lower bound of the importance ratio. None: no bound (TRL's default)."""
+    """Lower bound of the importance ratio. None: no bound. Source: TRL's default. Example: 0.1."""
     value: Literal["head", "adapter", "none", "group"] = "head"
-    """Critic (docs/ppo.md compares the kinds). head: a linear head on the policy's trunk. adapter: a separate adapter with
-    a head; it starts from the reward adapter or, without one, from the policy's. none: no critic; an advantage is the
-    return minus the batch's mean return. group: no critic; num_generations responses to each prompt, and an advantage is
-    the return minus the mean return of the prompt's other responses (RLOO's leave-one-out baseline)."""
+    """Critic (docs/ppo.md compares the kinds). head: a linear head on the policy's trunk. adapter: a separate adapter
+    with a head; it starts from the reward adapter or, without one, from the policy's. none: no critic; an advantage is
+    the return minus the batch's mean return. group: no critic; num_generations responses to each prompt, and an
+    advantage is the return minus the mean return of the prompt's other responses (RLOO's leave-one-out baseline)."""
     num_generations: Annotated[int, Field(ge=2)] = 4
-    """Number of responses to one prompt with `value: group` (TRL's name). batch_size counts responses."""
+    """Number of responses to one prompt with `value: group`. batch_size counts responses. Source: TRL's name."""
     logged_completions: Annotated[int, Field(ge=0)] = 4
     """Number of responses of each rollout batch that are written to completions.jsonl."""
     shown_every: Count | None = 10
-    """Number of updates between two prints of the first two logged responses to the terminal. None: no prints."""
+    """Number of updates between two prints of responses to the terminal: the first two logged ones in short, or with
+    log_completions TRL's table. None: no prints."""
+    log_completions: bool = False
+    """Print responses in TRL's table of completions, and send all of them to wandb and trackio if they are in report_to
+    (TRL's name)."""
+    num_completions_to_print: Count | None = None
+    """Number of responses in TRL's table, drawn at random from the rollout batch (TRL's name). None: all.
+    Example: 5."""
     kl_coef: NonNegative = 0.2
-    """Initial KL coefficient β. Paper A.3: 0.2 for PPO, 0.01 for SALSA. A policy's kl_coef overrides it."""
+    """Initial KL coefficient β. A policy's kl_coef overrides it. Unit: reward per nat. Source: paper A.3, 0.2 for PPO
+    and 0.01 for SALSA."""
     # The names are the keys of KL_ESTIMATORS in training/ppo/losses.py, and "full".
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
-    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman); abs = |k1|; full: exact KL."""
+    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3; abs = |k1|; full: exact KL.
+    Source: Schulman, for k1 to k3."""
     kl_per: Literal["response", "token"] = "response"
     """KL penalty of a response: the sum over its tokens, or their mean. With the mean, short responses have no
     advantage over long ones. Logs, kl_target and the adaptive controller always use the sum."""
     kl_control: Literal["fixed", "adaptive"] = "adaptive"
-    """adaptive: β is adapted to reach kl_target (Ziegler et al., 2019; TRL 0.8), as the paper's "initial" β implies."""
+    """adaptive: β is adapted to reach kl_target, as the paper's "initial" β implies. fixed: β stays. Source: Ziegler et
+    al. (2019) and TRL 0.8."""
     kl_target: Positive = 6.0
-    """Target KL of the adaptive controller, in nats per response (TRL 0.8's default)."""
+    """Target KL of the adaptive controller. Unit: nats per response. Source: TRL 0.8's default."""
     kl_horizon: Positive = 10_000.0
-    """Number of responses in which the adaptive β changes by a factor of at most about 1.2 (TRL 0.8's default)."""
+    """Number of responses in which the adaptive β changes by a factor of at most about 1.2. Source: TRL 0.8's
+    default."""
     kl_coef_min: NonNegative = 0.0
-    """Lower bound of the adaptive β."""
+    """Lower bound of the adaptive β. Unit: reward per nat."""
     kl_coef_max: Positive | None = None
-    """Upper bound of the adaptive β. None: no bound."""
+    """Upper bound of the adaptive β. None: no bound. Unit: reward per nat. Example: 1.0."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Discount factor γ (TRL's default)."""
+    """Discount factor γ. Source: TRL's default."""
     lam: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """λ of generalized advantage estimation, for the policy's advantages. docs/ppo.md compares it with TRL's 0.95."""
+    """λ of generalized advantage estimation, for the policy's advantages. Source: docs/ppo.md compares it with TRL's
+    0.95."""
     lam_value: Annotated[float, Field(ge=0, le=1)] | None = None
-    """λ of the returns that the critic learns (VC-PPO, arXiv 2503.01491, has 1). None: the λ of the advantages."""
+    """λ of the returns that the critic learns. None: the λ of the advantages. Source: VC-PPO (arXiv 2503.01491) has
+    1. Example: 0.95."""
     lam_length_alpha: Positive | None = None
     """α of a length-dependent λ for the policy's advantages, λ = 1 − 1 / (α · response length), at least 0, in place of
-    `lam` (VAPO, arXiv 2504.05118, with α 0.05 for answers of thousands of tokens). None: `lam`."""
+    `lam`. None: `lam`. Source: VAPO (arXiv 2504.05118), with α 0.05 for answers of thousands of tokens. Example:
+    0.05."""
     cliprange: Positive = 0.2
-    """Clip range ε of the probability ratio in the policy loss (TRL's default)."""
+    """Clip range ε of the probability ratio in the policy loss. Source: TRL's default."""
     cliprange_value: Positive = 0.2
-    """Clip range of the value's change in the value loss (TRL's default)."""
+    """Clip range of the value's change in the value loss. Unit: reward. Source: TRL's default."""
     vf_coef: NonNegative = 0.001
-    """Weight of the value loss. With `value: head` this loss also moves the policy's trunk, by a gradient that grows with
-    the size of the rewards; with TRL's 0.1 the policy learned less (docs/ppo.md). Adam's steps of the head itself hardly
-    depend on the weight."""
+    """Weight of the value loss. With `value: head` this loss also moves the policy's trunk, by a gradient that grows
+    with the size of the rewards; with TRL's 0.1 the policy learned less (docs/ppo.md). Adam's steps of the head itself
+    hardly depend on the weight. Source: docs/ppo.md."""
     value_head_learning_rate: Positive | None = None
-    """Learning rate of the value head, whose weights start at zero, and its bias at the first rollout batch's mean return
-    (not under DeepSpeed). None: learning_rate."""
+    """Learning rate of the value head, whose weights start at zero, and its bias at the first rollout batch's mean
+    return (not under DeepSpeed). None: learning_rate."""
     value_warmup_updates: Annotated[int, Field(ge=0)] = 0
     """Number of updates, the first ones, in which only the critic is trained, without the values' clip range, and the
-    policy and β stay as they are (VC-PPO's value pretraining). They are updates of the run like others: they count in
-    num_train_epochs, max_steps and the learning rate's schedule. Not for sharded weights."""
+    policy and β stay as they are. They are updates of the run like others: they count in num_train_epochs, max_steps
+    and the learning rate's schedule. Not for sharded weights. Source: value pretraining of VC-PPO (arXiv
+    2503.01491)."""
     whiten_rewards: bool = False
-    """Scale per-token rewards to unit variance without shifting the mean (TRL's default)."""
+    """Scale per-token rewards to unit variance without shifting the mean. Source: TRL's default."""
     max_ratio: Positive = 10.0
-    """Maximum mean probability ratio of a minibatch. Minibatches above it are skipped (TRL 0.8: ratio_threshold)."""
+    """Maximum mean probability ratio of a minibatch. Minibatches above it are skipped. Source: ratio_threshold of TRL
+    0.8."""
     target_kl: Positive | None = None
-    """Target of approxkl, in nats per token: above 1.5 · target_kl the update ends early (TRL 0.8). None: off."""
+    """Target of approxkl: above 1.5 · target_kl the update ends early. None: off. Unit: nats per token. Source: TRL
+    0.8. Example: 0.1."""
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Name of a guard → off | warn | stop, or {action, limit}. training/ppo/guards/ describes them."""
     missing_eos_penalty: NonNegative | None = None
-    """Penalty that is subtracted from the score of a response without EOS or end-of-turn token (TRL). None: off."""
+    """Penalty that is subtracted from the score of a response without EOS or end-of-turn token. None: off. Unit:
+    reward. Source: TRL's field. Example: 1.0."""
     score_clip: Positive | None = None
-    """Scores are clipped to [−score_clip, score_clip]. None: off."""
+    """Scores are clipped to [−score_clip, score_clip]. None: off. Unit: reward. Example: 5.0."""
     normalize_scores: bool = False
-    """Divide scores by their running standard deviation (TRL 0.8: use_score_scaling)."""
+    """Divide scores by their running standard deviation. Source: use_score_scaling of TRL 0.8."""
     max_prompt_length: Count | None = None
-    """Maximum length of a prompt; longer ones are dropped and logged. None: the model's maximum − max_new_tokens."""
+    """Maximum number of tokens of a prompt; longer ones are dropped and logged. None: the model's maximum −
+    max_new_tokens. Example: 512."""
 
     @property
     def steps_per_update(self) -> int:
@@ -188,6 +210,15 @@ class PPOOptions:
         """Raise SalsaError for options that contradict one another. `prefix` starts the keys in messages."""
         parse_guards(self.guards, f"{prefix}guards")
         self._check_critic(prefix)
+        require(
+            not self.log_completions or self.shown_every is not None,
+            f"{prefix}log_completions: has no effect with shown_every null; set shown_every to a number of updates",
+        )
+        require(
+            self.log_completions or self.num_completions_to_print is None,
+            f"{prefix}num_completions_to_print: {self.num_completions_to_print} has no effect without log_completions; set"
+            " log_completions=true",
+        )
         backend = self.rollout_backend
         check_rollout_options(prefix, backend, self.rollout_options)
         require(

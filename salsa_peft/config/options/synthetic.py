@@ -22,11 +22,12 @@ class Synthetic:
     """module:name of the function that scores the answers: a Python function with the signature of TRL's reward
     functions, in the recipe's folder or on Python's path."""
     num_generations: Annotated[int, Field(ge=2)] = 8
-    """Number of answers to each prompt (the name in TRL's GRPO). The best answer becomes a demonstration."""
+    """Number of answers to each prompt. The best answer becomes a demonstration. Source: the name in TRL's GRPO."""
     answers_per_pair: Annotated[int, Field(ge=2)] = 4
     """Number of answers of which the best and the worst become a preference pair; each answer is considered once, so
     num_generations / answers_per_pair pairs come of a prompt. 2: all answers are compared two by two. With 4, answers
-    of a pair differ more: in a trial with stories, a reward model then learned the function from a quarter of the steps."""
+    of a pair differ more: in a trial with stories, a reward model then learned the function from a quarter of the
+    steps."""
     limit: Count | None = None
     """Number of prompts to answer: the first ones. None: all of data.prompts."""
     seed: Seed = 0

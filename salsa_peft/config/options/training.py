@@ -19,15 +19,15 @@ class Training:
     max_steps: int = -1
     """Number of optimizer steps. −1: as many as num_train_epochs takes."""
     batch_size: Count = 8
-    """Number of rows in an optimizer step over all processes (PPO: number of responses in a rollout batch)."""
+    """Number of rows in an optimizer step over all processes."""
     micro_batch_size: Count | None = None
-    """Number of rows in a forward pass. None: a process's whole share of the batch."""
+    """Number of rows in a forward pass. None: a process's whole share of the batch. Example: 4."""
     weight_decay: NonNegative = 0.0
     """AdamW's weight decay."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the steps, at the start, in which the learning rate rises."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Learning rate schedule, as in Transformers."""
+    """Learning rate schedule. Source: Transformers."""
     max_grad_norm: Positive = 1.0
     """Maximum norm of the gradient; larger gradients are scaled down to it."""
     optim: Literal["adamw_torch_fused", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
@@ -36,8 +36,8 @@ class Training:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     save_steps: Count = 500
-    """Number of optimizer steps between two checkpoints (Transformers' default). A run that was killed repeats at most
-    that many steps. The newest checkpoint is kept, and removed when the stage is finished."""
+    """Number of optimizer steps between two checkpoints. A run that was killed repeats at most that many steps. The
+    newest checkpoint is kept, and removed when the stage is finished. Source: Transformers' default."""
 
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError if the batch is not divisible into micro-batches on that many processes."""

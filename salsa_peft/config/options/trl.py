@@ -18,9 +18,9 @@ class TRLTraining(Training):
     """Settings that DPO, KTO, RLOO and GRPO have in common."""
 
     learning_rate: Positive = 1e-6
-    """Peak learning rate (TRL's default for all four)."""
+    """Peak learning rate. Source: TRL's default for all four."""
     kl_coef: Positive = 0.1
-    """TRL's `beta`. It must not be 0, because TRL's trainers would then ignore the reference."""
+    """TRL's `beta`. It must not be 0, because TRL's trainers would then ignore the reference. Source: TRL."""
     seed: Seed = 0
     """Seed of the data order and of sampling, the same for every policy."""
 
@@ -62,7 +62,7 @@ class DPO(PreferenceTraining):
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
         "apo_down", "discopop", "sigmoid_norm",
     ] = "sigmoid"  # fmt: skip
-    """Loss, as in DPOConfig but without `sft`, which uses no reference."""
+    """Loss; `sft` is left out, because it uses no reference. Source: TRL's DPOConfig."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -70,9 +70,9 @@ class KTO(PreferenceTraining):
     """TRL's KTOTrainer (Ethayarajh et al., 2024). batch_size counts responses, two per pair."""
 
     desirable_weight: NonNegative = 1.0
-    """Loss weight of the chosen responses, as in KTOConfig."""
+    """Loss weight of the chosen responses. Source: TRL's KTOConfig."""
     undesirable_weight: NonNegative = 1.0
-    """Loss weight of the rejected responses, as in KTOConfig."""
+    """Loss weight of the rejected responses. Source: TRL's KTOConfig."""
 
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError unless the batch divides into micro-batches of at least two responses."""
@@ -120,7 +120,7 @@ class RLOO(OnlineTraining):
     """TRL's RLOOTrainer (Ahmadian et al., 2024): REINFORCE with the KL in the reward."""
 
     kl_coef: Positive = 0.05
-    """TRL's `beta` (TRL's default)."""
+    """TRL's `beta`. Source: TRL's default."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -128,9 +128,9 @@ class GRPO(OnlineTraining):
     """TRL's GRPOTrainer (Shao et al., 2024), with the KL in the loss, estimated by k3."""
 
     kl_coef: Positive = 0.04
-    """TRL's `beta` (default of the GRPO paper). With TRL's default 0, the reference would be ignored."""
+    """TRL's `beta`. With TRL's default 0, the reference would be ignored. Source: the GRPO paper."""
     num_generations: Annotated[int, Field(ge=2)] = 8
-    """Number of responses to one prompt (TRL's default)."""
+    """Number of responses to one prompt. Source: TRL's default."""
 
 
 ALGORITHMS = {"dpo": DPO, "kto": KTO, "rloo": RLOO, "grpo": GRPO}

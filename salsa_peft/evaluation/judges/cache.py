@@ -37,9 +37,9 @@ class Reply(NamedTuple):
     completion_tokens: int
 
 
-def key_of(endpoint: str, model: str, messages: list[dict[str, str]], parameters: Mapping[str, Any], attempt: int) -> str:  # fmt: skip
+def key_of(endpoint: str, model: str, messages: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], attempt: int) -> str:  # fmt: skip
     """SHA-256 of everything that a reply depends on. Raises ValueError if a parameter is NaN."""
-    asked = [endpoint, model, messages, dict(parameters), attempt]
+    asked = [endpoint, model, list(messages), dict(parameters), attempt]
     return hashlib.sha256(json.dumps(asked, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

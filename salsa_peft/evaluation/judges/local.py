@@ -24,7 +24,6 @@ from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import fingerprint
 from salsa_peft.utils.hub import local_folder, readable_hub_errors
 
-WHERE = "evaluate.judge.model"
 ROOM = 64
 """Number of tokens (or max_tokens, if less) that a prompt must leave for the reply; else it is not sent."""
 
@@ -41,13 +40,14 @@ class Row(NamedTuple):
 class LocalModel:
     """Chat backend that generates replies with a local model and counts requests in `calls`."""
 
-    def __init__(self, section: Judge) -> None:
-        self.section, self.calls = section, dict.fromkeys(CALLS, 0)
+    def __init__(self, section: Judge, where: str = "evaluate.judge") -> None:
+        self.section, self.where, self.calls = section, f"{where}.model", dict.fromkeys(CALLS, 0)
         self.folder = local_folder(str(section.model))
         self.identity = fingerprint(self.folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
         require(
-            self.tokenizer.chat_template is not None, f"{WHERE}: {section.model} has no chat template; use a chat model"
+            self.tokenizer.chat_template is not None,
+            f"{self.where}: {section.model} has no chat template; use a chat model",
         )
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.special = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
@@ -104,7 +104,7 @@ class LocalModel:
                 str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
             )
         ends = model_stop_token_ids(self.tokenizer, model)
-        require(bool(ends), f"{WHERE}: {self.section.model} has no token that ends a turn; use a chat model")
+        require(bool(ends), f"{self.where}: {self.section.model} has no token that ends a turn; use a chat model")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(ends[0])
         return model.to(device()).eval().requires_grad_(False)

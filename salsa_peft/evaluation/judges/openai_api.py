@@ -21,7 +21,6 @@ from salsa_peft.evaluation.judges.chat import CALLS, Messages, Outcome
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line
 
-WHERE = "evaluate.judge"
 PATIENCE = 10
 """Number of requests in a row without an answer after which the endpoint is taken to be down."""
 LONGEST_WAIT = 120
@@ -60,12 +59,12 @@ class Endpoint:
     that is down.
     """
 
-    def __init__(self, section: Judge) -> None:
-        self.section, self.calls = section, dict.fromkeys(CALLS, 0)
+    def __init__(self, section: Judge, where: str = "evaluate.judge") -> None:
+        self.section, self.where, self.calls = section, where, dict.fromkeys(CALLS, 0)
         self.key = os.environ.get(section.api_key_env, "").strip() or NO_KEY
         require(
             self.key.isascii() and self.key.isprintable() and " " not in self.key,
-            f"{WHERE}.api_key_env: the key in {section.api_key_env} must be printable ASCII without spaces, as HTTP"
+            f"{self.where}.api_key_env: the key in {section.api_key_env} must be printable ASCII without spaces, as HTTP"
             " headers require; correct this environment variable",
         )
         self.base_url = section.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT
@@ -105,7 +104,7 @@ class Endpoint:
             raise errors[0] from None
         require(
             self.answered > 0 or self.failed == 0,
-            f"{WHERE}: {self.endpoint} gave no answer to any of {self.failed} requests (last problem: {self.last});"
+            f"{self.where}: {self.endpoint} gave no answer to any of {self.failed} requests (last problem: {self.last});"
             f" {TRY}",
         )
 
@@ -157,17 +156,17 @@ class Endpoint:
             problem += f" ({self._line(error.message.removeprefix(f'Error code: {status} - '))})"
         mend = {
             "key": f"set the environment variable {self.section.api_key_env} to a key that this endpoint accepts",
-            "model": f"check {WHERE}.model and {WHERE}.base_url (which usually ends in /v1)",
+            "model": f"check {self.where}.model and {self.where}.base_url (which usually ends in /v1)",
             "account": "check the account; the replies received so far are kept, and the next run asks for the rest",
-            "parameter": f"set temperature and max_tokens in {WHERE} to values that this model accepts",
+            "parameter": f"set temperature and max_tokens in {self.where} to values that this model accepts",
         }
         wrong = STOPS.get(code) or STOPS.get(status)
         if wrong is not None:
-            raise SalsaError(f"{WHERE}: {self.endpoint}, model {self.section.model}: {problem}; {mend[wrong]}")
+            raise SalsaError(f"{self.where}: {self.endpoint}, model {self.section.model}: {problem}; {mend[wrong]}")
         wait = error.response.headers.get("retry-after", "")
         require(
             not wait.isdigit() or int(wait) <= LONGEST_WAIT,
-            f"{WHERE}: {self.endpoint}: {problem}, and the endpoint asks to wait {wait} s; run again later: the replies"
+            f"{self.where}: {self.endpoint}: {problem}, and the endpoint asks to wait {wait} s; run again later: the replies"
             " received so far are kept",
         )
         if status == 413 or (status in (400, 422) and TOO_LONG.search(error.message)):
@@ -182,7 +181,7 @@ class Endpoint:
         self.failed, self.last = self.failed + 1, problem
         require(
             self.failed < PATIENCE,
-            f"{WHERE}: {self.endpoint} gave no answer to {self.failed} requests in a row (last problem: {problem});"
+            f"{self.where}: {self.endpoint} gave no answer to {self.failed} requests in a row (last problem: {problem});"
             f" {TRY}",
         )
         return Outcome(None, f"no answer: {problem}")

@@ -8,14 +8,18 @@ answers are two separate comparisons.
 import asyncio
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
 from salsa_peft.config.judge import Judge, check_ready
+from salsa_peft.config.rewards import split_function
+from salsa_peft.evaluation.judges.cache import Cache, Reply, key_of
 from salsa_peft.evaluation.judges.chat import CALLS, ChatJudge
 from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.fingerprints import sha256
 from salsa_peft.utils.messages import short
 
 WHERE = "evaluate.judge"
@@ -38,8 +42,8 @@ class PairwiseJudge(Protocol):
 class RewardJudge:
     """Judge by `Comparison.scores`: tie if they differ by at most `margin`, no verdict if one is not finite."""
 
-    def __init__(self, margin: float) -> None:
-        self.margin, self.calls = margin, dict.fromkeys(CALLS, 0)
+    def __init__(self, margin: float, where: str = WHERE) -> None:
+        self.margin, self.where, self.calls = margin, where, dict.fromkeys(CALLS, 0)
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
         verdicts = [self._verdict(comparison) for comparison in comparisons]
@@ -49,8 +53,8 @@ class RewardJudge:
     def _verdict(self, comparison: Comparison) -> Verdict:
         if comparison.scores is None:
             raise SalsaError(
-                f"{WHERE}: the answers have no scores of the recipe's reward, which a judge of kind reward compares;"
-                f" set {WHERE}.kind to openai, local or function"
+                f"{self.where}: the answers have no scores of the recipe's reward, which a judge of kind reward compares;"
+                f" set {self.where}.kind to openai, local or function"
             )
         a, b = comparison.scores
         text = f"scores {a:.4f} and {b:.4f}"
@@ -68,11 +72,15 @@ class FunctionJudge:
     last), `turns` (number of the judged turn), `categories`, and `references` (lists by turn, or None). The function
     returns one verdict for each comparison: A if the first answer is better, B if the second is, C or tie if neither
     is, None for no verdict (the comparison counts as missing). One call has at most `concurrency` comparisons. An async
-    function is awaited. Nothing is cached.
+    function is awaited. The verdicts of each call are cached; with another `source`, the function's file, they are asked
+    for again.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], batch: int) -> None:
+    def __init__(
+        self, name: str, function: Callable[..., Any], batch: int, cache: Path | None = None, source: Path | None = None
+    ) -> None:
         self.name, self.function, self.batch, self.calls = name, function, batch, dict.fromkeys(CALLS, 0)
+        self.cache, self.source = Cache(cache), "" if source is None else sha256(source)
         known = set(self._arguments([]))
         parameters = inspect.signature(function).parameters.values()
         self.keywords = any(one.kind is one.VAR_KEYWORD for one in parameters)
@@ -88,9 +96,13 @@ class FunctionJudge:
         self.takes = {one.name for one in named}
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
-        verdicts: list[Verdict] = []
-        for start in range(0, len(comparisons), self.batch):
-            part = comparisons[start : start + self.batch]
+        keys = [self._key(one) for one in comparisons]
+        verdicts = [self._cached(key) for key in keys]
+        progress(len(verdicts) - verdicts.count(None))
+        places = [place for place, verdict in enumerate(verdicts) if verdict is None]
+        for start in range(0, len(places), self.batch):
+            chosen = places[start : start + self.batch]
+            part = [comparisons[place] for place in chosen]
             given = {key: value for key, value in self._arguments(part).items() if self.keywords or key in self.takes}
             found = self.function(**given)
             found = asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
@@ -101,9 +113,25 @@ class FunctionJudge:
                 f"judge {self.name}: the function returned {short(found)}, but must return a list of {len(part)}"
                 " verdicts, one for each comparison",
             )
-            verdicts += [self._verdict(one) for one in found]
+            for place, one in zip(chosen, found, strict=True):
+                verdicts[place] = self._verdict(one)
+            told = {keys[place]: Reply(str(one), "stop", 0, 0) for place, one in zip(chosen, found, strict=True) if one}
+            self.cache.put(told)
             progress(len(part))
-        return verdicts
+        return [verdict for verdict in verdicts if verdict is not None]
+
+    def _key(self, comparison: Comparison) -> str:
+        """Key of a verdict in the cache: the function, its file's content, and everything that it is given."""
+        return key_of(
+            "function", self.name.rpartition("/")[2], [self._arguments([comparison])], {"source": self.source}, 0
+        )
+
+    def _cached(self, key: str) -> Verdict | None:
+        found = self.cache.get(key)
+        if found is None:
+            return None
+        self.calls["cached"] += 1
+        return self._verdict(found.text)
 
     def _arguments(self, comparisons: Sequence[Comparison]) -> dict[str, list[Any]]:
         return {
@@ -139,35 +167,38 @@ def _conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str
     return [message for turn, answer in both for message in (_message("user", turn), _message("assistant", answer))]
 
 
-def _openai(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
-    check_ready(section, WHERE)
+def _openai(section: Judge, cache: Path | None, say: Say, where: str) -> PairwiseJudge:
+    check_ready(section, where)
     from salsa_peft.evaluation.judges.openai_api import Endpoint
 
-    return ChatJudge(section, Endpoint(section), cache, say)
+    return ChatJudge(section, Endpoint(section, where), cache, say)
 
 
-def _local(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
+def _local(section: Judge, cache: Path | None, say: Say, where: str) -> PairwiseJudge:
     from salsa_peft.evaluation.judges.local import LocalModel
 
-    return ChatJudge(section, LocalModel(section), cache, say)
+    return ChatJudge(section, LocalModel(section, where), cache, say)
 
 
-def _function(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
+def _function(section: Judge, cache: Path | None, say: Say, where: str) -> PairwiseJudge:
     from salsa_peft.models.rewards.function import load_function
 
-    return FunctionJudge(str(section.model), load_function(str(section.model)), section.concurrency)
+    name = str(section.model)
+    function = load_function(name)
+    source = Path(str(sys.modules[split_function(name)[1]].__file__))
+    return FunctionJudge(name, function, section.concurrency, cache, source)
 
 
-JUDGES: dict[str, Callable[[Judge, Path | None, Say], PairwiseJudge]] = {
+JUDGES: dict[str, Callable[[Judge, Path | None, Say, str], PairwiseJudge]] = {
     "openai": _openai,
     "local": _local,
-    "reward": lambda section, cache, say: RewardJudge(section.margin),
+    "reward": lambda section, cache, say, where: RewardJudge(section.margin, where),
     "function": _function,
 }
 """Kind of judge → function that creates the judge from: the section evaluate.judge, the cache's path (None: cache in
-memory), and a function that prints a line."""
+memory), a function that prints a line, and the start of error messages."""
 
 
-def judge_of(section: Judge, *, cache: Path | None, say: Say) -> PairwiseJudge:
-    """Create the recipe's judge. Raises SalsaError if the model, key or function is unusable."""
-    return JUDGES[section.kind](section, cache, say)
+def judge_of(section: Judge, *, cache: Path | None, say: Say, where: str = WHERE) -> PairwiseJudge:
+    """Create a judge. Raises a SalsaError that starts with `where` if the model, key or function is unusable."""
+    return JUDGES[section.kind](section, cache, say, where)

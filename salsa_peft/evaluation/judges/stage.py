@@ -8,12 +8,13 @@ shows before any RL what the reward is worth.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.job import Job
+from salsa_peft.config.judge import read_references
 from salsa_peft.evaluation import comparisons, fastchat
 from salsa_peft.evaluation.judge_statistics import Judgment, pair_result
 from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
@@ -58,6 +59,17 @@ def read_answers(folder: Path) -> dict[str, Dataset]:
     for row in read_json_lines(folder / "answers.jsonl"):
         found[row["dataset"]].answers.setdefault((row["model"], row["index"]), []).append(row)
     return found
+
+
+def with_references(datasets: dict[str, Dataset], path: str | None) -> dict[str, Dataset]:
+    """Datasets with the reference answers of a file (`judge.references`) in place of the questions' own."""
+    if path is None:
+        return datasets
+    found = read_references(path)
+    return {
+        name: replace(of, questions=[{**one, "reference": found.get(str(one["question_id"]))} for one in of.questions])
+        for name, of in datasets.items()
+    }
 
 
 def matches(datasets: dict[str, Dataset], pairs: Pairs, sets: Iterable[str]) -> list[Match]:
@@ -174,36 +186,49 @@ def judge_best_of_n(job: Job, judge: PairwiseJudge) -> dict[str, Any]:
     return {"responses": job.recipe.reward.quality_responses, **statistics(rows)}
 
 
+class Judged(NamedTuple):
+    """Matches that a judge has decided."""
+
+    rows: list[dict[str, Any]]
+    """Rows of judgments.jsonl."""
+    prompts: list[tuple[str, str]]
+    """The judge's prompts in both orders, for each row."""
+
+
+def judge_matches(todo: Sequence[Match], datasets: dict[str, Dataset], judge: PairwiseJudge, title: str) -> Judged:
+    """Let the judge decide matches, under a progress bar with this title."""
+    asked = [comparison for match in todo for comparison in both_orders(match, datasets)]
+    with progress_bar(len(asked), title) as bar:
+        verdicts = judge(asked, bar.update)
+    orders = list(zip(verdicts[::2], verdicts[1::2], strict=True))
+    rows = [judgment_row(match, datasets, both) for match, both in zip(todo, orders, strict=True)]
+    return Judged(rows, [(first.prompt, second.prompt) for first, second in orders])
+
+
 def run(job: Job) -> dict[str, Any]:
     """Run the stage: write judgments.jsonl, verdicts.json and the files for FastChat and arena-hard-auto."""
     recipe, section = job.recipe, job.recipe.evaluate.judge
     assert section is not None
-    datasets = read_answers(job.inputs["evaluate"])
+    datasets = with_references(read_answers(job.inputs["evaluate"]), section.references)
     searched = comparisons.searched(
         recipe, comparisons.by_set(read_json_lines(job.inputs["evaluate"] / "answers.jsonl"))
     )
-    judge = judge_of(section, cache=job.folder.parents[1] / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
-    rows: list[dict[str, Any]] = []
-    prompts: list[tuple[str, str]] = []
-
-    def judge_matches(todo: Sequence[Match]) -> None:
-        asked = [comparison for match in todo for comparison in both_orders(match, datasets)]
-        with progress_bar(len(asked), job.unit.id) as bar:
-            verdicts = judge(asked, bar.update)
-        for match, *both in zip(todo, verdicts[::2], verdicts[1::2], strict=True):
-            prompts.append((both[0].prompt, both[1].prompt))
-            rows.append(judgment_row(match, datasets, both))
+    judge = judge_of(section, cache=job.run_folder / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
+    rows, prompts = Judged([], [])
 
     # 1. for a search by the judge: the candidates
     if recipe.search is not None and recipe.search.by == "judge":
         trials = sweeps.candidate_pairs(recipe)
-        judge_matches(matches(datasets, trials, recipe.search.questions or list(datasets)))
+        candidates = matches(datasets, trials, recipe.search.questions or list(datasets))
+        rows, prompts = judge_matches(candidates, datasets, judge, job.unit.id)
         rates = {a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in trials}
         searched = sweeps.pick_candidates(recipe, rates, list(datasets))
     # 2. the recipe's pairs, with the picked candidate in place of a searched policy
     there = {(row["a"], row["b"], row["dataset"]) for row in rows}
     todo = matches(datasets, sweeps.with_picked(sweeps.compared_pairs(recipe), searched), list(datasets))
-    judge_matches([match for match in todo if (match.a, match.b, match.dataset) not in there])
+    todo = [match for match in todo if (match.a, match.b, match.dataset) not in there]
+    more = judge_matches(todo, datasets, judge, job.unit.id)
+    rows, prompts = [*rows, *more.rows], [*prompts, *more.prompts]
     # 3. the reward, by the responses of seed-0 that it prefers
     best = judge_best_of_n(job, judge) if recipe.judges_best_of_n else None
     # 4. rates, and all files

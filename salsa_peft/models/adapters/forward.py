@@ -2,7 +2,7 @@
 
 PEFT's forward allocates three tensors of the output's size in each layer and keeps one. Under autocast it also casts x
 to the factors' float32 and back, and keeps that second copy of x for the backward pass. tests/benchmarks/lora_forward.py
-measures both; README.md has the figures.
+measures both; docs/measurements.md has the figures.
 Layers with DoRA, biases or merged weights, and batches for several adapters use PEFT's forward. So do layers whose
 input and factors differ in dtype without autocast.
 """

@@ -54,9 +54,9 @@ def unused_name(model: nn.Module, name: str) -> str:
     return next(one for one in [name, *numbered] if one not in taken)
 
 
-def adapter_folder(name: str) -> Path:
+def adapter_folder(name: str, revision: str | None = None) -> Path:
     """The local folder of an adapter. If `name` is a Hub id, the adapter's files are downloaded."""
-    return local_folder(name, patterns=(WEIGHTS, CONFIG, FINGERPRINT, VALUE_HEAD))
+    return local_folder(name, patterns=(WEIGHTS, CONFIG, FINGERPRINT, VALUE_HEAD), revision=revision)
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:

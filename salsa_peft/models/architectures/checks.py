@@ -248,16 +248,21 @@ def _check_noise(recipe: Recipe, text: Mapping[str, Any]) -> None:
     )
 
 
-def _check_length(recipe: Recipe, text: Mapping[str, Any]) -> None:
-    """Raise SalsaError if model.max_length exceeds the base's maximum, RoPE scaling included."""
+def longest_sequence(text: Mapping[str, Any]) -> int | None:
+    """Maximum number of tokens that a configuration allows, RoPE scaling included; None if it does not say."""
     length = next((text[key] for key in POSITIONS if isinstance(text.get(key), int) and text[key] > 0), None)
     if length is None:
-        return
+        return None
     scaled = [text[key] for key in ("rope_scaling", "rope_parameters") if isinstance(text.get(key), dict)]
     factors = [one["factor"] for one in scaled if isinstance(one.get("factor"), int | float)]
-    most = int(length * max([1.0, *factors]))
+    return int(length * max([1.0, *factors]))
+
+
+def _check_length(recipe: Recipe, text: Mapping[str, Any]) -> None:
+    """Raise SalsaError if model.max_length exceeds the base's maximum, RoPE scaling included."""
+    most = longest_sequence(text)
     require(
-        recipe.model.max_length <= most,
+        most is None or recipe.model.max_length <= most,
         f"model.max_length: {recipe.model.max_length} is too long, because {_name(recipe)} reads at most {most} tokens."
         f" Set model.max_length={most} or less",
     )

@@ -1,13 +1,14 @@
 """A Python function as reward, with the signature of TRL's reward functions.
 
-Three arguments of TRL 1.16 are not passed: `trainer_state` and `log_extra`, because rewards are also used without a
-trainer, and `environments`.
+Two arguments of TRL 1.16 are not passed: `log_extra` and `environments`. `trainer_state` is passed by SalsaPPOTrainer only,
+because rewards are also used without a trainer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import importlib
 import inspect
 import os
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from salsa_peft.models.responses import Responses
 
 RESERVED = re.compile(
-    r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|epoch|step|loss|grad_norm|learning_rate"
+    r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|tokens_per_second|epoch|step|loss|grad_norm|learning_rate"
     r"|score|response_length|empty_share"
 )
 """Names of metrics that training logs itself; log_metric rejects them."""
+NOT_PASSED = {"trainer_state", "log_extra", "environments"}
+"""Arguments of TRL's reward functions that are not passed, or only by a trainer."""
 
 
 class FunctionReward(Reward):
@@ -48,6 +51,7 @@ class FunctionReward(Reward):
     - completion_ids: lists of token ids, including the end token.
     - every other column of the data, by its name: a list of values.
     - log_metric(name, value): a function that logs a metric, averaged over its calls.
+    - trainer_state: the trainer's state (global_step, max_steps …), in training.
     - finished (not in TRL): whether each response ended before the length limit.
 
     A score of None means that the reward does not apply to a response; only a part of a weighted sum may return None.
@@ -57,7 +61,9 @@ class FunctionReward(Reward):
         self, function: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False
     ) -> None:
         self.function, self.tokenizer, self.special_tokens = function, tokenizer, special_tokens
-        self.name = self.code = str(getattr(function, "__name__", type(function).__name__))
+        self.name = self.code = function_name(function)
+        self.get_trainer_state: Callable[[], Any] | None = None
+        """Returns the trainer's state; SalsaPPOTrainer sets it."""
         self._where = f"reward function {self.name}"
         parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
@@ -92,6 +98,10 @@ class FunctionReward(Reward):
         arguments = self._arguments(responses, rows)
         absent = sorted(self.needs - arguments.keys())
         columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
+        require(
+            not set(absent) & NOT_PASSED,
+            f"{self._where}: its argument {', '.join(absent)} is not passed here; give it the default None",
+        )
         require(
             not absent,
             f"{self._where}: the data has no column for its argument {', '.join(absent)} (columns: {columns}); rename"
@@ -139,6 +149,7 @@ class FunctionReward(Reward):
             ],
             "completion_ids": token_lists(responses.response_ids, responses.response_mask),
             "log_metric": self._log_metric,
+            **({} if self.get_trainer_state is None else {"trainer_state": self.get_trainer_state()}),
         }
 
     def _log_metric(self, name: str, value: float) -> None:
@@ -150,6 +161,14 @@ class FunctionReward(Reward):
             self.add_metric(name, float(value), 1)
         except (TypeError, ValueError) as error:
             raise SalsaError(f"{where}: the value {value!r:.60} of {name!r} is not a number") from error
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """The name of a function, of the function in a functools.partial, or of a callable's class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = function.__name__ if inspect.isroutine(function) else type(function).__name__
+    return "lambda" if name == "<lambda>" else name
 
 
 def _number(score: Any) -> float:

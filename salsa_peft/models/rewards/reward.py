@@ -139,7 +139,15 @@ def adapter_in(reward: Reward) -> AdapterReward | None:
     return next((one for one in reward.components() if isinstance(one, AdapterReward)), None)
 
 
-def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int = 64) -> Reward:
+def as_reward(
+    reward: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    micro_batch_size: int = 64,
+    *,
+    weights: Sequence[float] | None = None,
+    tokenizers: Any = None,
+) -> Reward:
     """Make a Reward of any of the following:
 
     - a folder or Hub id of a reward adapter (with an adapter_config.json; `model` must be a PeftModel) or of a sequence
@@ -148,25 +156,22 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
     - a function with the signature of TRL's reward functions, or its name as [FOLDER/]module:name;
     - a Reward, or any callable `(responses, rows) → (B,)`;
     - a list of these for their weighted sum; each entry is a reward, (reward, weight) or (reward, weight, name).
+      Entries of the same name, such as two lambdas, get numbers: lambda, lambda-2.
 
-    Raises SalsaError for anything else.
+    weights: the weight of each entry, in place of those in tuples (TRL: reward_weights). tokenizers: the tokenizer of
+    each entry that is a loaded sequence classifier, None for others (TRL: reward_processing_classes). Raises SalsaError
+    for anything else.
     """
     if isinstance(reward, list):
         require(bool(reward), f"reward: the list is empty; {EXPECTED}")
-        return WeightedReward([_as_part(entry, model, tokenizer, micro_batch_size) for entry in reward])
+        return _weighted(reward, model, tokenizer, micro_batch_size, weights, tokenizers)
+    if weights is not None:
+        return as_reward([reward], model, tokenizer, micro_batch_size, weights=weights, tokenizers=tokenizers)
     if isinstance(reward, str | Path):
         return _load(str(reward), model, tokenizer, micro_batch_size)
     if isinstance(reward, PreTrainedModel | PeftModel):
-        name = str(causal_lm(reward).name_or_path or "")
-        require(
-            bool(name),
-            f"reward: the {type(reward).__name__} has no name_or_path from which its tokenizer could be loaded; pass"
-            " ClassifierReward(classifier, its_tokenizer, policy_tokenizer)",
-        )
-        with readable_hub_errors(name):
-            own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        last = name.rstrip("/").rsplit("/", 1)[-1]
-        return ClassifierReward(reward, own, tokenizer, micro_batch_size, last)  # type: ignore[arg-type]
+        (own,) = tokenizers if isinstance(tokenizers, list) else [tokenizers]
+        return _loaded_classifier(reward, own, tokenizer, micro_batch_size)
     if isinstance(reward, Reward):
         return reward
     if not callable(reward):
@@ -175,10 +180,65 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
     return CallableReward(reward) if takes_responses else FunctionReward(reward, tokenizer)
 
 
-def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Part:
+def _loaded_classifier(
+    reward: PreTrainedModel | PeftModel,
+    own: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
+    micro_batch_size: int,
+) -> ClassifierReward:
+    """The reward of a loaded sequence classifier. own: its tokenizer; None to load it from its name_or_path."""
+    name = str(causal_lm(reward).name_or_path or "")
+    if own is None:
+        require(
+            bool(name),
+            f"reward: the {type(reward).__name__} has no name_or_path from which its tokenizer could be loaded; pass"
+            " ClassifierReward(classifier, its_tokenizer, policy_tokenizer)",
+        )
+        with readable_hub_errors(name):
+            own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    last = name.rstrip("/").rsplit("/", 1)[-1] or "classifier"
+    return ClassifierReward(reward, own, tokenizer, micro_batch_size, last)  # type: ignore[arg-type]
+
+
+def _weighted(
+    entries: list[Any],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    micro_batch_size: int,
+    weights: Sequence[float] | None,
+    tokenizers: Any,
+) -> WeightedReward:
+    """The weighted sum of a list; see `as_reward`."""
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(entries)
+    for option, given in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
+        require(
+            given is None or len(given) == len(entries),
+            f"{option}: there are {len(given or ())} for {len(entries)} rewards; give one for each",
+        )
+    require(
+        weights is None or not any(isinstance(entry, tuple) for entry in entries),
+        "reward_weights: the list of rewards has weights too, in tuples; give them in one place",
+    )
+    parts, taken = [], {entry[2] for entry in entries if isinstance(entry, tuple) and len(entry) == 3}
+    for index, entry in enumerate(entries):
+        part = _as_part(entry, model, tokenizer, micro_batch_size, tokenizers[index])
+        part = part if weights is None else part._replace(weight=float(weights[index]))
+        if not (isinstance(entry, tuple) and len(entry) == 3):
+            numbered = (f"{part.name}-{number}" for number in range(2, len(entries) + 2))
+            part = part._replace(name=next(name for name in (part.name, *numbered) if name not in taken))
+            if not isinstance(entry, Reward):  # its own metrics and messages carry the name too
+                part.reward.name = part.name
+            taken.add(part.name)
+        parts.append(part)
+    return WeightedReward(parts)
+
+
+def _as_part(
+    entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, own: Any = None
+) -> Part:
     given = entry if isinstance(entry, tuple) else (entry,)
     require(1 <= len(given) <= 3, f"reward: a tuple in the list has {len(given)} entries; write (reward, weight, name)")
-    reward = as_reward(given[0], model, tokenizer, micro_batch_size)
+    reward = as_reward(given[0], model, tokenizer, micro_batch_size, tokenizers=own)
     weight, name = given[1] if len(given) > 1 else 1.0, given[2] if len(given) > 2 else None
     require(
         isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),

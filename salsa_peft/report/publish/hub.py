@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
-from salsa_peft.config.schema import Recipe
-from salsa_peft.report.publish.model_card import Item, find_item, published_files, render_card
+from salsa_peft.report.publish.items import Item, Results, find_item
+from salsa_peft.report.publish.model_card import published_files, render_card
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import read_json, timestamp, write_atomic
@@ -44,23 +44,23 @@ class Push:
 
 def run(job: Job) -> dict[str, Any]:
     """Push the results listed in the recipe's `hub.push`. Raises SalsaError at the end if a push failed."""
-    section, folder = job.recipe.hub, job.folder.parent.parent
+    section, folder = job.recipe.hub, job.run_folder
     start = f"{section.namespace or ''}/{section.name or folder.name}"
     wanted = [
         Push(item=name, to=f"{start}-{name}", private=section.private, base_model=section.base_model)
         for name in section.push
     ]
-    done = push_all(folder, wanted, job.recipe, dict(job.inputs))
+    done = push_all(wanted, Results.of_job(job))
     return {"pushed": {one["item"]: one["commit"] for one in done}}
 
 
-def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[str, Path]) -> list[dict[str, Any]]:
+def push_all(wanted: Sequence[Push], results: Results) -> list[dict[str, Any]]:
     """Push results of a run; returns {item, to, commit, url, private} of each.
 
     All pushes are listed as pending first, and each is removed from the list once its result is on the Hub. Raises
     a SalsaError that names the failed pushes.
     """
-    asked = [(one.item, one.to) for one in wanted]
+    run, asked = results.run, [(one.item, one.to) for one in wanted]
     queue = [*(one for one in pending(run) if (one.item, one.to) not in asked), *wanted]
     write_pending(run, queue)
     done: list[dict[str, Any]] = []
@@ -73,7 +73,7 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
                 f"{one.to}: {clash} is pending for the same repository; remove {clash} or {one.item} from"
                 f" {run / PENDING}",
             )
-            done.append(push(one, find_item(run, recipe, one.item, one.base_model, folders)))
+            done.append(push(one, find_item(results, one.item, one.base_model)))
         except SalsaError as error:
             failed.append(f"{one.item}: {error}")
             say(f"hub  {failed[-1]}")
@@ -110,7 +110,8 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
             CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
             for name, content in files.items()
         ]
-        return api.create_commit(repo, operations, commit_message=f"{item.name} of {item.recipe.name}, by salsa_peft")
+        of = "" if item.recipe is None else f" of {item.recipe.name}"
+        return api.create_commit(repo, operations, commit_message=f"{item.name}{of}, by salsa_peft")
 
     made = with_retries(commit, repo)
     url = str(made.repo_url.url)

@@ -1,143 +1,25 @@
-"""Published files of a result, and its model card with loading code, lineage and metrics."""
+"""Published files of a result or a soup, and its model card with loading code, lineage and metrics."""
 
-import dataclasses
-import json
 import os
-import re
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData, get_token, metadata_load, model_info, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
-from yaml import YAMLError
+from huggingface_hub import EvalResult, ModelCardData
 
-from salsa_peft.config.job import unit_of
-from salsa_peft.config.load import saved_recipe
 from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.report.format import Row, flatten, render
 from salsa_peft.report.gather import last_part, soup_rows
+from salsa_peft.report.publish.items import RECIPE, Item
 from salsa_peft.report.sections import reward
-from salsa_peft.soup.lora.read import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 from salsa_peft.utils import manifests
-from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.files import read_json
-from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
+from salsa_peft.utils.fingerprints import read_fingerprint
+from salsa_peft.utils.hub import check_secrets, licence, model_files, without_paths
 
 TITLES = {"soup": "a model soup", "policy": "a policy", "seed": "an SFT seed", "reward": "a reward model"}
-PUBLISHED = (
-    CONFIG, WEIGHTS, "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    FINGERPRINT, SUMMARY, "metrics.json", "policy.json", "value_head.safetensors", *TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
-"""Patterns of the file names that are published; no other file of a result's folder is published."""
-RECIPE, CARD, FIGURE = "recipe.yaml", "README.md", "figure.png"
-FIGURES = {
-    "soup": ("line-*", "scores-*"),
-    "policy": ("scores-*", "training-score*"),
-    "seed": ("scores-*",),
-    "reward": ("distribution-*",),
-}
-"""Kind of result → patterns of the report's figures; the card shows the first figure that exists."""
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{24,}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Item:
-    """A result of a run that can be published."""
-
-    name: str
-    """Name of the result: soup, reward, seed-0 …, or the name of a policy."""
-    kind: str
-    """Kind of the result: soup, policy, seed or reward."""
-    folder: Path
-    recipe: Recipe
-    base: str
-    """The base's id on the Hub."""
-    summary: dict[str, Any]
-    """The report's summary.json; {} if the run has none."""
-    figure: Path | None
-
-    @property
-    def adapter(self) -> bool:
-        """Whether the result is a PEFT adapter; otherwise it is a full checkpoint."""
-        return (self.folder / CONFIG).is_file()
-
-    @property
-    def algorithm(self) -> str:
-        """Algorithm of a policy, such as ppo or dpo; "" for other kinds of results."""
-        return self.recipe.policies[self.name].algorithm if self.kind == "policy" else ""
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """The metrics that the result's own stage wrote."""
-        path = self.folder / {"soup": "soup.json", "policy": "policy.json"}.get(self.kind, "metrics.json")
-        return read_object(path) if path.is_file() else {}
-
-
-def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, folders: dict[str, Path]) -> Item:
-    """Find a result by its name. folders: unit id → its finished folder.
-
-    Raises SalsaError if the name is unknown, the result is missing or was changed, or the base has no id on the Hub.
-    """
-    base = base_model or recipe.model.base
-    if base is None or os.path.isabs(base):
-        raise SalsaError(
-            f"base: {'the toy base' if base is None else Path(base).name} exists only on this machine; give the"
-            " base's id on the Hub: --base-model namespace/name, or hub.base_model in the recipe"
-        )
-    kind, unit = unit_of(recipe, name)
-    folder, report = folders.get(unit), folders.get("report")
-    if folder is None:
-        raise SalsaError(
-            f"{name}: {run} has no finished {unit}; finish the run with salsa run {run}/recipe.yaml --output-dir {run}"
-        )
-    summary, figures = {}, list[Path]()
-    check_unchanged(folder)
-    if report is not None:
-        check_unchanged(report)
-        summary = read_object(report / "summary.json")
-        figures = [path for pattern in FIGURES[kind] for path in sorted((report / "figures").glob(f"{pattern}.png"))]
-    figure = next(iter(figures), None)
-    return Item(name=name, kind=kind, folder=folder, recipe=recipe, base=base, summary=summary, figure=figure)
-
-
-def result_folders(run: Path) -> dict[str, Path]:
-    """Unit id → its folder: the latest report's results, or without a report each unit's latest result."""
-    report = manifests.latest_report(run)
-    if report is not None:
-        return {**manifests.finished_results(run), "report": report}
-    there = [*run.glob(f"*/*/{manifests.MANIFEST}"), *run.glob(f"*/*/*/{manifests.MANIFEST}")]
-    there.sort(key=lambda path: path.stat().st_mtime_ns)
-    found = [(manifests.read_manifest(path.parent), path.parent) for path in there]
-    return {str(manifest.get("unit")): folder for manifest, folder in found if manifest is not None}
-
-
-def recipe_of_run(run: Path, folders: dict[str, Path]) -> Recipe:
-    """The recipe of the report, since the run's recipe.yaml may be newer; without a report, the run's."""
-    own = folders.get("report", run) / RECIPE
-    return saved_recipe(own if own.is_file() else run / RECIPE)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises SalsaError if the file contains anything else."""
-    content = read_json(path)
-    require(
-        isinstance(content, dict), f"{path}: must be a JSON object, as the run wrote it; delete the file and run again"
-    )
-    return dict(content)
-
-
-def check_unchanged(folder: Path) -> None:
-    """Raise SalsaError if a result differs from its manifest, so that nothing damaged is published."""
-    why = manifests.changed_file(folder, manifests.read_manifest(folder) or {"files": {}})
-    require(
-        why is None,
-        f"{folder}: differs from its {manifests.MANIFEST} ({why}), so it is not published; delete the folder and run"
-        " again",
-    )
+CARD, FIGURE = "README.md", "figure.png"
 
 
 def published_files(item: Item, card: str) -> dict[str, Path | bytes]:
@@ -145,20 +27,9 @@ def published_files(item: Item, card: str) -> dict[str, Path | bytes]:
 
     Raises SalsaError if the result has no weights in safetensors, or a text file contains a token of the Hub.
     """
-    there = sorted(path for path in item.folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in PUBLISHED))
-    files: dict[str, Path | bytes] = {path.name: path for path in there}
-    require(
-        any(name.endswith(".safetensors") and name != "value_head.safetensors" for name in files),
-        f"{item.folder}: has no weights in safetensors, the only format that is published; delete the folder and run"
-        " again",
-    )
-    for path in there:
-        if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):
-            content = read_object(path)
-            clean = without_paths(content | ({"base_model_name_or_path": item.base} if path.name == CONFIG else {}))
-            if clean != content:
-                files[path.name] = (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
-    files[RECIPE] = recipe_yaml(item.recipe).encode()
+    files = model_files(item.folder, item.base)
+    if item.recipe is not None:
+        files[RECIPE] = recipe_yaml(item.recipe).encode()
     files[CARD] = card.encode()
     if item.figure is not None:
         files[FIGURE] = item.figure
@@ -171,42 +42,23 @@ def recipe_yaml(recipe: Recipe) -> str:
     return dump_yaml(without_paths(recipe.as_data()))
 
 
-def without_paths(value: Any) -> Any:
-    """JSON data with absolute paths replaced by their last part."""
-    if isinstance(value, dict):
-        return {key: without_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_paths(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
-def check_secrets(files: dict[str, Path | bytes]) -> None:
-    """Raise SalsaError if a text file contains the Hub token in use, or anything that looks like one."""
-    token = (get_token() or "").encode()
-    for name, content in files.items():
-        if name.endswith((".safetensors", ".png")):
-            continue
-        raw = content if isinstance(content, bytes) else content.read_bytes()
-        found = (token and token in raw) or (TOKEN.search(raw) and name != "tokenizer.json")
-        require(
-            not found, f"{name}: contains a token of the Hub; revoke the token, and remove it from the recipe or data"
-        )
-
-
 def render_card(item: Item, repo: str, *, online: bool = False) -> str:
     """Render README.md of a result. online: whether to ask the Hub for the base's licence."""
-    data = metadata(item, repo, licence_of(item, online))
+    base = item.recipe.model.base if item.recipe is not None else None
+    own = Path(base) / CARD if base is not None and os.path.isabs(base) else None
+    data = metadata(item, repo, licence(item.base, own, online=online))
     shown: dict[str, Callable[[dict[str, Any]], Row]] = {"soup": soup_rows, "reward": reward.facts}
     page = render(
         "card.md.jinja",
         item=item, repo=repo, title=TITLES[item.kind], load=loading_code(item, repo), lineage=lineage(item), members=members(item),
         scores=scores(item), compared=compared(item), measured=flatten(shown.get(item.kind, dict)(item.metrics)),
-        figure=FIGURE if item.figure else None, recipe=recipe_yaml(item.recipe), versions=manifests.versions(),
+        figure=FIGURE if item.figure else None, recipe=item.recipe and recipe_yaml(item.recipe),
+        versions=manifests.versions(),
     )  # fmt: skip
     return f"---\n{data.to_yaml().rstrip()}\n---\n\n{page}\n"
 
 
-def metadata(item: Item, repo: str, licence: str | None) -> ModelCardData:
+def metadata(item: Item, repo: str, licensed: str | None) -> ModelCardData:
     """The card's front matter, which the Hub's search uses."""
     relation = "adapter" if item.adapter else "merge" if item.kind == "soup" else "finetune"
     method = item.algorithm or {"seed": "sft", "reward": "reward-model"}.get(item.kind, "model-soup")
@@ -222,28 +74,16 @@ def metadata(item: Item, repo: str, licence: str | None) -> ModelCardData:
         base_model_relation=relation,
         library_name="peft" if item.adapter else "transformers",
         pipeline_tag="text-classification" if item.kind == "reward" else "text-generation",
-        license=licence,
+        license=licensed,
         datasets=[source.path for source in data_sources(item).values() if not os.path.isabs(source.path)] or None,
-        tags=["salsa", "salsa_peft", method, "rlhf", "trl", *(["peft", "lora"] if item.adapter else [])],
+        tags=[
+            *("salsa", "salsa_peft", method),
+            *(["rlhf", "trl"] if item.recipe is not None else []),
+            *(["peft", "lora"] if item.adapter else []),
+        ],
         model_name=repo.rsplit("/", 1)[-1] if results else None,
         eval_results=results or None,
     )
-
-
-def licence_of(item: Item, online: bool) -> str | None:
-    """The licence in the model card of the base, local or on the Hub; None if it is unknown."""
-    base = item.recipe.model.base
-    own = Path(base) / "README.md" if base is not None and os.path.isabs(base) else None
-    cached = try_to_load_from_cache(item.base, "README.md")
-    path = next((path for path in (own, cached) if isinstance(path, str | Path) and Path(path).is_file()), None)
-    if path is None and not online:
-        return None
-    try:
-        found: Any = model_info(item.base).card_data if path is None else metadata_load(path)
-    except (HTTPError, OSError, ValueError, YAMLError):  # a push must not fail because of the base's card
-        return None
-    licence = None if found is None else found.get("license")
-    return licence if isinstance(licence, str) else None
 
 
 def loading_code(item: Item, repo: str) -> str:
@@ -259,6 +99,8 @@ def loading_code(item: Item, repo: str) -> str:
 
 def data_sources(item: Item) -> dict[str, Source]:
     """Key of `data` → source, for the data that a result, its seeds and its reward were trained on."""
+    if item.recipe is None:
+        return {}
     algorithm, names = item.algorithm, ["demonstrations"]
     with_reward = bool(algorithm) and item.recipe.reward.trained
     names += ["preferences"] * (item.kind == "reward" or algorithm in PREFERENCE_ALGORITHMS or with_reward)
@@ -268,11 +110,21 @@ def data_sources(item: Item) -> dict[str, Source]:
 
 def lineage(item: Item) -> list[tuple[str, str]]:
     """Rows (name, value) on the origin of a result, the base first."""
-    recipe, kind = item.recipe, item.kind
-    rows = [("base", f"{item.base}, revision {recipe.model.revision or 'main'}")]
+    recipe = item.recipe
+    rows = [("base", item.base + (f", revision {recipe.model.revision or 'main'}" if recipe is not None else ""))]
     fingerprint = read_fingerprint(item.folder)
     if fingerprint is not None:
         rows.append(("base's fingerprint", f"{fingerprint[:16]}… (SHA-256, in fingerprint.json)"))
+    rows += [] if recipe is None else _training(item, recipe)
+    if item.kind == "soup":
+        weights = ", ".join(f"{member['weight']:g}·{member['name']}" for member in item.metrics["members"])
+        rows.append(("soup", f"{item.metrics['strategy']}: {weights}"))
+    return rows
+
+
+def _training(item: Item, recipe: Recipe) -> list[tuple[str, str]]:
+    """Rows on the data, seeds, reward model and training that a run's result comes from."""
+    kind, rows = item.kind, list[tuple[str, str]]()
     for name, source in data_sources(item).items():
         limit = "" if source.limit is None else f", {source.limit} rows"
         rows.append((f"data: {name}", f"{last_part(source.path)}, split {source.split}{limit}"))
@@ -281,9 +133,6 @@ def lineage(item: Item) -> list[tuple[str, str]]:
     seeds: Iterable[int] = recipe.soup.members if kind == "soup" else range(len(recipe.sft.seeds))
     seeds = [int(item.name.removeprefix("seed-"))] if kind == "seed" else seeds
     rows += [(f"seed-{position}", seed_text(recipe, position)) for position in seeds]
-    if kind == "soup":
-        weights = ", ".join(f"{member['weight']:g}·{member['name']}" for member in item.metrics["members"])
-        rows.append(("soup", f"{item.metrics['strategy']}: {weights}"))
     if kind == "policy":
         policy = item.metrics
         beta = " → ".join(f"{policy['kl_coef'][end]:g}" for end in ("start", "end") if "kl_coef" in policy)

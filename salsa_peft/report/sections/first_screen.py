@@ -23,6 +23,8 @@ MOST = 4
 """Maximum number of cards for the scores, and for the judge."""
 JUDGE = "judge"
 """Measure of the differences that are a judge's adjusted win rates minus ½."""
+PREFERRED = ("was preferred more often", "was preferred less often")
+"""How a judge's decided result is said."""
 NOTHING = "No two models were compared on the same prompts, so there is nothing to conclude about them."
 
 
@@ -165,7 +167,7 @@ def cards(compared: Sequence[Row], policies: Mapping[str, PolicyReport], judge: 
                 "b": b,
                 "by": judge if measure == JUDGE else measure_name(measure),
                 "judge": measure == JUDGE,
-                "against": _against(a, b, policies),
+                "against": _against(a, b, policies) if policies or measure != JUDGE else "",
                 "control": is_control(b, policies),
                 "rows": [_card_row(one, reach) for one in sets],
             }
@@ -195,6 +197,8 @@ def _card_row(one: Row, reach: float) -> dict[str, Any]:
 
 def _against(a: str, b: str, policies: Mapping[str, PolicyReport]) -> str:
     """What distinguishes two models, in words."""
+    if not all(describe(name, policies) for name in (a, b)):
+        return ""
     if a in policies and b in policies:
         return f"{kl_to(policies[a])}, against {kl_to(policies[b])}"
     if a in policies:
@@ -215,13 +219,11 @@ def sentences(
     judged: `by_judge`. They come first, because scores by the training reward do not show that answers are better.
     """
     if not compared and not judged:
-        return {CAME_OUT: NOTHING}
-    came_out = []
+        return {CAME_OUT: f"T{judge[1:]} gave no verdict." if judge else NOTHING}
+    came_out = [f"T{judge[1:]} gave no verdict."] if judge and not judged else []
     if judged:
         first = _main_pair(judged, policies)
-        came_out.append(
-            f"By {judge}, {versus(judged, *first, ('was preferred more often', 'was preferred less often'))}."
-        )
+        came_out.append(f"By {judge}, {versus(judged, *first, PREFERRED)}.")
     if compared:
         a, b = _main_pair(compared, policies)
         parts = [gains(tables), "" if a in policies and b == START else versus(compared, a, b)]
@@ -286,4 +288,24 @@ def screen(
         "names": names(models, policies, tables, explained),
         "sets": {part["dataset"]: brief(explained.get(part["dataset"], "")) for part in tables},
         "over": "prompts" if replicates == 1 else f"{replicates} replicates",
+    }
+
+
+def of_judge(judged: Row, models: int) -> dict[str, Any]:
+    """The first screen of a report that has a judge's verdicts on the answers of models, and no training."""
+    verdicts, judge = by_judge(judged), f"the judge ({judged['judge']})"
+    pairs = dict.fromkeys((one["a"], one["b"]) for one in verdicts)
+    said = [versus(verdicts, *pair, PREFERRED) for pair in pairs]
+    asked = listed([f"{data['questions']:,} questions of “{name}”" for name, data in judged["datasets"].items()])
+    return {
+        "line": f"Answers of {models} models to {asked}, compared in pairs by {judge}.",
+        "cards": cards(verdicts, {}, judge),
+        "sentences": {
+            CAME_OUT: f"By {judge}, {'; '.join(said)}." if said else f"T{judge[1:]} gave no verdict.",
+            MEANS_NOT: "That people or another judge would prefer the same answers, or that a model does what was asked: one"
+            " judge compared two answers at a time, in both orders.",
+        },
+        "names": {},
+        "sets": {},
+        "over": "questions",
     }

@@ -17,6 +17,7 @@ from typing import Any
 from salsa_peft.soup.checkpoints.read import CONFIG, read_mapping
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import locked, other_files, require_disk_space, sync_folder, write_atomic
+from salsa_peft.utils.manifests import MANIFEST
 from salsa_peft.utils.safetensors_io import Writer, safetensors_writer
 
 SUMMARY, LOCK, PARTIAL = "soup.json", ".lock", ".soup-partial"
@@ -116,6 +117,10 @@ def check_free(folder: Path, sources: Sequence[Path], adapter: bool = False) -> 
         f"{folder}: this folder is a member or the base of the soup; choose another folder for the soup",
     )
     require(not folder.exists() or folder.is_dir(), f"{folder}: this is a file; choose a folder for the soup")
+    require(
+        not (folder / MANIFEST).exists(),
+        f"{folder}: this folder is a result of a run, which other results may depend on; choose another folder for the soup",
+    )
     require(
         not adapter or not (folder / CONFIG).exists(),
         f"{folder}: this folder holds a full model, but the soup is an adapter; choose another folder for the soup",

@@ -36,12 +36,11 @@ Names = dict[str, str]
 """PEFT's name of a tensor → its name in the file."""
 
 
-class ConvertedFile(SafetensorsFile):
-    """An adapter's file with all tensors in memory; PEFT has joined the tensors of single experts."""
+class TensorsInMemory(SafetensorsFile):
+    """An adapter's tensors in memory: of single experts that PEFT has joined, or of an adapter on a model."""
 
     def __init__(self, path: Path, arrays: Mapping[str, float_arrays.Array]) -> None:
-        super().__init__(path)
-        self.arrays = dict(arrays)
+        self.path, self.arrays = path, dict(arrays)
         self.entries = {
             name: Entry("F64" if values.dtype == np.float64 else "F32", values.shape, 0, values.nbytes)
             for name, values in arrays.items()
@@ -189,4 +188,4 @@ def convert(
     fields = {field: vars(given)[field] for field in DEFAULTS if field in vars(given)}
     changed = {field: sorted(value) if isinstance(value, set) else value for field, value in fields.items()}
     arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in found.items()}
-    return {name: name for name in arrays}, config | changed, ConvertedFile(file.path, arrays)
+    return {name: name for name in arrays}, config | changed, TensorsInMemory(file.path, arrays)

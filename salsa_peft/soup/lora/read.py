@@ -50,7 +50,7 @@ IGNORED = (
 
 Initializations that change the base's weights are recognized by init_lora_weights.
 """
-MERGES = "use --merge, which adds such adapters to their base exactly"
+MERGES = "use `salsa soup --merge`, which adds such adapters to their base exactly"
 WHY = {
     "use_dora": f"a DoRA delta is not linear in its factors, so no single adapter is the mean; {MERGES}",
     "layer_replication": "it repeats layers of the base, and a soup does not read the base; merge each adapter with"
@@ -90,7 +90,11 @@ def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
     """
     path = folder / CONFIG
     require(path.is_file(), f"{path} is missing; give a PEFT adapter folder, which holds {CONFIG} and {WEIGHTS}")
-    raw = read_mapping(path)
+    return check_config(path, read_mapping(path), merging)
+
+
+def check_config(path: Path, raw: dict[str, Any], merging: bool = False) -> dict[str, Any]:
+    """Check an adapter's configuration as read_config does. raw: LoraConfig as JSON. path: for messages."""
     method = raw.get("peft_type")
     require(method == "LORA", f"{path}: peft_type is {method!r}; only LoRA adapters (peft_type 'LORA') can be averaged")
     for field, value in raw.items():

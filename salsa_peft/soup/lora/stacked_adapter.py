@@ -105,8 +105,6 @@ class StackedAdapter:
         because all adapters of a model share one base.
         """
         import torch
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraLayer
 
         self.check(weights)
         self.stacks.check_saveable()
@@ -121,17 +119,9 @@ class StackedAdapter:
             " soup was trained on",
         )
         self.stacks.load_in_memory()
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         ranks = {module: shape.rank for module, shape in self.stacks.shapes.items()}
         fields = config_fields(self.members, self.stacks, ranks) | {"modules_to_save": None, "bias": "none"}
-        fields["target_parameters"] = shared_target_parameters(model, self.stacks, fields["target_parameters"])
-        model.add_adapter(adapter_name, LoraConfig(**{name: fields[name] for name in fields if name != "peft_type"}))
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-                # PEFT activates "default" in a layer that it has just wrapped, even if the new adapter has that name
-                layer.set_adapter(model.active_adapters, inference_mode=True)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        add_adapter(model, adapter_name, self.stacks, fields)
         with torch.no_grad():
             for module, stack in self.stacks.items():
                 A = live_factors(model, self.stacks, module, adapter_name)[0]
@@ -174,10 +164,30 @@ class StackedAdapter:
                     bias.copy_(torch.from_numpy(total))
 
 
-def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: str) -> tuple[Any, Any, Any]:
+def add_adapter(model: PeftModel, adapter_name: str, stacks: Stacks, fields: Mapping[str, Any]) -> None:
+    """Add an adapter with the configuration `fields` to a model, frozen. What is active and trainable stays so."""
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    targets = shared_target_parameters(model, stacks, fields["target_parameters"])
+    given = {name: fields[name] for name in fields if name != "peft_type"} | {"target_parameters": targets}
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # not the method of PeftModelForSequenceClassification, which adds its heads to modules_to_save a second time
+    PeftModel.add_adapter(model, adapter_name, LoraConfig(**given))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            # PEFT activates "default" in a layer that it has just wrapped, even if the new adapter has that name
+            layer.set_adapter(model.active_adapters, inference_mode=True)
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad_(requires_grad)
+
+
+def live_factors(
+    model: PeftModel, stacks: Stacks, module: str, adapter_name: str, rank: int | None = None
+) -> tuple[Any, Any, Any]:
     """The parameters A, B and, with lora_bias, the bias of B (else None) of an attached soup's module.
 
-    Raises SalsaError if the layer has no such adapter, if the adapter's shapes are not those of the soup, or if the
+    rank: the rank to which the soup was reduced. Raises SalsaError if the layer has no such adapter, if the adapter's shapes are not those of the soup, or if the
     adapter is merged into the base.
     """
     layer = find_layer(model, stacks, module)
@@ -190,7 +200,7 @@ def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: st
         A, linear = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name]
         B, bias = linear.weight, linear.bias
     shape = stacks.shapes[module]
-    shapes, expected = (tuple(A.shape), tuple(B.shape)), shape.saved(shape.rank)
+    shapes, expected = (tuple(A.shape), tuple(B.shape)), shape.saved(rank or shape.rank)
     require(
         shapes == expected,
         f"{module}: the factors of adapter {adapter_name!r} have the shapes {shapes}, but this soup's have"

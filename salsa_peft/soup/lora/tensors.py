@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from salsa_peft.models.adapters.names import PREFIX, plain_names
 from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import DTYPES, Array
-from salsa_peft.soup.lora.layouts import ConvertedFile, to_current_layout
+from salsa_peft.soup.lora.layouts import TensorsInMemory, to_current_layout
 from salsa_peft.soup.lora.read import CONFIG, WHY, open_weights, read_config
 from salsa_peft.soup.lora.targets import (
     EMBEDDINGS,
@@ -79,7 +79,7 @@ class Member:
 
     def read(self, key: str) -> Array:
         """A tensor's values in float32, or float64 if saved so. Raises SalsaError for NaN or infinity."""
-        return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else arrays.read(self.file, key)
+        return self.file.arrays[key] if isinstance(self.file, TensorsInMemory) else arrays.read(self.file, key)
 
     def token_indices(self, name: str) -> list[int]:
         """Ids of the tokens whose rows of an embedding were trained. name: the embedding's key in `non_lora`."""
@@ -96,6 +96,13 @@ def read_member(folder: Path, name: str) -> Member:
     file = open_weights(folder)
     names = plain_names(file.entries, config, file.path)
     names, config, file = to_current_layout(names, config, file, folder)
+    return make_member(name, folder, config, file, names)
+
+
+def make_member(
+    name: str, folder: Path, config: dict[str, Any], file: SafetensorsFile, names: dict[str, str]
+) -> Member:
+    """Check an adapter's tensors against its configuration. names: PEFT's name of a tensor → its name in the file."""
     parts, non_lora = sort_tensors(file, names, config)
     require(bool(parts), f"{file.path} holds no LoRA tensors (lora_A and lora_B); save the adapter again")
     factors = dict(sorted(read_all_factors(file, parts, config)))

@@ -17,10 +17,10 @@ from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.checkpoints.write import check_free, locked_output
 from salsa_peft.soup.lora import non_lora
 from salsa_peft.soup.lora.config import config_fields
-from salsa_peft.soup.lora.factors import Stacks
+from salsa_peft.soup.lora.factors import Stack, Stacks
 from salsa_peft.soup.lora.members import tokenizer_of, write_tokenizer
 from salsa_peft.soup.lora.read import CONFIG, MORE_TEMPLATES, SUMMARY, TOKENIZER, WEIGHTS
-from salsa_peft.soup.lora.svd import moments, recompress, squared_norm
+from salsa_peft.soup.lora.svd import Moments, moments, recompress, squared_norm
 from salsa_peft.soup.lora.targets import Shape
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.soup.summary import Totals, recompression_errors, relative_norm, summarise
@@ -94,14 +94,14 @@ def safetensors_dtype(dtype: str | None, default: str) -> str:
     return codes[name]
 
 
-def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
-    """Module → rank in the file: the stacked rank, reduced where the stacked rank exceeds `rank`."""
+def output_ranks(shapes: dict[str, Shape], rank: int | None, warn: bool = True) -> dict[str, int]:
+    """Module → rank of the soup: the stacked rank, reduced where it exceeds `rank`. warn: about a useless `rank`."""
     require(
         rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1),
         f"rank: {rank!r} is not a whole number of at least 1; leave it out for an exact soup",
     )
     highest = max(shape.rank for shape in shapes.values())
-    if rank is not None and rank >= highest:
+    if warn and rank is not None and rank >= highest:
         logger.warning(
             "warning: rank %d has no effect, because no module of the soup has a rank above %d", rank, highest
         )
@@ -174,10 +174,7 @@ def factors(stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: 
         totals.gram += gram
         totals.norms[module] = max(float(np.array(weights) @ gram @ np.array(weights)), 0.0)
         if ranks[module] < shape.rank:
-            cut = [recompress(block, stack.coefficients(weights), ranks[module] // shape.groups) for block in blocks]
-            halves = ([c.A for c in cut], [c.B for c in cut])
-            A, B = (np.stack(half) if shape.blocks > 1 else half[0] for half in halves)
-            totals.lost[module], totals.norms[module] = sum(c.lost for c in cut), sum(c.norm for c in cut)
+            A, B, totals.lost[module], totals.norms[module] = reduced(stack, blocks, shape, weights, ranks[module])
         else:
             A, B = stack.A, stack.weighted_B(weights)
         narrowed = rounded(A, B, stored_dtype, totals)
@@ -187,6 +184,18 @@ def factors(stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: 
             yield arrays.narrow(bias, stored_dtype)
         if progress is not None:
             progress(done, len(stacks))
+
+
+def reduced(
+    stack: Stack, blocks: Sequence[Moments], shape: Shape, weights: Sequence[float], rank: int
+) -> tuple[Array, Array, float, float]:
+    """A and B of the best approximation of a module's delta with `rank`; squared norms of the lost part and the whole.
+
+    blocks: the moments of each of the stack's blocks.
+    """
+    cut = [recompress(block, stack.coefficients(weights), rank // shape.groups) for block in blocks]
+    A, B = (np.stack(half) if shape.blocks > 1 else half[0] for half in ([c.A for c in cut], [c.B for c in cut]))
+    return A, B, sum(c.lost for c in cut), sum(c.norm for c in cut)
 
 
 def rounded(A: Array, B: Array, stored_dtype: str, totals: Totals) -> list[Array]:

@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
+from salsa_peft.config.schema import PPO
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids, tokenizer_notes
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import autocast_for_flash_attention, causal_lm, keep_4bit_layout
@@ -109,21 +110,41 @@ def check_trained(
         )
     require_float32(model, args)
     check_autocast(model, args)
+    check_learning_rate(model, args)
     head_of(causal_lm(model), 1.0, model_stop_token_ids(tokenizer, causal_lm(model)))
     check_noise(model)
 
 
 def check_autocast(model: PeftModel | PreTrainedModel, args: TrainingArguments) -> None:
-    """Raise SalsaError for bf16 autocast over a base in fp16. Print a line if float32 adapters on bf16 run without it."""
+    """Raise SalsaError for bf16 autocast over a base in fp16. Print a line about a base in bf16 without autocast.
+
+    On a CPU such a base is slow; elsewhere the line is about float32 adapters on it.
+    """
     base = causal_lm(model).dtype
     require(
         not (args.bf16 and base == torch.float16),
         "bf16: True does not fit a base in float16. Load the base with dtype=torch.bfloat16, or set bf16=False",
     )
-    if uses_autocast(base, float32_weights=isinstance(model, PeftModel)) and not args.bf16:
+    if args.bf16 or args.process_index > 0:
+        return
+    if base == torch.bfloat16 and args.device.type == "cpu":  # type: ignore[attr-defined]
+        say(
+            "model: its weights are in bfloat16, which is slow on a CPU without autocast. Load it with"
+            " dtype=torch.float32, or set bf16=True"
+        )
+    elif uses_autocast(base, float32_weights=isinstance(model, PeftModel)):
         say(
             "bf16: False, so the products of the float32 adapters with the hidden states of the bfloat16 base are"
             " computed in float32. Set bf16=True to train, score and evaluate under bf16 autocast, as `salsa run` does"
+        )
+
+
+def check_learning_rate(model: PeftModel | PreTrainedModel, args: TrainingArguments) -> None:
+    """Print a line if an adapter is trained at the default learning rate, which is one of full weights."""
+    if isinstance(model, PeftModel) and args.learning_rate == PPO.learning_rate and args.process_index == 0:
+        say(
+            f"learning_rate: {args.learning_rate:g} is the default, which is for full weights (the paper's). LoRA adapters"
+            " need about ten times as much: set learning_rate=2e-5, the rate of `salsa run --lora`"
         )
 
 

@@ -10,6 +10,7 @@ import pydantic
 from pydantic import Field, ValidationError
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
+from transformers.trainer_utils import HubStrategy
 
 from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, Seed
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
@@ -21,7 +22,7 @@ from salsa_peft.utils.messages import explain_validation_error, short
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "save_only_model": (False, "PPO cannot resume from weights alone; save_model() saves them"),
     "load_best_model_at_end": (False, "PPO keeps its last policy; earlier ones are in the checkpoints"),
-    "push_to_hub": (False, "call save_model(folder) and huggingface_hub's upload_folder instead"),
+    "trust_remote_code": (False, "code of a repository is never run; use a model that Transformers supports itself"),
     "fp16": (False, "its loss scaler lets the first gradients overflow, at which PPO stops; set bf16=True"),
     "neftune_noise_alpha": (None, "PPO compares a network with itself, so its embeddings must have no noise"),
     "label_smoothing_factor": (0.0, "PPO has no labels"),
@@ -47,6 +48,7 @@ class _Checked(PPOOptions, Sampling):
     micro_batch_size: Count | None
     eval_samples: Annotated[int, Field(ge=0)]
     offload: Literal["none", "frozen"]
+    reward_weights: list[float] | None
 
 
 @dataclass
@@ -74,6 +76,13 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
 
     none: on the device. frozen: in CPU memory; they are moved to the device while they score.
     """
+    model_init_kwargs: dict[str, Any] | str | None = None
+    """Arguments of `from_pretrained` for a model that the trainer loads from its name, such as dtype (default float32, as
+    in TRL), revision and attn_implementation; on a command line, a JSON object."""
+    trust_remote_code: bool = False
+    """As in TRL's configs; only False is supported."""
+    reward_weights: list[float] | None = None
+    """Weight of each entry of the trainer's reward_funcs. None: 1 each, or the weights in the entries (reward, weight)."""
     guards: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
     """As in PPOOptions; on a command line (HfArgumentParser), a JSON object."""
     rollout_options: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
@@ -81,6 +90,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.guards = _mapping("guards", self.guards)
+        self.model_init_kwargs = _mapping("model_init_kwargs", self.model_init_kwargs)
         self.rollout_options = _mapping("rollout_options", self.rollout_options)
         self._check_values()
         self.check_shares("", self.batch_size, self.micro_batch_size)
@@ -94,6 +104,11 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
             self.ddp_find_unused_parameters = False
         super().__post_init__()
         unset_hf_deepspeed_config()  # otherwise from_pretrained would shard references and classifiers under ZeRO-3
+        require(
+            self.hub_strategy in (HubStrategy.END, HubStrategy.EVERY_SAVE),
+            f"hub_strategy: {HubStrategy(self.hub_strategy).value} is not supported, because checkpoints hold prompts and responses; use"
+            " every_save or end",
+        )
         require(self.n_gpu <= 1, f"SalsaPPOConfig: one process has {self.n_gpu} GPUs, not one; use accelerate launch")
         share = self.check_shares("", self.batch_size, self.micro_batch_size, self.world_size)
         self.per_device_train_batch_size = self.micro_batch_size or share

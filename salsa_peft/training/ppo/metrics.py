@@ -1,4 +1,4 @@
-"""Metrics of an update (with TRL's names), the log files, and samples printed on the terminal."""
+"""Metrics of an update, with TRL's names, and the log files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import math
 import os
 import shutil
 import statistics
-import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 
 METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"
 FILES = (METRICS, COMPLETIONS, EVALUATIONS)
-PIPE_WIDTH = 160
-"""Largest width in columns of a sample's line if samples are not printed to a terminal."""
 
 
 def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, float]:
@@ -47,6 +43,7 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
         [
             rollout.kl.sum(-1).mean(),
             rollout.scores.mean(),
+            rollout.scores.std(correction=0),
             rollout.entropy.sum(-1).mean(),
             responses.lengths.float().mean(),
             responses.empty.float().mean(),
@@ -55,13 +52,16 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
         ]
     )
     # one copy from the device for all numbers
-    kl, score, entropy, length, empty, finished, explained, *scores = torch.cat([means, rollout.scores]).tolist()
+    kl, score, spread, entropy, length, empty, finished, explained, *scores = torch.cat(
+        [means, rollout.scores]
+    ).tolist()
     steps = dict(zip(losses.PPOLoss._fields, zip(*state.totals, strict=True), strict=True))  # of all optimizer steps
     mean = {name: statistics.fmean(numbers) for name, numbers in steps.items()}
     return {
         "update": state.update,
         "episode": state.update * batch_size,
         "objective/scores": score,
+        "objective/scores_std": spread,
         "objective/kl": kl,
         "objective/kl_per_token": kl / length,
         "objective/kl_coef": state.kl_coef,
@@ -243,77 +243,3 @@ def numbered(file: Path, number: int) -> Path:
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinity, which JSON does not have, by None."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-
-
-def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO | None = None) -> None:
-    """Print rows of completions.jsonl, to standard error by default: as a table on a terminal, else one line each.
-
-    Of long texts, only the end of a prompt and the start of a response are printed. TRL's
-    print_prompt_completions_sample is not used, because it prints whole texts with their control characters.
-    """
-    from tqdm import tqdm
-
-    stream = sys.stderr if stream is None else stream
-    if stream.isatty():
-        text = _table(rows, update, stream) if rows else ""
-    else:
-        text = "".join(_line(row, update) for row in rows)
-    # the stream is written directly, so that progress bars of rich and tqdm stay below the text
-    with tqdm.external_write_mode(file=stream):
-        stream.write(text)
-        stream.flush()
-
-
-def _line(row: Mapping[str, Any], update: int) -> str:
-    start = f"update {update}  score {row['score']:.3f}  KL {row['kl']:.2f}  "
-    room = (PIPE_WIDTH - len(start) - len("… → …")) // 3
-    prompt, response = printable(str(row["prompt"])), printable(str(row["response"]))
-    return f"{start}{_cut(prompt[::-1], room)[::-1]} → {_cut(response, 2 * room)}\n"
-
-
-def _cut(text: str, cells: int) -> str:
-    """The start of a text that takes at most this many columns of a terminal, with … if text is left out."""
-    from rich.cells import chop_cells
-
-    most = 4 * cells  # characters: marks above letters take no column
-    start = (chop_cells(text[:most], cells) or [""])[0]
-    return start if start == text else f"{start}…"
-
-
-def _table(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=stream, highlight=False)
-    title = Text(f"update {update}")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, expand=True, show_lines=True)
-    for name in ("score", "KL"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("prompt", ratio=1, overflow="fold")
-    table.add_column("response", ratio=2, overflow="fold")
-    most = 2 * console.width // 3
-    for row in rows:
-        prompt, response = printable(str(row["prompt"])), printable(str(row["response"]))
-        if len(prompt) > most:
-            prompt = f"…{prompt[-most:]}"
-        if len(response) > 2 * most:
-            response = f"{response[: 2 * most]}…"
-        table.add_row(f"{row['score']:.3f}", f"{row['kl']:.2f}", Text(prompt), Text(response))
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
-
-
-def printable(text: str) -> str:
-    """Make text safe for a terminal: line breaks become ⏎, special characters become Python's escapes.
-
-    These are control, formatting, surrogate, private-use and unassigned characters, such as those of escape sequences
-    and changes of direction. The two zero-width joiners, which Persian and emoji need, stay.
-    """
-    hidden, joiners = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"), "\u200c\u200d"
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in hidden and char not in joiners else char
-        for char in text.replace("\r\n", "⏎").replace("\n", "⏎")
-    )  # fmt: skip

@@ -271,7 +271,7 @@ def identity(
         # 4-bit weights are left out, because their layout depends on the machine
         found["base"] = digest(weight for weight in base if weight.is_floating_point())
     found["references"] = [_digest_reference(model, one) for one in references]
-    moves = [f"every {one.sync_every}, α {one.mixup_alpha:g}" for one in references if one.sync_every is not None]
+    moves = [_describe_sync(one) for one in references if one.sync_every is not None]
     found |= {"moving references": moves} if moves else {}
     identified = [one.weights() for one in reward.components()]
     found["reward models"] = [digest(model) for model in identified if model is not None]
@@ -292,6 +292,13 @@ def digest(weights: Iterable[Tensor]) -> str:
         found.update(str(tuple(weight.shape)).encode())
         found.update((sample.float() if sample.is_floating_point() else sample).contiguous().numpy().tobytes())
     return found.hexdigest()[:12]
+
+
+def _describe_sync(reference: FrozenReference) -> str:
+    soup, every = reference.soup, f"every {reference.sync_every}"
+    if soup is None:
+        return f"{every}, α {reference.mixup_alpha:g}"
+    return f"{every}, {' + '.join(f'{w:g} {name}' for w, name in zip(soup.weights, soup.adapters, strict=True))}"
 
 
 def _digest_reference(model: PeftModel, reference: FrozenReference) -> str:

@@ -62,7 +62,7 @@ class PPOState:
     micro_step: int = 0
     """Index of the next micro-step in its optimizer step, from 0."""
     started: float = 0.0
-    """Start time of the current update, from time.perf_counter()."""
+    """Start time of the current update, from time.perf_counter(); after a resume, moved back by the time before it."""
 
     def begin_update(self, rollout: Rollout, reward_metrics: dict[str, float]) -> None:
         """Start an update, which trains on `rollout`."""
@@ -108,13 +108,15 @@ class PPOState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state for salsa_state.json, between two optimizer steps. It lacks the rollout batch."""
-        return {key: vars(self)[name] for key, name in SAVED.items()}
+        seconds = 0.0 if self.rollout is None else time.perf_counter() - self.started
+        return {key: vars(self)[name] for key, name in SAVED.items()} | {"seconds": seconds}
 
     def load_state_dict(self, state: dict[str, Any], rollout: Rollout | None) -> None:
         """Restore what `state_dict` returned, and the rollout batch if it was saved within an update."""
         for key, name in SAVED.items():
             setattr(self, name, state[key])
-        self.rollout, self.started = rollout, time.perf_counter()
+        # checkpoints of earlier versions have no seconds
+        self.rollout, self.started = rollout, time.perf_counter() - state.get("seconds", 0.0)
 
 
 SAVED = {name: name for name in ("update", "kl_coef", "skipped", "stopped_early", "totals")}

@@ -8,20 +8,19 @@ is one PPO minibatch.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
@@ -30,43 +29,59 @@ from salsa_peft.models import sharding
 from salsa_peft.models.adapters import forward
 from salsa_peft.models.base import causal_lm, packs_rows, remove_dropout
 from salsa_peft.models.responses import Sequences, response_logprobs
-from salsa_peft.models.rewards.reward import Reward, as_reward
+from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.value_head import PolicyWithValueHead, load_policy, save_policy, with_value_head
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import BACKENDS
-from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
+from salsa_peft.training.ppo.checks import check_sharding, check_trained
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.guards.checks import KLCoefBounds
 from salsa_peft.training.ppo.guards.monitor import GuardMonitor
-from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples, sampling_metrics
+from salsa_peft.training.ppo.interface.arguments import (
+    AnyReference,
+    AnyReward,
+    load_arguments,
+    rows_to_read,
+    train_value_function,
+)
+from salsa_peft.training.ppo.interface.hub import HubTrainer
+from salsa_peft.training.ppo.metrics import LogFiles, metrics, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
 from salsa_peft.training.ppo.rollout import RolloutMaker
 from salsa_peft.training.ppo.state import MicroBatch, PPOState, checkpoint_size, no_pickles, update_learning_rates
-from salsa_peft.training.references import FrozenReference, as_references
+from salsa_peft.training.ppo.terminal.completions import log_completions, print_samples
+from salsa_peft.training.ppo.terminal.updates import replace_printers
 from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 MAX_LOG_HISTORY = 500
 """Number of newest rows, besides evaluations, kept in log_history, which every checkpoint contains."""
 
 
-class SalsaPPOTrainer(Trainer):
+class SalsaPPOTrainer(HubTrainer):
     """PPO with a list of references, for adapters and full weights.
 
-    `SalsaPPOTrainer(model, args, train_dataset, references=[...], reward=..., processing_class=tokenizer)`. model: a
-    PeftModel whose active adapter is the policy, or a PreTrainedModel that is the policy. references: see
-    `references.as_references`; the KLs to them are averaged (paper eq. 5). reward: see
-    `models.rewards.reward.as_reward`. train_dataset, eval_dataset: rows with `prompt` (text, or messages for the chat
-    template) or `input_ids`; whole rows are passed to reward functions. Raises SalsaError if arguments do not fit
-    together.
+    The arguments are those of TRL 1.16's GRPOTrainer, with references:
+
+    - model: a folder or Hub id, a PeftModel whose active adapter is the policy, or a PreTrainedModel that is the policy.
+    - reward_funcs: one or a list; see `models.rewards.reward.as_reward`. `args.reward_weights` are their weights.
+    - args: None for the defaults, with the output folder NAME-PPO.
+    - train_dataset, eval_dataset: a Dataset, an IterableDataset (with `max_steps`) or a list of rows with `prompt` (text,
+      or messages for the chat template) or `input_ids`; whole rows are passed to reward functions.
+    - processing_class: the tokenizer; None for that of the model's name.
+    - quantization_config, peft_config: to load the model in 4 bits, and to train a new adapter on it.
+    - references: see `references.as_references`; the KLs to them are averaged (paper eq. 5). None: the policy at its
+      start. ref_model: the same for a single reference.
+
+    Raises SalsaError if arguments do not fit together.
     """
 
     args: SalsaPPOConfig
@@ -77,36 +92,38 @@ class SalsaPPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: PeftModel | PreTrainedModel,
-        args: SalsaPPOConfig,
-        train_dataset: Dataset | Sequence[dict[str, Any]],
-        *,
-        references: Sequence[str | Path | FrozenReference | PreTrainedModel],
-        reward: Reward | Callable[..., Sequence[float]] | str | Path | Any,
-        processing_class: PreTrainedTokenizerBase,
-        eval_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
+        model: str | Path | PeftModel | PreTrainedModel,
+        reward_funcs: AnyReward | list[AnyReward] | None = None,
+        args: SalsaPPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | Sequence[dict[str, Any]] | None = None,
+        eval_dataset: Dataset | IterableDataset | Sequence[dict[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        references: Sequence[AnyReference] | None = None,
+        ref_model: AnyReference | None = None,
+        reward: AnyReward | list[AnyReward] | None = None,
     ) -> None:
-        args = copy.copy(args)  # max_steps is set below, and the caller may use the config again
-        check_model(model)
-        check_tokenizer(processing_class, model)
+        model, args, processing_class, self.references, self.reward = load_arguments(
+            model, reward if reward_funcs is None else reward_funcs, args, processing_class, reward_processing_classes,
+            quantization_config, peft_config, references, ref_model,
+        )  # fmt: skip
         self.policy_name = str(model.active_adapter) if isinstance(model, PeftModel) else None
-        self.references = as_references(model, references)
-        require(
-            self.policy_name is None or self.policy_name not in [reference.adapter for reference in self.references],
-            f"references: {self.policy_name!r} is the adapter that is trained, so the KL would always be 0."
-            " Pass a frozen adapter",
-        )
-        self.reward: Reward = as_reward(reward, model, processing_class)
         for part in self.reward.components():
             part.micro_batch_tokens = args.micro_batch_tokens
+            if isinstance(part, FunctionReward):
+                part.get_trainer_state = lambda: self.state
         policy = with_value_head(model, self.policy_name, args.value, self.reward)
         remove_dropout(model)  # also of the adapters attached above
         check_trained(model, processing_class, args)
         forward.install(model)
         frozen = [reference.model for reference in self.references if reference.model is not None]
         self.encoder = PromptEncoder.of([causal_lm(model), *frozen], args, processing_class)
-        prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
+        prompts, self.left_out = self.encoder(rows_to_read(train_dataset, args), "train_dataset")
         require(
             len(prompts) >= args.prompts_per_update,
             f"train_dataset: {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}) are fewer than"
@@ -122,8 +139,12 @@ class SalsaPPOTrainer(Trainer):
             eval_dataset=eval_prompts,  # type: ignore[arg-type]
             processing_class=processing_class,
             callbacks=[UpdateCallback(self), *(callbacks or [])],
+            optimizers=optimizers,
         )
+        if self.optimizer is not None:
+            train_value_function(self.optimizer, policy, args)
         self.model_accepts_loss_kwargs = False
+        self.table = replace_printers(self)
         self.saved_dtype: torch.dtype | None = None  # in which save_model saves full weights; None: as trained
         self.how_to_resume = "train(resume_from_checkpoint=True) continues from it"
         self._set_up_engine(model)
@@ -221,7 +242,7 @@ class SalsaPPOTrainer(Trainer):
         if not self.stop.terminated:
             raise SalsaError(f"{self.stop.alarm}; {saved}")
         if self.is_world_process_zero():
-            say(f"SIGTERM: {saved}; {self.how_to_resume}")
+            say(f"stopped: {saved}; {self.how_to_resume}")
         raise SystemExit(128 + signal.SIGTERM)
 
     # one micro-step
@@ -348,16 +369,24 @@ class SalsaPPOTrainer(Trainer):
         row = metrics(rollout, ppo, args.batch_size) | sampling_metrics(rollout, args) | ppo.reward_metrics
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
+        row["lr"] = self._get_learning_rate()
         if self.is_world_process_zero():
             written = self.logs.write(row, rollout, args, self.processing_class)
             if args.shown_every is not None and (ppo.update - 1) % args.shown_every == 0:
-                print_samples(written[:2], ppo.update)
+                self.table.header_due = True
+                if args.log_completions:
+                    log_completions(rollout, args, self.processing_class, ppo.update, self.state.global_step)
+                else:
+                    print_samples(written[:2], ppo.update)
         for alarm in self.guards.check(row):
             if alarm.action == "stop":
                 self.stop.alarm = alarm.message
             if self.is_world_process_zero():
-                say(alarm.message)
-        self.log({**row, "lr": self._get_learning_rate(), "seconds": time.perf_counter() - ppo.started})
+                self.table.header_due = True
+                say(alarm.message, "yellow")
+        seconds = time.perf_counter() - ppo.started
+        tokens = row["objective/response_length"] * args.batch_size
+        self.log({**row, "seconds": seconds, "tokens_per_second": tokens / seconds})  # these two differ in every run
         if args.kl_control == "adaptive" and not ppo.trains_critic_only(args):
             ppo.kl_coef = losses.adapt_kl_coef(
                 ppo.kl_coef, row["objective/kl"], target=args.kl_target, horizon=args.kl_horizon,
@@ -488,15 +517,6 @@ class SalsaPPOTrainer(Trainer):
         speed = speed_metrics("train", started, num_samples=0, num_steps=0)
         totals = {"total_flos": state.total_flos, "train_loss": 0.0, "epoch": state.epoch or 0.0}
         return TrainOutput(state.global_step, 0.0, speed | totals)
-
-    def push_to_hub(self, *_: Any, **__: Any) -> Any:
-        """Raise SalsaError: the PPO trainer cannot push to the Hub."""
-        how = "save_model(folder), then huggingface_hub's upload_folder(repo_id=…, folder_path=folder)"
-        raise SalsaError(f"push_to_hub: the PPO trainer cannot push to the Hub. Call {how}")
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Raise SalsaError: the PPO trainer writes no model card."""
-        raise SalsaError("create_model_card: the PPO trainer writes no model card. Write a README.md yourself")
 
 
 class UpdateCallback(TrainerCallback):

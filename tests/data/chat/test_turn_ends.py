@@ -391,7 +391,9 @@ def test_the_trainer(tmp_path: Path) -> None:
     sizes = {"batch_size": 8, "max_new_tokens": 9, "num_ppo_epochs": 1, "num_train_epochs": 1, "learning_rate": 0.0}
     args = SalsaPPOConfig(output_dir=str(tmp_path), missing_eos_penalty=1.0, temperature=1.0, **sizes, **quiet)
     rows = [{"prompt": said(text)} for text in ("the cat", "what", "is", "on the mat", "q", "this question", "a", "b")]
-    SalsaPPOTrainer(model, args, rows, references=["base"], reward=reward, processing_class=tokenizer).train()
+    SalsaPPOTrainer(
+        model, args=args, train_dataset=rows, references=["base"], reward_funcs=reward, processing_class=tokenizer
+    ).train()
     kls, ended = [], 0
     for prompt, ids, completion, finished in seen:
         assert finished is (ids[-1] in (1, 2, 3)) and not set(ids[:-1]) & {1, 2, 3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -152,3 +153,58 @@ class TestFunction:
 
 def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+class TestKeptVerdicts:
+    """A function's verdicts in the cache's file."""
+
+    SOURCE = (
+        "seen = []\n"
+        "def first_wins(first, second):\n"
+        "    seen.extend(first)\n"
+        "    if 'fatal' in first:\n"
+        "        raise RuntimeError('stop')\n"
+        "    return [None if one == 'mute' else 'A' for one in first]\n"
+    )
+
+    @pytest.fixture
+    def made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+        """The judge with this text as its file, and the cache of the test; and the answers that it was shown."""
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one size, written in one second
+
+        def make(text: str) -> tuple[FunctionJudge, list[str]]:
+            (tmp_path / "kept_judge.py").write_text(text)
+            monkeypatch.delitem(sys.modules, "kept_judge", raising=False)
+            section = Judge(kind="function", model=f"{tmp_path}/kept_judge.py:first_wins", concurrency=2)
+            judge: Any = judge_of(section, cache=tmp_path / "cache.sqlite", say=quiet)
+            return judge, sys.modules["kept_judge"].seen
+
+        return make
+
+    def test_a_killed_one_is_asked_for_the_rest_only(self, made: Callable[[str], Any]) -> None:
+        """Calls that returned are never repeated; no verdict is asked for again."""
+        games = [ONE._replace(a=(text,)) for text in ("one", "mute", "fatal", "two", "three")]
+        with pytest.raises(RuntimeError):
+            made(self.SOURCE)[0](games, lambda count: None)
+        judge, seen = made(self.SOURCE.replace("fatal", "never"))
+        assert [verdict.winner for verdict in ruled(judge, games)] == [
+            "A",
+            None,
+            "A",
+            "A",
+            "A",
+        ]  # another file: all again
+        assert len(seen) == 5
+        judge, seen = made(self.SOURCE.replace("fatal", "never"))
+        assert [verdict.winner for verdict in ruled(judge, games)] == ["A", None, "A", "A", "A"]
+        assert seen == ["mute"] and judge.calls["cached"] == 4
+        judge, seen = made(self.SOURCE)
+        with pytest.raises(RuntimeError):
+            judge(games, lambda count: None)
+        assert seen == ["mute", "fatal"]  # the first call of the run that failed had been kept
+
+    def test_the_orders_of_a_pair_are_two_verdicts(self, made: Callable[[str], Any]) -> None:
+        judge, seen = made(self.SOURCE)
+        ruled(judge, [ONE, ONE._replace(a=ONE.b, b=ONE.a), ONE._replace(category="math")])
+        assert seen == ["first", "second", "first"]

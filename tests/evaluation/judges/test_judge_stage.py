@@ -38,6 +38,12 @@ def longer(questions, first, second):
         else:
             said.append("A" if len(a) > len(b) else "B" if len(b) > len(a) else "C")
     return said
+
+
+def by_reference(first, second, references):
+    """The answer that is the reference answer to the turn."""
+    told = zip(first, second, references, strict=True)
+    return ["A" if known and known[-1] == a else "B" if known and known[-1] == b else "C" for a, b, known in told]
 '''
 
 
@@ -88,7 +94,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "j.yaml").write_text(TEXT + more + ("reward: {quality_prompts: 0}\n" if samples is None else ""))
         recipe = load_recipe(str(tmp_path / "j.yaml"), lora="lora", overrides=[]).recipe
         (unit,) = units.judge_units(recipe, "salsa_peft.evaluation.judges.stage:run")
-        evaluated, folder = tmp_path / "run" / "evaluate" / "1", tmp_path / "run" / "judge" / "2"
+        evaluated, folder = tmp_path / "run" / "stages" / "evaluate" / "1", tmp_path / "run" / "stages" / "judge" / "2"
         evaluated.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         made = [rows(answers, name) for name, answers in sets.items()]
@@ -260,3 +266,12 @@ def test_the_best_of_n_is_judged_against_one_response(judge: Any, tmp_path: Path
     )
     assert best["adjusted_win_rate"] == 0.625
     assert list(found["datasets"]) == ["mine"] and len(read_json_lines(folder / "judgments.jsonl")) == 8
+
+
+def test_the_judge_gets_the_reference_answers_of_a_file(judge: Any, tmp_path: Path) -> None:
+    """By the question's id; a question that the file lacks has none."""
+    known = [{"question_id": "81", "choices": [{"turns": ["answer", "x"]}]}, {"question_id": 99, "choices": [{"turns": ["q"]}]}]  # fmt: skip
+    (tmp_path / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+    section = "judge: {kind: function, model: my_judge:by_reference, references: known.jsonl}"
+    folder = judge({"mine": ANSWERS}, f"evaluate: {{pairs: [[salsa, ppo]], {section}}}\n")
+    assert [row["winner"] for row in read_json_lines(folder / "judgments.jsonl")] == ["b", "a", *["tie"] * 6]

@@ -50,10 +50,10 @@ def make_run(make_adapter: Any, tokenizer: Any, tmp_path: Path) -> Any:
         args = SalsaPPOConfig(output_dir=str(tmp_path / name), **(settings | options))
         return SalsaPPOTrainer(
             model,
-            args,
-            PROMPTS,
+            args=args,
+            train_dataset=PROMPTS,
             references=["soup", "seed-0", "base"],
-            reward=length_reward,
+            reward_funcs=length_reward,
             processing_class=tokenizer,
         )
 
@@ -159,12 +159,31 @@ def test_what_a_four_bit_policy_may_not_be(make_quantised: Any, tokenizer: Any, 
         else:
             model = get_peft_model(model, LoraConfig(**lora, **options), adapter_name="policy")
         with pytest.raises(SalsaError, match=line):
-            SalsaPPOTrainer(model, args, PROMPTS, references=["base"], reward=length_reward, processing_class=tokenizer)
+            SalsaPPOTrainer(
+                model,
+                args=args,
+                train_dataset=PROMPTS,
+                references=["base"],
+                reward_funcs=length_reward,
+                processing_class=tokenizer,
+            )
     packed = get_peft_model(make_quantised(), LoraConfig(**lora), adapter_name="policy")
     packed.base_model.model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(SalsaError, match=r"bitsandbytes has packed .*mlp\.up_proj for inference"):
-        SalsaPPOTrainer(packed, args, PROMPTS, references=["base"], reward=length_reward, processing_class=tokenizer)
+        SalsaPPOTrainer(
+            packed,
+            args=args,
+            train_dataset=PROMPTS,
+            references=["base"],
+            reward_funcs=length_reward,
+            processing_class=tokenizer,
+        )
     with pytest.raises(SalsaError, match=r"q_proj\.weight is quantised and cannot be trained"):
         SalsaPPOTrainer(
-            make_quantised(), args, PROMPTS, references=["base"], reward=length_reward, processing_class=tokenizer
+            make_quantised(),
+            args=args,
+            train_dataset=PROMPTS,
+            references=["base"],
+            reward_funcs=length_reward,
+            processing_class=tokenizer,
         )

@@ -131,7 +131,12 @@ def test_ppo(family: Family, tokenizer: Any, tmp_path: Path, options: dict[str, 
         save_strategy="no", num_ppo_epochs=1, max_steps=1, learning_rate=1e-3, **options,
     )  # fmt: skip
     trainer = SalsaPPOTrainer(
-        model, args, PROMPTS, references=[str(reference), "base"], reward=length_reward, processing_class=tokenizer
+        model,
+        args=args,
+        train_dataset=PROMPTS,
+        references=[str(reference), "base"],
+        reward_funcs=length_reward,
+        processing_class=tokenizer,
     )
     rollout = roll_out(trainer)
     plain = [PeftModel.from_pretrained(family.base(), folder).eval() for folder in (policy, reference)]

@@ -594,7 +594,7 @@ class TestAsReward:
         total = rewards.as_reward([(adapter, 0.5), ([classifier, function, module], 2.0, "rest")], model, tokenizer)
         found = total.components()
         assert found[:3] == [adapter, classifier, function]
-        assert [one.code for one in found] == ["AdapterReward", "ClassifierReward", "<lambda>", "Module"]
+        assert [one.code for one in found] == ["AdapterReward", "ClassifierReward", "lambda", "Module"]
         assert [one.frozen_model() for one in found] == [None, classifier.classifier, None, None]
         expected = [
             [*adapters.parameters(model, adapter.adapter), adapter.head.weight],
@@ -702,10 +702,7 @@ class TestRecipe:
                 "reward: own_score:g:h",
                 r"reward\.model: 'own_score:g:h' is not a function; write module:name, such as my_rewards:score",
             ),
-            (
-                "reward: own_score.py:f",
-                r"reward\.model: 'own_score\.py:f' is not a function; write module:name without \.py, such as my_rewards:score",
-            ),
+            ("reward: own_score.py:h", r"reward\.model: the module own_score in"),
             ("reward: ':f'", r"reward\.model: ':f' is not a function; write module:name, such as my_rewards:score"),
             (
                 "reward: own_score:h",

@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from rich.cells import cell_len
 
-from salsa_peft.training.ppo.metrics import PIPE_WIDTH, print_samples, printable
+from salsa_peft.training.ppo.terminal.completions import PIPE_WIDTH, print_samples, printable
 from salsa_peft.utils.console import progress_bar
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")  # colours, the only escape sequences of a table

@@ -79,9 +79,9 @@ def trainer_of(
         "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "output_dir": str(folder),
     }  # fmt: skip
     trainer = SalsaPPOTrainer(
-        model, SalsaPPOConfig(**(settings | options)),  # type: ignore[arg-type]
-        [{"prompt": [{"role": "user", "content": text}]} for text in drawn * copies],
-        references=["base"], reward=reward, processing_class=AutoTokenizer.from_pretrained(world),
+        model, args=SalsaPPOConfig(**(settings | options)),  # type: ignore[arg-type]
+        train_dataset=[{"prompt": [{"role": "user", "content": text}]} for text in drawn * copies],
+        references=["base"], reward_funcs=reward, processing_class=AutoTokenizer.from_pretrained(world),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.guards.between_prompt_share = share

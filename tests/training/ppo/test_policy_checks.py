@@ -43,7 +43,12 @@ def train(tokenizer: Any, tmp_path: Path) -> Any:
             output_dir=str(tmp_path), batch_size=8, max_new_tokens=7, num_ppo_epochs=1, **(quiet | options)
         )
         return SalsaPPOTrainer(
-            model, args, PROMPTS, references=list(references), reward=length_reward, processing_class=chosen
+            model,
+            args=args,
+            train_dataset=PROMPTS,
+            references=list(references),
+            reward_funcs=length_reward,
+            processing_class=chosen,
         )
 
     return make
@@ -263,14 +268,14 @@ def test_models_whose_width_stands_elsewhere(kind: str, tokenizer: Any, train: A
 
 
 class TestTokenizer:
-    @pytest.mark.parametrize("name", ["pad_token", "eos_token"])
-    def test_a_token_that_is_not_there(
-        self, name: str, make_base: Any, make_adapter: Any, train: Any, tokenizer: Any
-    ) -> None:
-        """GPT-2, Llama and Mistral have no padding token."""
+    def test_a_token_that_is_not_there(self, make_base: Any, make_adapter: Any, train: Any, tokenizer: Any) -> None:
+        """GPT-2, Llama and Mistral have no padding token, which is the EOS then, as in TRL."""
         chosen = copy.deepcopy(tokenizer)
-        setattr(chosen, name, None)
-        with pytest.raises(SalsaError, match=f"processing_class: the tokenizer has no {name}. Set"):
+        chosen.pad_token = None
+        train(make_adapter(make_base(), "policy", 1), chosen=chosen)
+        assert chosen.pad_token == chosen.eos_token == "<eos>"
+        chosen.eos_token = None
+        with pytest.raises(SalsaError, match=r"processing_class: the tokenizer has no eos_token\. Set"):
             train(make_adapter(make_base(), "policy", 1), chosen=chosen)
 
     def test_a_token_without_an_embedding(self, make_base: Any, make_adapter: Any, train: Any, tokenizer: Any) -> None:
@@ -359,8 +364,8 @@ def test_everything_is_on_the_device_of_the_arguments(
         output_dir=str(tmp_path), batch_size=8, max_new_tokens=7, report_to="none", use_cpu=True, bf16=False
     )
     monkeypatch.setattr(SalsaPPOConfig, "device", torch.device("meta"))
-    trainer = SalsaPPOTrainer(make_adapter(make_base(), "policy", 1), args, PROMPTS, references=["base", make_base(1)],
-                              reward=length_reward, processing_class=tokenizer)  # fmt: skip
+    trainer = SalsaPPOTrainer(make_adapter(make_base(), "policy", 1), args=args, train_dataset=PROMPTS, references=["base", make_base(1)],
+                              reward_funcs=length_reward, processing_class=tokenizer)  # fmt: skip
     own = trainer.references[1].model
     assert own is not None
     assert {trainer.ppo.sums.device.type, next(own.parameters()).device.type} == {"meta"}

@@ -267,8 +267,8 @@ def test_refusals(make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
     with pytest.raises(SalsaError, match="score: PPO computed nan"):
         make_trainer(reward=lambda completion_ids, **_: [float("nan")] * len(completion_ids)).train()
     with pytest.raises(SalsaError, match=r"model: a Linear cannot be a policy\. Pass a PeftModel"):
-        SalsaPPOTrainer(torch.nn.Linear(2, 2), SalsaPPOConfig(output_dir="x", use_cpu=True, bf16=False), PROMPTS, references=["base"],
-                        reward=length_reward, processing_class=tokenizer)  # fmt: skip
+        SalsaPPOTrainer(torch.nn.Linear(2, 2), args=SalsaPPOConfig(output_dir="x", use_cpu=True, bf16=False), train_dataset=PROMPTS, references=["base"],
+                        reward_funcs=length_reward, processing_class=tokenizer)  # fmt: skip
 
 
 def test_training_is_whole_updates(make_trainer: Any) -> None:
@@ -289,7 +289,7 @@ def test_two_trainers_on_one_model_share_nothing_by_name(make_trainer: Any, tmp_
     adapters.save(make_trainer().model.policy, "seed-0", tmp_path / "b")
     first = make_trainer([str(tmp_path / "a")])
     model = first.model.policy
-    second = SalsaPPOTrainer(model, first.args, PROMPTS, references=[str(tmp_path / "b")], reward=length_reward,
+    second = SalsaPPOTrainer(model, args=first.args, train_dataset=PROMPTS, references=[str(tmp_path / "b")], reward_funcs=length_reward,
                              processing_class=first.processing_class)  # fmt: skip
     assert [t.references[0].adapter for t in (first, second)] == ["reference-0", "reference-0-2"]
     rollout = roll_out(second)

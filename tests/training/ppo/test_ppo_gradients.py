@@ -82,7 +82,12 @@ def test_logits_that_are_scaled_or_capped(
         output_dir=str(tmp_path), batch_size=8, max_new_tokens=12, report_to="none", use_cpu=True, bf16=False, save_strategy="no", **options
     )  # fmt: skip
     trainer = SalsaPPOTrainer(
-        model, args, PROMPTS, references=references, reward=length_reward, processing_class=tokenizer
+        model,
+        args=args,
+        train_dataset=PROMPTS,
+        references=references,
+        reward_funcs=length_reward,
+        processing_class=tokenizer,
     )
     rollout = roll_out(trainer)
     policy = plain_logprobs(trainer, trainer.model.policy if full else "policy", rollout)

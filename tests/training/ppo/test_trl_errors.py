@@ -263,10 +263,10 @@ def test_a_passed_reference_silently_ignored_with_peft(make_trainer: Any, make_b
     with pytest.raises(ValueError, match="references: the list is empty"):
         SalsaPPOTrainer(
             trainer.model.policy,
-            trainer.args,
-            PROMPTS,
+            args=trainer.args,
+            train_dataset=PROMPTS,
             references=[],
-            reward=length_reward,
+            reward_funcs=length_reward,
             processing_class=trainer.processing_class,
         )
 
@@ -342,10 +342,10 @@ def test_the_kl_need_not_start_at_zero(make_trainer: Any) -> None:
     for name in ("seed-0", "soup"):
         other = SalsaPPOTrainer(
             model,
-            trainer.args,
-            PROMPTS,
+            args=trainer.args,
+            train_dataset=PROMPTS,
             references=[name],
-            reward=length_reward,
+            reward_funcs=length_reward,
             processing_class=trainer.processing_class,
         )
         to[name] = roll_out(other).kl
