@@ -257,10 +257,10 @@ NOTHING = {"evaluation": {}, "answers": [], "policies": {}, "soup": {}, "seeds":
 @pytest.mark.parametrize(
     ("given", "line", "means", "means_not", "cards"),
     [
-        (synthetic(n=12, policies=("ppo",), gold=False, small=True), "One policy, ppo, trained by PPO", "raised the score that the policies are trained on", "That the answers are better", [("ppo", "seed-0")]),
-        (synthetic(n=12, policies=("salsa",), small=True), "KL to the soup", "RLHF", "That other random seeds", [("salsa", "seed-0")]),
-        (synthetic(n=12, policies=(), small=True), "3 SFT models, without RLHF", "no policy was trained", "That other random seeds", [("soup", "seed-0"), ("soup", "base")]),
-        (with_judge(synthetic(n=12, policies=("ppo", "salsa", "shrunk"), gold=False, small=True)), "compared by local tiny-judge", "RLHF", "That other random seeds", [("salsa", "ppo")]),
+        (synthetic(n=12, policies=("ppo",), gold=False, small=True), "One policy, ppo, trained by PPO", "the score that the policies are trained on", "That the answers are better, since the policies were trained to raise this very score; nor that", [("ppo", "seed-0")]),
+        (synthetic(n=12, policies=("salsa",), small=True), "KL to the soup", "RLHF", "That the models are equally good: ", [("salsa", "seed-0")]),
+        (synthetic(n=12, policies=(), small=True), "3 SFT models, without RLHF", "no policy was trained", "nor that other random seeds", [("soup", "seed-0"), ("soup", "base")]),
+        (with_judge(synthetic(n=12, policies=("ppo", "salsa", "shrunk"), gold=False, small=True)), "compared by local tiny-judge", "RLHF", "nor that other random seeds", [("salsa", "ppo")]),
         (replace(synthetic(n=12, policies=(), gold=False, small=True), **NOTHING), "No model is finished", "", "", []),
     ],
     ids=["reward only", "salsa only", "no policy", "judge", "nothing"],
@@ -277,3 +277,22 @@ def test_runs_with_few_parts(given: ReportInput, line: str, means: str, means_no
     assert bool(panels) == bool(cards)
     if not cards:
         assert "nothing to conclude" in said["What came out"]
+
+
+def test_a_training_reward_beside_a_judge_is_no_evidence_of_better_answers(run: ReportInput) -> None:
+    """Where the judge compared no policy with its start, the effect is that on the score that was trained."""
+    up = {
+        "dataset": "in",
+        "measure": "reward",
+        "a": "ppo",
+        "b": "seed-0",
+        "n": 40,
+        "mean": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+    }
+    judged = [{**up, "measure": first_screen.JUDGE, "a": "salsa", "b": "ppo"}]
+    said = first_screen.sentences([], [up], judged, run.policies, "the judge (x)")
+    assert "raised the score that the policies are trained on" in said["What it means"]
+    better = first_screen.sentences([], [up], [*judged, {**judged[0], "b": "seed-0"}], run.policies, "the judge (x)")
+    assert "RLHF improved the answers to “in”" in better["What it means"]

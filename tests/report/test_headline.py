@@ -185,7 +185,7 @@ def test_a_narrow_terminal_gets_half_of_each_interval() -> None:
     table["start"] = {"mean": 0.644, "low": 0.618, "high": 0.67}
     for row in table["rows"]:
         row |= {"control": row["model"] == "mkl", "score": {"mean": 0.75, "low": 0.7, "high": 0.8}, "ppo": None}
-    lines = headline.console([table], {}, ["word " * 40], headline.NARROW)
+    lines = headline.console([table], {}, {"What it means": "word " * 40}, headline.NARROW)
     assert lines[lines.index("") + 1 :][:4] == [
         "in, 50 prompts    gold reward  − seed-0, the start           − ppo",
         "seed-0          0.644 ± 0.026",

@@ -246,26 +246,31 @@ def _meaning(
     compared: Sequence[Row], judged: Sequence[Row], policies: Mapping[str, PolicyReport], replicates: int
 ) -> dict[str, str]:
     here = "In this run" if replicates == 1 else f"Over {replicates} replicates"
-    trained = bool(compared) and compared[0]["measure"] == "reward" and not judged
+    trained = bool(compared) and compared[0]["measure"] == "reward"
     if policies:
-        by_judge_first = [effect(judged, policies, False), effect(compared, policies, trained)]
-        clauses = [next(filter(None, by_judge_first), ""), averaging(judged or compared, policies)]
+        clauses = [
+            effect(judged, policies, False) or effect(compared, policies, trained),
+            averaging(judged, policies) or averaging(compared, policies),
+        ]
         text = "; ".join(filter(None, clauses))
     else:
         text = "only SFT models and averages of them were compared; no policy was trained by RLHF"
     means = {MEANS: f"{here}, {text}."} if text else {}
-    same = (
-        "That other random seeds would give the same result: this is one run of the recipe, and its intervals are over"
-        " prompts, not over training seeds."
+    not_meant = []
+    if trained and policies and not judged:
+        not_meant.append("that the answers are better, since the policies were trained to raise this very score")
+    shown = judged or compared
+    if all(undecided(one) for one in shown if (one["a"], one["b"]) == _main_pair(shown, policies)):
+        not_meant.append("that the models are equally good: a difference smaller than its interval cannot be seen")
+    not_meant.append(
+        "that other random seeds would give the same result: this is one run of the recipe, and its intervals are over"
+        " prompts, not over training seeds"
+        if replicates == 1
+        else "that another base, other data or another reward would give the same result: the"
+        f" {replicates} replicates differ only in their random seeds"
     )
-    if replicates > 1:
-        same = (
-            f"That another base, other data or another reward would give the same result: the {replicates} replicates"
-            " differ only in their random seeds."
-        )
-    if trained and policies:
-        same = f"That the answers are better, since the policies were trained to raise this very score; nor t{same[1:]}"
-    return {**means, MEANS_NOT: same}
+    text = "; nor ".join(not_meant)
+    return {**means, MEANS_NOT: f"{text[0].upper()}{text[1:]}."}
 
 
 def screen(
