@@ -4,10 +4,9 @@
 
 The reward is the share of birds among the words of an answer. The policy is a LoRA adapter, and its reference is the
 model without the adapter. For your own run, replace the model, the prompts and the function. Prints the trainer's
-metrics of 30 updates and, in one run on a CPU:
+metrics of 50 updates and the mean reward on other prompts, in one run on a CPU:
 
-    reward before PPO: 0.17
-    reward after PPO:  0.76
+    before PPO 0.12, after PPO 0.76
 """
 
 from datasets import Dataset
@@ -27,14 +26,15 @@ def birds(completions, **_):
 
 if __name__ == "__main__":
     folder = world("runs/world")
+    steps = {"batch_size": 64, "max_steps": 200, "learning_rate": 1e-2, "kl_coef": 0.1, "save_strategy": "no"}
     trainer = SalsaPPOTrainer(
         model=str(folder / "base"),
         reward_funcs=birds,
-        args=SalsaPPOConfig("runs/birds", batch_size=64, max_new_tokens=10, max_steps=120, learning_rate=3e-3),
+        args=SalsaPPOConfig("runs/birds", max_new_tokens=10, **steps),
         train_dataset=Dataset.from_json(str(folder / "prompts.jsonl")),
         eval_dataset=Dataset.from_json(str(folder / "eval_in.jsonl")),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     )
     before = trainer.evaluate()["eval_score"]
     trainer.train()
-    print(f"reward before PPO: {before:.2f}\nreward after PPO:  {trainer.evaluate()['eval_score']:.2f}")
+    print(f"before PPO {before:.2f}, after PPO {trainer.evaluate()['eval_score']:.2f}")

@@ -26,6 +26,24 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("from-trl.md", "trl.experimental.ppo"): "TRL 1.12, which needs an older Transformers",
 }
 """Page and a text of a snippet → why the snippet is not run."""
+GIVEN = {
+    "run-folder.md": """
+import shutil
+shutil.copytree("soup", "runs/quickstart-lora/salsa")
+""",
+    "live-soups.md": """
+import copy
+from peft import PeftModel
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, soup
+
+model = PeftModel.from_pretrained(copy.deepcopy(base), "seed-0", adapter_name="policy", is_trainable=True)
+for name in ("seed-0", "seed-1"):
+    model.load_adapter(name, adapter_name=name)
+reward = lambda completions, **columns: [float(len(text)) for text in completions]
+args = SalsaPPOConfig("out", batch_size=8, max_new_tokens=8)
+""",
+}
+"""Page → code that its snippets take as given."""
 NAMES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "base", "you/smollm2-soup": "soup"}
 """Hub id in a snippet → the folder that takes its place."""
 
@@ -76,7 +94,7 @@ def test_snippets(
     for source in folders.iterdir():
         shutil.copytree(source, tmp_path / source.name)
     monkeypatch.chdir(tmp_path)
-    text = block.text
+    text = GIVEN.get(block.page, "") + block.text
     for name, folder in NAMES.items():
         text = text.replace(name, str(folders / folder))
     exec(compile(text, block.place, "exec"), names)

@@ -68,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
     add("--reward", metavar="R", help="judge reward: classifier or reward adapter (folder or Hub id), or module:name")
     add("--base", metavar="BASE", help="base of the adapters: folder or Hub id (default: the one that each names)")
     add("--chat-template", metavar="T", help="chatml, zephyr, plain or a Jinja file (default: each model's own)")
-    add("--max-new-tokens", metavar="N", type=positive_integer, default=1024, help="longest answer (default: 1024)")
+    add("--max-new-tokens", metavar="N", type=positive_integer,
+        help="longest answer (default: 1024, or half of what the model reads)")  # fmt: skip
     add("--temperature", metavar="T", type=float,
         help="of the answers; 0 is greedy (default: FastChat's for the category, else 0.7)")  # fmt: skip
     add("--batch-size", metavar="N", type=positive_integer, default=16, help="questions answered at once (default: 16)")
@@ -247,7 +248,7 @@ def chosen_questions(
         if long:
             say(
                 f"{model.contestant.name}: {len(long)} of {len(indices)} questions leave no room for"
-                f" {args.max_new_tokens} tokens (--max-new-tokens); they are left out for all models"
+                f" {model.new_tokens} tokens (--max-new-tokens); they are left out for all models"
             )
         indices = [index for place, index in enumerate(indices) if place not in long]
     require(bool(indices), "--questions: every question is too long for one of the models; set --max-new-tokens lower")

@@ -59,8 +59,9 @@ def say_plan(plan: Plan) -> None:
     """Print what is compared, and the number of comparisons."""
     turns, pairs = sum(len(question.turns) for question in plan.questions), len(plan.pairs)
     say(f"questions {plan.name}: {len(plan.questions)}, with {turns} turns in all")
+    limits = {one.contestant.name: f", at most {one.new_tokens} tokens an answer" for one in plan.models}
     for one in plan.contestants:
-        say(f"  {one.name}: {one.describe()}")
+        say(f"  {one.name}: {one.describe()}{limits.get(one.name, '')}")
     judge = " ".join(filter(None, (plan.judge_facts["kind"], plan.judge_facts["model"])))
     say(f"judge: {judge}, {2 * pairs * turns:,} comparisons ({pairs} pair{'s' * (pairs != 1)}, both orders)")
 

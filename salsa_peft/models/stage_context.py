@@ -255,6 +255,8 @@ FIGURES = {
     "num_tokens": "tokens",
 }
 """Key of a metric in the logs of Trainer and TRL → its name beside the progress bar, the most important first."""
+NARROW_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""tqdm's format without the steps per second."""
 
 
 class ProgressBar(TrainerCallback):
@@ -289,17 +291,19 @@ class ProgressBar(TrainerCallback):
                 f"{name}={tqdm.format_sizeof(found[name]) if name == 'tokens' else f'{found[name]:.3g}'}"
                 for name in found
             ]
-            room = self._room()
+            room = self._make_room()
             while len(shown) > 1 and len(", ".join(shown)) > room:
                 shown.pop()
             self.bar.set_postfix_str(", ".join(shown), refresh=False)
 
-    def _room(self) -> float:
-        """Number of characters for metrics beside a bar of 10 characters; in a log there is no limit."""
+    def _make_room(self) -> float:
+        """Number of characters for metrics beside a bar of five; a narrow terminal shows no steps per second."""
         if not sys.stderr.isatty():
             return math.inf
-        around = f"{self.bar.desc}100%|{'█' * 10}| {self.bar.total}/{self.bar.total} [00:00<00:00, 999.99it/s, ]"
-        return (self.bar.dynamic_ncols(self.bar.fp)[0] if self.bar.dynamic_ncols else self.bar.ncols) - len(around)
+        width = self.bar.dynamic_ncols(self.bar.fp)[0] if self.bar.dynamic_ncols else self.bar.ncols
+        self.bar.bar_format = None if width >= 100 else NARROW_BAR
+        rate = ", 999.99it/s" * (width >= 100)
+        return width - len(f"{self.bar.desc}100%|█████| {self.bar.total}/{self.bar.total} [00:00<00:00{rate}, ]")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the progress bar and write log.jsonl."""

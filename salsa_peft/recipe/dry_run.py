@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -95,9 +96,7 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
             console.print(Text("  ".join(map(str.ljust, row, widths)).rstrip()))
     else:
         rows = [[cell.replace("at most ", "≤ ").replace("about ", "≈ ") for cell in row] for row in rows]
-        words = [
-            max(len(word) for cell in column for word in cell.split()) for column in zip(header, *rows, strict=True)
-        ]
+        words = [max(map(len, " ".join(column).split()), default=0) for column in zip(header, *rows, strict=True)]
         columns = [Column(title, overflow="fold", min_width=word) for title, word in zip(header, words, strict=True)]
         columns[0].no_wrap = True
         table = Table(*columns, box=None, padding=(0, 2 if len(header) < 8 else 1, 0, 0), header_style="bold")
@@ -114,28 +113,27 @@ def _print_memory(console: Console, loaded: LoadedRecipe, gpu: Gpu | None) -> No
     if size is None:
         console.print(Text(f"memory: not known before the config.json of {recipe.model.base} is downloaded\n"))
         return
-    rows, short, notes, limit = [], [], [], None if gpu is None else float(gpu.bytes)
+    rows, sizes, limit = [], [], None if gpu is None else float(gpu.bytes)
+    needs: dict[str, list[str]] = {}
     for stage in memory.stages_of(recipe):
         found = memory.estimate(recipe, stage, size, limit)
         helps = None if limit is None else advice(recipe, [stage], size, limit, loaded.reset_by_lora)
         full = recipe.mode == "full" and stage in TRAINING
         weights = memory.choose_precision(recipe, stage, limit, size) if full else recipe.mode
         fits = "" if limit is None else "fits" if helps is None else f"too large; use {helps}"
-        parts = [*(getattr(found, part) for part in MEMORY), found.total]
-        rows.append([stage, f"{found.phase} ({weights})", *map(_bytes, parts), fits])
-        short.append(
-            [stage, f"{found.phase} ({weights})" if full else found.phase, *map(_gib, parts), fits.split(";")[0]]
-        )
-        notes += [f"{stage}: {fits}"] if helps is not None else []
+        rows.append([stage, f"{found.phase} ({weights})", fits])
+        sizes.append([*(getattr(found, part) for part in MEMORY), found.total])
+        if helps is not None:
+            needs.setdefault(helps, []).append(stage)
     against = "no GPU" if gpu is None else f"{gpu.name}, {gpu.bytes / memory.GIB:.0f} GiB"
     if console.is_terminal:
-        console.print(Text(f"GPU memory in GiB: {against}", style="bold"))
-        _print(console, ["stage", "peak in", *SHORT, "total", ""], short)
-        for note in notes:
-            console.print(Text(f"{note}\n"))
+        _print_narrow_memory(console, rows, sizes, against)
+        for helps, stages in needs.items():
+            console.print(Text(f"{', '.join(stages)}: too large; use {helps}\n"))
     else:
         header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "total", against]
-        _print(console, header, rows, narrow=9)
+        cells = [[*map(_bytes, parts)] for parts in sizes]
+        _print(console, header, [[*row[:2], *parts, row[2]] for row, parts in zip(rows, cells, strict=True)], narrow=9)
     together = None if limit is None else advice(recipe, memory.stages_of(recipe), size, limit, loaded.reset_by_lora)
     if together is not None:
         start = "no option makes all stages fit; use" if together == NOTHING else "all stages fit with:"
@@ -151,8 +149,17 @@ def _bytes(number: float) -> str:
     return f"{number / unit:.1f} {name}"
 
 
-def _gib(number: float) -> str:
-    return "–" if number == 0 else f"{number / memory.GIB:.1f}" if number >= memory.GIB / 20 else "<0.1"
+def _print_narrow_memory(console: Console, rows: list[list[str]], sizes: list[list[float]], against: str) -> None:
+    """Print the table of GPU memory in 80 columns: in one unit, with short titles, and only whether a stage fits."""
+    unit, name = (memory.GIB, "GiB") if max(map(max, sizes)) >= memory.GIB else (2**20, "MiB")
+    console.print(Text(f"GPU memory in {name}: {against}", style="bold"))
+    found = []
+    for (stage, phase, fits), parts in zip(rows, sizes, strict=True):
+        texts = ["–" if size == 0 else f"{size / unit:.1f}" if size >= unit / 20 else "<0.1" for size in parts]
+        phase = re.sub(r" \((full|lora|qlora)\)", "", phase)  # a precision stays
+        found.append([stage, phase, *texts, *(["yes" if fits == "fits" else "no"] if fits else [])])
+    header = ["stage", "peak in", *SHORT, "total", "fits"]
+    _print(console, header[: len(found[0])], found)
 
 
 def _training_rows(recipe: Recipe) -> list[list[str]]:

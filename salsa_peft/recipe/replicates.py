@@ -7,6 +7,7 @@ elsewhere (sft.from, data, questions) and the sampling seeds of landscape and ev
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from salsa_peft.recipe import cache, commits, run
 from salsa_peft.recipe.estimates import hours
 from salsa_peft.recipe.estimates.hardware import Gpu
 from salsa_peft.recipe.results.files import REPORT
-from salsa_peft.utils.console import say
+from salsa_peft.utils.console import say, wrapped
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.hub import Repository
 from salsa_peft.utils.manifests import (
@@ -74,7 +75,8 @@ def run_replicates(
     of = [dataclasses.replace(loaded, recipe=replicate(loaded.recipe, number)) for number in range(count)]
     if dry_run:
         run.run(of[0], replicate_folder(folder, 0), only=only, dry_run=True, gpu=gpu, **options)
-        print(cost_line(loaded.recipe, folder, options.get("stages", run.STAGES), gpu), flush=True)
+        line = cost_line(loaded.recipe, folder, options.get("stages", run.STAGES), gpu)
+        print(wrapped(line, sys.stdout, 0), flush=True)
         return
     for number, one in enumerate(of):
         say(f"replicate {number + 1} of {count}")

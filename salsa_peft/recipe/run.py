@@ -156,11 +156,13 @@ def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str
     finished = {name: planned.folder for name, planned in plan.items() if planned.why is None}
     update_names(folder, loaded.recipe, finished)
     for name, planned in plan.items():
-        if name in asked:
-            _run_unit(planned, plan, loaded.recipe, recipe_yaml, folder, debug)
+        if name not in asked:
+            continue
+        _run_unit(planned, plan, loaded.recipe, recipe_yaml, folder, debug)
+        if planned.why is not None:
             finished[name] = planned.folder
             update_names(folder, loaded.recipe, finished)
-        if name == "report" and name in asked:
+        if name == "report":
             _show_report(planned.folder, folder)
 
 

@@ -21,6 +21,7 @@ from salsa_peft.utils.console import (
     progress_bar,
     say,
     silence_import_warnings,
+    wrapped,
 )
 from salsa_peft.utils.errors import SalsaError, require
 
@@ -210,25 +211,29 @@ def print_summary(summary: SoupSummary) -> None:
     if kind == "merged":
         kind, size = f"adapters merged into {summary['base']}", f"{size}, LoRA in {summary['modules']} modules"
     title = f"soup of {len(summary['members'])} {kind} ({summary['strategy']})"
-    print(f"{title}: {size}, {summary['bytes']:,} bytes, {summary['seconds']} s")
+    _show(f"{title}: {size}, {summary['bytes']:,} bytes, {summary['seconds']} s")
     for member in summary["members"]:
         rank = f", rank {rank_range(member['ranks'])}" if "ranks" in member else ""
         norm = "" if member["norm"] is None else f", norm of delta {member['norm']:.4g}"
-        print(f"  {member['name']}: weight {member['weight']:g}{rank}{norm}")
+        _show(f"  {member['name']}: weight {member['weight']:g}{rank}{norm}")
     for pair in summary["pairs"]:
         cosine = "" if pair["cosine"] is None else f", cosine {pair['cosine']:.4f}"
         distance = "too large for float64" if pair["distance"] is None else f"{pair['distance']:.4g}"
-        print(f"  {pair['a']} – {pair['b']}: distance {distance}{cosine}")
+        _show(f"  {pair['a']} – {pair['b']}: distance {distance}{cosine}")
     if abs(summary.get("sum", 1.0) - 1) > 1e-6 and summary.get("kind") != "checkpoints":
-        print(f"  the weights sum to {summary['sum']:g}, so the soup is a scaled delta, not a mean")
+        _show(f"  the weights sum to {summary['sum']:g}, so the soup is a scaled delta, not a mean")
     if summary["norm"] is not None:
-        print(f"  soup: norm of delta {summary['norm']:.4g}")
+        _show(f"  soup: norm of delta {summary['norm']:.4g}")
     if error := summary.get("error"):
         worst = f"{error['worst']['error']:.3g} in {error['worst']['module']}"
-        print(f"  recompressed to rank {summary['rank']}: relative error {error['all']:.3g} overall, at most {worst}")
+        _show(f"  recompressed to rank {summary['rank']}: relative error {error['all']:.3g} overall, at most {worst}")
     for point in summary.get("tried", []):
         if "measure" in point:
-            print(f"  tried {', '.join(f'{w:.3f}' for w in point['weights'])}: {point['measure']:.5g}")
+            _show(f"  tried {', '.join(f'{w:.3f}' for w in point['weights'])}: {point['measure']:.5g}")
+
+
+def _show(line: str) -> None:
+    print(wrapped(line, sys.stdout, 4))
 
 
 def rank_range(ranks: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from paths import TEMPLATES
 
 from salsa_peft.config.schema import Source
 from salsa_peft.data import datasets
+from salsa_peft.data.check import count_rows
 from salsa_peft.data.files import load_rows
 from salsa_peft.utils.errors import SalsaError
 
@@ -115,6 +116,21 @@ class TestForms:
         ):
             with pytest.raises(SalsaError, match=line):
                 take(split)
+
+    def test_rows_of_a_slice_are_counted_before_the_file_is_read(self, write: Any) -> None:
+        """As many as load_rows gives; a slice in percent is not counted."""
+        rows = [{"prompt": f"p{i}"} for i in range(10)]
+        for split, limit in (
+            ("train[:7]", None),
+            ("train[7:]", None),
+            ("train[2:6]", None),
+            ("train[:7]", 3),
+            ("train[-2:]", None),
+        ):
+            source = write(*rows, split=split, limit=limit)
+            assert count_rows(source) in (len(load_rows(source)), None)
+            assert (count_rows(source) is None) == ("-" in split)
+        assert count_rows(write(*rows, split="train[:80%]")) is None and count_rows(write(*rows)) == 10
 
     def test_limit_is_deterministic(self, write: Any) -> None:
         """The first rows after one shuffle: the same every time, smaller limits inside larger, not the file's order."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 from paper_models import paper
+from paths import ROOT
 
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.memory import GIB, estimate
@@ -154,3 +159,36 @@ def test_the_plan_says_what_a_kill_costs(capsys: pytest.CaptureFixture[str]) -> 
     assert f"elsewhere a kill costs at most: {rest}\n" in plan
     assert cost("sft, each") == cost("reward") == "all steps (no checkpoints under DeepSpeed)"
     assert cost("rloo, each") == "7 steps"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["llama2_full", "--gpu", "h100"],
+        ["llama2_full", "--gpu", "24"],
+        ["llama2_full", "--lora", "qlora", "--gpu", "80"],
+        ["smollm2", "--lora"],
+        ["quickstart", "--lora", "--replicates", "3"],
+    ],
+)
+def test_the_plan_fits_a_terminal_of_80_columns(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """No line is wider, no word of a table is torn apart, and what does not fit the card is said below the table."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "dumb")  # without colours
+    monkeypatch.chdir(tmp_path)
+    assert salsa_run([*words, "--dry-run"]) == 0
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in capsys.readouterr().out.splitlines()]
+    paths = [line for line in lines if str(ROOT) in line]
+    assert [line for line in lines if len(line) > 80 and line not in paths] == []
+    tables = " ".join(lines)
+    for word in ("reward_quality", "generate", "landscape", "evaluate", "planned", "measured"):
+        assert word in tables.split() or word not in tables, word
+    if words[-1] == "24":
+        assert re.search(
+            r"^ppo +step +37.4 +12.6 +14.2 +– +– +– +67.3  no\n +\(stochastic\)$", "\n".join(lines), re.MULTILINE
+        )
+        assert "sft, reward, reward_quality, ppo, landscape, evaluate: too large; use --lora" in lines

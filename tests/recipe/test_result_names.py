@@ -102,9 +102,13 @@ class TestLinks:
         check()
 
     def test_one_stage(self, go: Go) -> None:
-        """Names of what there is."""
+        """Names of what there is; results found cached are current, also those of stages that are not asked for."""
         assert go("--stages", "toy,data,sft")[0] == 0
         assert targets().keys() == {"toy", "seed-0", "seed-1"} == named_results(RUN).keys()
+        go()
+        first = targets()
+        go(*OTHER)
+        assert go("--stages", "sft")[0] == 0 and targets() == first
 
     def test_a_policy_that_the_recipe_no_longer_has_keeps_its_name_until_prune(self, go: Go) -> None:
         """Two recipes in one folder do not take away each other's names."""

@@ -40,16 +40,29 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 def test_colours_on_a_terminal_only(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Markup is text, and a long line is not wrapped."""
+    """Markup is text; lines are wrapped between words on a terminal only."""
     monkeypatch.setattr(sys, "stderr", terminal)
-    line = "warning: [red]x[/red] " + 30 * "word "
-    say(line, "yellow")
-    assert terminal.getvalue() == f"\x1b[33m{line}\x1b[0m\n"
+    line = "warning: [red]x[/red] " + 10 * "word "
+    say("warning: [red]x[/red]", "yellow")
+    assert terminal.getvalue() == "\x1b[33mwarning: [red]x[/red]\x1b[0m\n"
+    say(line)
+    assert terminal.getvalue().splitlines()[1:] == [
+        "warning: [red]x[/red] word word word",
+        "  word word word word word word word",
+    ]
     plain: Any = io.StringIO()
     monkeypatch.setattr(sys, "stderr", plain)
     say(line, "yellow")
     complain("wrong")
     assert plain.getvalue() == f"{line}\nwrong\n"
+
+
+def test_a_word_that_is_longer_than_a_line_stays_whole(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a path can be copied."""
+    monkeypatch.setattr(sys, "stderr", terminal)
+    path = "/a/long-path" * 5
+    say(f"the file {path} is missing")
+    assert terminal.getvalue().splitlines() == ["the file", f"  {path}", "  is missing"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])

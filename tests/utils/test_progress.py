@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from paths import ROOT
+from transformers import TrainerState
 
+from salsa_peft.utils import console
 from salsa_peft.utils.console import progress_bar, say
 
 
@@ -88,3 +90,28 @@ def test_a_terminal_without_a_size_has_a_bar() -> None:
     os.close(terminal)
     assert b"2/2" in os.read(main, 10_000)
     os.close(main)
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (80, "loss=1.23, accuracy=0.877, lr=2e-05"),
+        (140, "loss=1.23, accuracy=0.877, lr=2e-05, tokens=1.23M"),
+        (None, "loss=1.23, accuracy=0.877, lr=2e-05, tokens=1.23M"),
+    ],
+)
+def test_the_metrics_beside_a_trainers_bar(width: int | None, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's names; those for which a terminal has no room are left out."""
+    from salsa_peft.models.stage_context import ProgressBar
+
+    stream: Any = io.StringIO() if width is None else Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(console, "_width", lambda: {"ncols": width})
+    callback, state = ProgressBar("reward"), TrainerState(global_step=0, max_steps=640, is_world_process_zero=True)
+    logs = {"num_tokens": 1_234_000.0, "learning_rate": 2e-5, "accuracy": 0.8768, "loss": 1.2345, "grad_norm": 3.0}
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, logs)
+    assert callback.bar.postfix == shown
+    line = str(callback.bar)
+    assert shown in line and len(line) <= (width or len(line))
+    callback.on_train_end(None, state, None)

@@ -209,7 +209,7 @@ def _field_texts(section: Any) -> dict[str, str]:
     for one in reversed(section.__mro__):
         if not dataclasses.is_dataclass(one):
             continue
-        body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(one)).body[0]).body
+        body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(typing.cast(type, one))).body[0]).body
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())

@@ -27,7 +27,7 @@ MOST_ADVICE = 100
 
 def split_unknown(data: dict[str, Any], root: type) -> tuple[dict[str, Any], dict[str, str]]:
     """A copy of the settings of the dataclass `root` without unknown keys, and {unknown key: advice}."""
-    data, unknown = copy.deepcopy(data), {}
+    data, unknown = copy.deepcopy(data), dict[str, str]()
 
     def split(where: str, value: Any, hint: Any) -> None:
         while typing.get_origin(hint) is Annotated:

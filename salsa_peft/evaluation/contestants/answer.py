@@ -36,6 +36,7 @@ from salsa_peft.utils.manifests import versions
 
 OTHERWISE = 0.7
 """Temperature of questions without a category of MT-Bench's (FastChat's default)."""
+MAX_NEW_TOKENS = 1024
 NO_MAXIMUM = 1_000_000
 """Maximum number of tokens of a model whose configuration sets none."""
 
@@ -44,8 +45,9 @@ NO_MAXIMUM = 1_000_000
 class AnswerSettings:
     """How the models answer."""
 
-    max_new_tokens: int = 1024
-    """Maximum number of tokens of an answer (FastChat's default)."""
+    max_new_tokens: int | None = None
+    """Maximum number of tokens of an answer. None: 1024 (FastChat's default), or half of what the model reads if that
+    is less."""
     temperature: float | None = None
     """Sampling temperature; 0 is greedy. None: FastChat's for MT-Bench's categories, and 0.7 for other questions."""
     batch_size: int = 16
@@ -70,9 +72,10 @@ class AnsweringModel:
         config = text_part(read_json(folder / "config.json"))
         positions = (config.get(key) for key in POSITIONS)
         longest = next((value for value in positions if isinstance(value, int) and value > 0), NO_MAXIMUM)
+        self.new_tokens = settings.max_new_tokens or min(MAX_NEW_TOKENS, longest // 2)
         require(
-            settings.max_new_tokens < longest,
-            f"--max-new-tokens: {settings.max_new_tokens} leaves no room for a question, since {contestant.name} reads at"
+            self.new_tokens < longest,
+            f"--max-new-tokens: {self.new_tokens} leaves no room for a question, since {contestant.name} reads at"
             f" most {longest} tokens; set less",
         )
         heat: Any = "category" if settings.temperature is None else settings.temperature
@@ -81,7 +84,7 @@ class AnsweringModel:
             model=Model(base=str(folder), max_length=longest, quantization=settings.quantization),
             adapter=None if adapter is None else Adapter(),
             generation=Generation(
-                max_new_tokens=settings.max_new_tokens, temperature=OTHERWISE, batch_size=settings.batch_size
+                max_new_tokens=self.new_tokens, temperature=OTHERWISE, batch_size=settings.batch_size
             ),
             evaluate=Evaluate(temperature=heat, seed=settings.seed),
         )
@@ -100,7 +103,7 @@ class AnsweringModel:
 
     def too_long(self, questions: Sequence[Question]) -> set[int]:
         """Indices of the questions that leave no room for a full answer."""
-        longest = self.context.recipe.model.max_length - self.settings.max_new_tokens
+        longest = self.context.recipe.model.max_length - self.new_tokens
         rows = ({**one.row, "prompt": one.messages} for one in questions)
         return {index for index, row in enumerate(rows) if len(prompt_tokens(row, self.context.tokenizer)) > longest}
 
@@ -137,7 +140,7 @@ class AnsweringModel:
 
     def _key(self, weights: Path, questions: Sequence[Question]) -> str:
         """Hash of everything that the answers depend on."""
-        one, settings = self.contestant, asdict(self.settings)
+        one, settings = self.contestant, {**asdict(self.settings), "max_new_tokens": self.new_tokens}
         files = [*tokenizer_files(self.tokenizer_folder)]
         if self.settings.chat_template is not None:
             settings["chat_template"] = sha256(self.settings.chat_template)
