@@ -257,7 +257,7 @@ NOTHING = {"evaluation": {}, "answers": [], "policies": {}, "soup": {}, "seeds":
 @pytest.mark.parametrize(
     ("given", "line", "means", "means_not", "cards"),
     [
-        (synthetic(n=12, policies=("ppo",), gold=False, small=True), "One policy, ppo, trained by PPO", "the score that the policies are trained on", "That the answers are better, since the policies were trained to raise this very score; nor that", [("ppo", "seed-0")]),
+        (synthetic(n=12, policies=("ppo",), gold=False, small=True), "One policy, ppo, trained by PPO", "the score that the policies are trained on", "That the models are equally good: ", [("ppo", "seed-0")]),
         (synthetic(n=12, policies=("salsa",), small=True), "KL to the soup", "RLHF", "That the models are equally good: ", [("salsa", "seed-0")]),
         (synthetic(n=12, policies=(), small=True), "3 SFT models, without RLHF", "no policy was trained", "nor that other random seeds", [("soup", "seed-0"), ("soup", "base")]),
         (with_judge(synthetic(n=12, policies=("ppo", "salsa", "shrunk"), gold=False, small=True)), "compared by local tiny-judge", "RLHF", "nor that other random seeds", [("salsa", "ppo")]),
@@ -294,5 +294,7 @@ def test_a_training_reward_beside_a_judge_is_no_evidence_of_better_answers(run: 
     judged = [{**up, "measure": first_screen.JUDGE, "a": "salsa", "b": "ppo"}]
     said = first_screen.sentences([], [up], judged, run.policies, "the judge (x)")
     assert "raised the score that the policies are trained on" in said["What it means"]
+    alone = first_screen.sentences([], [up], [], run.policies)
+    assert alone["What it does not mean"].startswith("That the answers are better, since the policies were trained to")
     better = first_screen.sentences([], [up], [*judged, {**judged[0], "b": "seed-0"}], run.policies, "the judge (x)")
     assert "RLHF improved the answers to “in”" in better["What it means"]

@@ -29,10 +29,12 @@ NOTHING = "No two models were compared on the same prompts, so there is nothing 
 
 
 def kl_to(policy: PolicyReport) -> str:
-    """The reference of a policy's KL term, in words."""
-    known = {"soup": "the soup", "base": "the untuned base"}
-    if policy.references > 1 and policy.algorithm == "ppo":
+    """A policy's reference in words."""
+    if policy.algorithm != "ppo":
+        return f"reference {policy.reference}"
+    if policy.references > 1:
         return f"mean of the KLs to {listed(policy.reference.split(', '))}"
+    known = {"soup": "the soup", "base": "the untuned base"}
     return f"KL to {known.get(policy.reference, policy.reference)}"
 
 
@@ -257,7 +259,7 @@ def _meaning(
         text = "only SFT models and averages of them were compared; no policy was trained by RLHF"
     means = {MEANS: f"{here}, {text}."} if text else {}
     not_meant = []
-    if trained and policies and not judged:
+    if trained and not judged and any(one["a"] in policies and not undecided(one) for one in compared):
         not_meant.append("that the answers are better, since the policies were trained to raise this very score")
     shown = judged or compared
     if all(undecided(one) for one in shown if (one["a"], one["b"]) == _main_pair(shown, policies)):

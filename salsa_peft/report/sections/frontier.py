@@ -118,12 +118,12 @@ def draw(found: Row, styles: Mapping[str, Look], prefix: str = "") -> Panel:
                 if low is not None:
                     ends = ([low, high], [y["mean"]] * 2) if at == 0 else ([x["mean"]] * 2, [low, high])
                     axes.plot(*ends, color=color, lw=2, solid_capstyle="butt")
-            fill = PAPER if one["control"] else color
+            fill, edge = (PAPER, color) if one["control"] else (color, INK)
             label = f"{one['policy']} (control)" if one["control"] else one["policy"]
-            axes.plot(x["mean"], y["mean"], marker=look.marker, ms=8, color=color, mfc=fill, mec=INK, mew=0.9, ls="", label=label)  # fmt: skip
+            axes.plot(x["mean"], y["mean"], marker=look.marker, ms=8, color=color, mfc=fill, mec=edge, mew=1.2, ls="", label=label)  # fmt: skip
         title = f"{score.capitalize()} against KL"
         axes.set(title=title, xlabel="KL to the policy’s own reference, nats per response", ylabel=f"{score}, {on}")
-        axes.figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3, columnspacing=1.4)
+        axes.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.3, columnspacing=1.4)
 
     return panel(
         f"{prefix}frontier-{found['measure']}", f"{score} against KL: path and end of each policy", draw_on, 4.0, WIDTH
