@@ -80,8 +80,8 @@ def context(run: ReportInput) -> dict[str, Any]:
         ],
         "names": {
             name: {
-                "what": first_screen.describe(name, run.policies),
-                "note": first_screen.note(name, run.policies),
+                "what": first_screen.describe(name, run.policies, run.controls),
+                "note": first_screen.note(name, run.policies, run.controls),
                 "control": findings.is_control(name, run.policies),
             }
             for name in findings.order(run.evaluation, run.policies)

@@ -40,7 +40,10 @@ def together(
         "screen": screen,
         "headline": tables,
         "names": {
-            model: {"what": first_screen.describe(model, policies), "note": first_screen.note(model, policies)}
+            model: {
+                "what": first_screen.describe(model, policies, runs[0].controls),
+                "note": first_screen.note(model, policies, runs[0].controls),
+            }
             for model in models
         },
         "frontier": frontier.frontier(runs),

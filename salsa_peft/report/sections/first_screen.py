@@ -19,6 +19,7 @@ EXPLAINED = {
 IN_BRIEF = {"gold": "a program’s score, on which no policy is trained", "reward": "the score that training raises"}
 """Measure → what it is, where it first stands."""
 CAME_OUT, MEANS, MEANS_NOT = "What came out", "What it means", "What it does not mean"
+NO_CONTROLS: Mapping[str, str] = {}
 MOST = 4
 """Maximum number of cards for the scores, and for the judge."""
 JUDGE = "judge"
@@ -38,11 +39,13 @@ def kl_to(policy: PolicyReport) -> str:
     return f"KL to {known.get(policy.reference, policy.reference)}"
 
 
-def describe(name: str, policies: Mapping[str, PolicyReport]) -> str:
-    """A short description of a model."""
+def describe(name: str, policies: Mapping[str, PolicyReport], controls: Mapping[str, str] = NO_CONTROLS) -> str:
+    """A short description of a model. controls: name of a model in evaluate.controls → the label of its reference."""
     if name in policies:
         policy = policies[name]
         return f"{policy.algorithm.upper()} from {START}, {kl_to(policy)}, β {policy.kl_coef:g}"
+    if name in controls:
+        return f"{controls[name]}, no RLHF"
     known = {
         START: "the start: an SFT model",
         "base": "the untuned base, no RLHF",
@@ -52,11 +55,11 @@ def describe(name: str, policies: Mapping[str, PolicyReport]) -> str:
     return known.get(name, "another SFT model" if name.startswith("seed-") else "")
 
 
-def note(name: str, policies: Mapping[str, PolicyReport]) -> str:
+def note(name: str, policies: Mapping[str, PolicyReport], controls: Mapping[str, str] = NO_CONTROLS) -> str:
     """The description of a model in the headline's figure."""
     if name in policies:
         return kl_to(policies[name]) + (" (control)" if is_control(name, policies) else "")
-    return describe(name, policies)
+    return describe(name, policies, controls)
 
 
 def brief(explanation: str) -> str:
