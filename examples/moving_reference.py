@@ -3,7 +3,7 @@
     python examples/moving_reference.py
 
 The model is made on the spot. TRL trains the adapter seed-0, from which the policy starts; the reference is the mean of
-both. Prints the trainers' metrics and the reward, the share of right words, in one run on a CPU:
+both. Prints the trainers' metrics and the reward, the share of answers with an owl, in one run on a CPU:
 
     before PPO 0.62, after PPO 0.80
 """
@@ -15,11 +15,10 @@ from trl import SFTConfig, SFTTrainer
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, soup
 from salsa_peft.data.toy import world
-from salsa_peft.data.toy_language import grade
 
 
-def right_words(prompts, completions, **_):
-    return [grade(p[0]["content"], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
+def owls(completions, **_):
+    return [float("owl" in completion[0]["content"]) for completion in completions]
 
 
 if __name__ == "__main__":
@@ -34,8 +33,8 @@ if __name__ == "__main__":
     model = PeftModel.from_pretrained(model, f"{out}/seed-0", adapter_name="policy", is_trainable=True)
     model.load_adapter(f"{out}/seed-0", adapter_name="seed-0")
     reference = soup.attach(model, ["seed-0", "policy"], sync_every=5)
-    steps = {"batch_size": 64, "max_new_tokens": 10, "max_steps": 120, "learning_rate": 3e-3}
-    args = SalsaPPOConfig(f"{out}/policy", save_strategy="no", **steps)
-    trainer = SalsaPPOTrainer(model, right_words, args, prompts, prompts.select(range(128)), references=[reference])
+    steps = {"batch_size": 64, "max_new_tokens": 10, "max_steps": 200, "learning_rate": 1e-2}
+    args = SalsaPPOConfig(f"{out}/policy", save_strategy="no", kl_coef=0.1, **steps)
+    trainer = SalsaPPOTrainer(model, owls, args, prompts, prompts.select(range(128)), references=[reference])
     before, _ = trainer.evaluate()["eval_score"], trainer.train()
     print(f"before PPO {before:.2f}, after PPO {trainer.evaluate()['eval_score']:.2f}")

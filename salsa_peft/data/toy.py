@@ -47,8 +47,6 @@ CHAT_TEMPLATE = (
 )
 
 Progress = Callable[[int, int, str], None]
-SMALL = {"demonstration_noise": 0.5, "preferences": 1000, "prompts": 2000, "eval_prompts": 128}
-"""Sizes of the world that `world` builds, as fields of Toy."""
 
 
 def make_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -194,14 +192,14 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def world(folder: str | Path = "runs/world", **options: Any) -> Path:
-    """Build a small embedded world in `folder`, unless it is there, and return the folder. options: fields of Toy.
+    """Build the embedded world in `folder`, unless it is there, and return the folder. options: fields of Toy.
 
     The folder has the base (base/), and demonstrations, held_out, preferences, prompts, eval_in and eval_out (.jsonl).
     """
     folder = Path(folder)
     if not (folder / "eval_out.jsonl").is_file():  # the file that is written last
         folder.mkdir(parents=True, exist_ok=True)
-        build(Toy(**(SMALL | options)), folder, lambda *_: None)
+        build(Toy(**options), folder, lambda *_: None)
     return folder
 
 

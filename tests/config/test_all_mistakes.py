@@ -21,7 +21,7 @@ sft:
   seeds: [0, 1.5]
   batch-size: 8
   lr: 1
-ppo: {kl_control: Adaptive, max_new_tokens: 3, max_grad_norm: -1}
+ppo: {kl_control: Adaptive, rollout_backend: HF, max_new_tokens: 3, max_grad_norm: -1}
 policies:
   salsa: {refrence: soup}
 evaluate: {judge: {kind: openia}, prompts: {v0.1: {path: x.jsonl, limt: 3}}}
@@ -37,6 +37,7 @@ SAID = [
     "bad.yaml: line 8: sft.batch-size: unknown key; did you mean batch_size?",
     "bad.yaml: line 9: sft.lr: unknown key; did you mean learning_rate?",
     "bad.yaml: line 10: ppo.kl_control: must be fixed or adaptive, not 'Adaptive'; did you mean adaptive?",
+    "bad.yaml: line 10: ppo.rollout_backend: must be hf, paged or vllm, not 'HF'; did you mean hf?",
     "bad.yaml: line 10: ppo.max_grad_norm: must be more than 0, not -1",
     "bad.yaml: line 10: ppo.max_new_tokens: unknown key; did you mean generation.max_new_tokens?",
     "bad.yaml: line 12: policies.salsa.refrence: unknown key; did you mean reference?",

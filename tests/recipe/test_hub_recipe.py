@@ -72,7 +72,7 @@ def test_what_is_published_is_somebody_s_seeds_reward_and_reference(tmp_path: Pa
             in done.stderr.splitlines()[-1]
         )
         assert (run / "report.html").is_file() and (run / hub_push.PENDING).is_file()
-        (seed,) = run.glob("sft/seed-0/*/adapter_model.safetensors")
+        (seed,) = run.glob("stages/sft/seed-0/*/adapter_model.safetensors")
         assert seed.read_bytes() == files(server, "tester/r-seed-0")["adapter_model.safetensors"]
         told = json.loads((seed.parent / "metrics.json").read_text())
         assert told == {"from": "tester/r-seed-0", "commit": server.repos["tester/r-seed-0"].commits[-1].sha}
