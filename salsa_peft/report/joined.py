@@ -57,9 +57,11 @@ def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
     }
     keys = ("model", "dataset", "by")
     cells = [{key: row[key] for key in keys} | cell for row in rows for cell in row["cells"].values()]
+    several = [f"{len(runs)} runs of {len(groups)} recipes or bases."] if together and len(groups) > 1 else []
     context = {
         **summary,
         "screens": screens,
+        "line": " ".join([*several, *(screen["line"] for screen in screens)]),
         "title": groups[0][0] if len(groups) == 1 else f"{len(runs)} runs: {', '.join(name for name, _ in groups)}",
         "several": len(groups) > 1,
         "scores": [one for _, of in groups if len(of) == 1 for one in _scores(of[0])],

@@ -173,7 +173,7 @@ def cards(compared: Sequence[Row], policies: Mapping[str, PolicyReport], judge: 
                 "by": judge if measure == JUDGE else measure_name(measure),
                 "judge": measure == JUDGE,
                 "against": _against(a, b, policies) if policies or measure != JUDGE else "",
-                "control": is_control(b, policies),
+                "control": is_control(b, policies) and (bool(policies) or measure != JUDGE),
                 "rows": [_card_row(one, reach) for one in sets],
             }
         )
