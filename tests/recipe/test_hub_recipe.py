@@ -139,7 +139,7 @@ def test_seeds_can_be_taken_some_trained(tmp_path: Path, tokenizer: Any) -> None
             ["sft.from=[./nowhere, a/b]"],
             f"sft.from[0]: there is no folder '{Path('nowhere').resolve()}'; give the folder or Hub id of a LoRA adapter",
         ),
-        (["sft.from=[1, 2]"], "sft.from[0]: must be text, not 1 (and 1 more)"),
+        (["sft.from=[1, 2]"], "sft.from[1]: must be text, not 2"),
         (["sft.form=[a/b]"], "sft.form: unknown key; did you mean from"),
     ],
 )
