@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ if __name__ == "__main__":
 
     from salsa_peft.models import stage_context
     from salsa_peft.recipe import worker
+    from salsa_peft.training.ppo.terminal import updates
 
     arguments = stage_context.training_arguments
 
@@ -21,17 +23,17 @@ if __name__ == "__main__":
         """Trainer's arguments without use_cpu, of which accelerate would make DDP."""
         return {**arguments(*given), "use_cpu": False}
 
-    remove_printer = stage_context.remove_printer
-
-    def cut_small_ones_too(trainer: Any) -> None:
-        """Called by the stages before they train; or ZeRO-3 would leave small weights whole, which all are here."""
-        remove_printer(trainer)
+    def cut_small_ones_too(prepare: Any, trainer: Any) -> Any:
+        """Called for a trainer before it trains; or ZeRO-3 would leave small weights whole, which all are here."""
+        made = prepare(trainer)
         if trainer.accelerator.state.deepspeed_plugin is not None:
             found = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
             found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
 
     with (
-        patch.object(stage_context, "remove_printer", cut_small_ones_too),
+        patch.object(stage_context, "remove_printer", partial(cut_small_ones_too, stage_context.remove_printer)),
+        patch.object(updates, "replace_printers", partial(cut_small_ones_too, updates.replace_printers)),
         patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
         patch.object(stage_context, "training_arguments", on_what_is_there),
         patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True),  # FSDP2's bf16 needs no GPU

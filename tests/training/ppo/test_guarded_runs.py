@@ -172,10 +172,11 @@ def test_the_ppo_stage_gives_the_guards_the_share_that_reward_quality_measured(
         raise Prepared(trainer)
 
     def trainer(*_: Any, **__: Any) -> SimpleNamespace:
-        return SimpleNamespace(guards=GuardMonitor({}), checkpoints=SimpleNamespace())
+        made = SimpleNamespace(guards=GuardMonitor({}), checkpoints=SimpleNamespace(), table=SimpleNamespace())
+        made.is_world_process_zero = lambda: prepared(made)
+        return made
 
     monkeypatch.setattr(ppo_stage, "SalsaPPOTrainer", trainer)
-    monkeypatch.setattr(ppo_stage, "remove_printer", prepared)
     monkeypatch.setattr(
         ppo_stage.StageContext, "of_job", lambda job: SimpleNamespace(recipe=job.recipe, tokenizer=None)
     )
