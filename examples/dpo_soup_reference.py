@@ -5,7 +5,7 @@
 TRL trains two adapters and then the first of them by DPO, whose reference is the mean of both before DPO. Prints TRL's
 metrics and the share of held-out pairs that the policy ranks right against the reference, in one run on a CPU:
 
-    held-out pairs ranked right: before DPO 0.55, after DPO 0.75
+    held-out pairs ranked right: before DPO 0.35, after DPO 0.62
 """
 
 from datasets import Dataset

@@ -6,7 +6,7 @@ The reward is the share of birds among the words of an answer. The policy is a L
 model without the adapter. For your own run, replace the model, the prompts and the function. Prints the trainer's
 metrics of 50 updates and the mean reward on other prompts, in one run on a CPU:
 
-    before PPO 0.12, after PPO 0.76
+    before PPO 0.12, after PPO 0.92
 """
 
 from datasets import Dataset

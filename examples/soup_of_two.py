@@ -6,7 +6,10 @@ TRL trains two adapters that differ in their seed and data. Both are loaded on o
 a third adapter; PEFT saves it and loads it again. Prints TRL's metrics and the losses on held-out demonstrations, in one
 run on a CPU:
 
-    seed-0 1.061, seed-1 1.063, soup 0.983, reloaded 0.983
+    seed-0: 0.903
+    seed-1: 0.856
+    soup: 0.805
+    reloaded: 0.805
 """
 
 from datasets import Dataset

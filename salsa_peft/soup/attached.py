@@ -124,7 +124,17 @@ def attach(
     stacks.check_saveable()
     ranks = output_ranks(stacks.shapes, rank)
     wanted = as_dtype(dtype) or (torch.float64 if stacks.dtype == "F64" else torch.float32)
-    fields = config_fields(members, stacks, ranks) | {"inference_mode": not trainable}
+    place(model, name, members, stacks, ranks, wanted, trainable=trainable)
+    soup._write(members, stacks)
+    return soup
+
+
+def place(
+    model: PeftModel, name: str, members: list[Member], stacks: Stacks, ranks: Mapping[str, int], dtype: torch.dtype, *,
+    trainable: bool,
+) -> None:  # fmt: skip
+    """Make the adapter `name` one that can hold the soup: add it, or keep or replace the one of that name."""
+    fields = config_fields(members, stacks, dict(ranks))
     if name in model.peft_config and not has_layout(model, stacks, ranks, name, fields):
         delete_adapter(model, name)
     if name not in model.peft_config:
@@ -132,11 +142,10 @@ def attach(
     for module in stacks:
         for parameter in live_factors(model, stacks, module, name, ranks[module]):
             if parameter is not None:
-                parameter.data = parameter.data.to(wanted)
+                parameter.data = parameter.data.to(dtype)
+    model.peft_config[name].inference_mode = not trainable
     for parameter in parameters(model, name):
         parameter.requires_grad_(trainable)
-    soup._write(members, stacks)
-    return soup
 
 
 def check_name(model: PeftModel, name: str, overwrite: bool) -> None:
@@ -239,7 +248,7 @@ def add_weighted_adapter(
     rank = svd_rank
     if combination_type == "svd" and rank is None:
         configs = [config for name in adapters if isinstance(config := model.peft_config[name], LoraConfig)]
-        rank = max((r for config in configs for r in (config.r, *config.rank_pattern.values())), default=None)
+        rank = max((r for config in configs for r in (config.r, *(config.rank_pattern or {}).values())), default=None)
     return attach(model, adapters, weights, adapter_name, rank=rank, overwrite=overwrite)
 
 

@@ -221,6 +221,7 @@ def test_a_model_that_is_not_here(here: Path, init: Any, capsys: pytest.CaptureF
     assert "counted as characters / 4" in text.replace("\n  # ", " ")
     assert "nobody/nothing is not on this machine" in said
     assert found.recipe.data.preferences.path == "org/pairs"
+    assert found.recipe.model.max_length == 1024  # smollm2's, because the pairs are not known
     plan("my.yaml", capsys)
 
 

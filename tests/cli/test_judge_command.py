@@ -156,6 +156,7 @@ class TestAnswerFiles:
             text = (bench / "judged" / name).read_text()
             assert "33.3" in text and "a longer one" in text and "mean characters of an answer" in text
             assert str(bench) not in text
+            assert text.index("question 81") < text.index("long answer") < text.index("and then?") < text.index("xyz")
         summary = json.loads((bench / "judged" / "summary.json").read_text())
         assert summary["verdicts"]["datasets"]["bench"]["pairs"][0]["wins"] == 1
         assert (bench / "judged" / "figures" / "judged-bench.png").stat().st_size > 1000

@@ -102,6 +102,16 @@ def test_one_mistake_is_one_line(refused) -> None:
     assert refused(toy + "policies2: {}\n") == ["bad.yaml: line 4: policies2: unknown key; did you mean policies?"]
 
 
+def test_a_wrong_value_that_another_layer_replaces(refused) -> None:
+    """By --lora's preset, by the section lora, and by --set."""
+    text = "name: tiny\ntoy: {}\nsft: {learning_rate: '2e-5'}\nppo: {batch_size: x}\npolicies: {salsa: {reference: soup}}\nlora: {dpo: {seed: a}}\n"
+    assert refused(text, "ppo.batch_size=8", "dpo.seed=1") == [
+        "bad.yaml: line 3: sft.learning_rate: must be a number, not '2e-5'",
+        "bad.yaml: line 4: ppo.batch_size: must be a whole number, not 'x'",
+        "bad.yaml: line 6: lora: dpo.seed: must be a whole number, not 'a'",
+    ]
+
+
 def test_a_recipe_of_nothing_but_mistakes(refused) -> None:
     """The first MOST are shown, and how many there are more."""
     lines = refused("name: x\n" + "".join(f"zz{n}: 1\n" for n in range(MOST + 7)))
