@@ -40,8 +40,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.stdout.strip() == str(folder / "report.html")
     headline = read(unit(folder, "report") / "summary.json")["console"]
     assert {"gold reward", "in", "out", "salsa"} <= {re.split(":|  ", line)[0] for line in headline}
-    assert done.stderr.splitlines()[-len(headline) :] == headline
-    assert (folder / "report.html").read_bytes() == (unit(folder, "report") / "report.html").read_bytes()
+    before, _, last = done.stderr.partition("\nresults in ")
+    assert before.splitlines()[-len(headline) :] == headline and f'from_pretrained("{folder}/salsa")' in last
     return folder
 
 
@@ -49,6 +49,19 @@ def test_every_stage_left_what_it_should(run: Path) -> None:
     """Files, and figures that are figures."""
     report = unit(run, "report")
     assert {"report.html", "report.md", "summary.json", "figures"} <= {path.name for path in report.iterdir()}
+    for name in ("report.html", "report.md", "summary.json"):
+        assert (run / name).read_bytes() == (report / name).read_bytes()
+    shown = re.findall(r'src="(figures/[^"]+)"', (run / "report.md").read_text(encoding="utf-8"))
+    assert shown and all((run / name).is_file() for name in shown), "the figures of report.md lie beside it"
+    names = {
+        "soup": "soup",
+        "seed-2": "sft/seed-2",
+        "mkl": "ppo/mkl",
+        "reward": "reward",
+        "answers": "evaluate",
+        "toy": "toy",
+    }
+    assert all((run / name).resolve() == unit(run, of).resolve() for name, of in names.items())
     reward = read(unit(run, "reward") / "metrics.json")
     assert 0 <= reward["accuracy"]["held_out"]["mean"] <= 1
     assert reward["pairs"] == {"train": 115, "held_out": 13}
