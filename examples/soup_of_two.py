@@ -1,4 +1,4 @@
-"""A soup of two adapters, and back into PEFT. Nothing is downloaded: the model is a tiny Llama that is made on the spot.
+"""A soup of two adapters, and back into PEFT. Nothing is downloaded: the model is a tiny Llama made on the spot.
 
     python examples/soup_of_two.py
 

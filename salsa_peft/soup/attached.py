@@ -248,7 +248,7 @@ def add_weighted_adapter(
     rank = svd_rank
     if combination_type == "svd" and rank is None:
         configs = [config for name in adapters if isinstance(config := model.peft_config[name], LoraConfig)]
-        rank = max((r for config in configs for r in (config.r, *config.rank_pattern.values())), default=None)
+        rank = max((r for config in configs for r in (config.r, *(config.rank_pattern or {}).values())), default=None)
     return attach(model, adapters, weights, adapter_name, rank=rank, overwrite=overwrite)
 
 
