@@ -24,7 +24,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("salsa_peft.soup")
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_NAMES[name]), name)
+    from salsa_peft.utils.console import quiet_libraries
+
+    with quiet_libraries():  # the first import of PEFT
+        return getattr(importlib.import_module(_NAMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -158,9 +158,7 @@ def test_the_wheel_carries_recipes_adapters_and_templates(tmp_path: Path) -> Non
         if path.is_file()
     }
     data |= {f"salsa_peft/_adapters/{path.name}" for path in (ROOT / "adapters").iterdir()}
-    data |= {
-        f"salsa_peft/examples/{path.name}" for path in (ROOT / "examples").iterdir() if path.is_file()
-    }  # of recipes
+    data |= {f"salsa_peft/examples/{path.name}" for path in (ROOT / "examples").glob("*.*")}  # ../examples of a recipe
     data |= {f"salsa_peft/report/templates/{path.name}" for path in (PACKAGE / "report" / "templates").iterdir()}
     code = {f"salsa_peft/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")} | {
         "salsa_peft/py.typed",

@@ -1,26 +1,30 @@
 """What `salsa judge` does after its arguments have been checked: answers, verdicts, files and the report."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salsa_peft.config.judge import Judge
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data.questions import Question
 from salsa_peft.evaluation import fastchat
-from salsa_peft.evaluation.contestants.answer import AnsweringModel
 from salsa_peft.evaluation.contestants.dataset import as_dataset
 from salsa_peft.evaluation.contestants.find import Contestant
 from salsa_peft.evaluation.contestants.recorded import Judgments, judged_before
-from salsa_peft.evaluation.contestants.score import AnswerScorer
 from salsa_peft.evaluation.judges.registry import PairwiseJudge
 from salsa_peft.evaluation.judges.stage import judge_matches, matches, results, with_references
 from salsa_peft.report.gather import last_part
 from salsa_peft.report.sections.judged import report_input, write_judge_report
 from salsa_peft.utils.console import progress_bar, say
 from salsa_peft.utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from salsa_peft.evaluation.contestants.answer import AnsweringModel
+    from salsa_peft.evaluation.contestants.score import AnswerScorer
 
 ANSWERS = "answers"
 """Name of the folder with the models' answers, from which a stopped command goes on."""

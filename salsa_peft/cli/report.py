@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--output-dir: works only with several runs; leave it out, and the report goes into the run's folder",
             )
     except SalsaError as error:
-        complain(one_line(error))
+        for problem in error.problems:
+            complain(one_line(problem))
         return 2
     at = next((place for place, word in enumerate(words) if _is_run(word)), None)
     if at is not None and "--output-dir" not in words:

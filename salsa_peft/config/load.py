@@ -103,6 +103,8 @@ def load_recipe(
     for text in overrides:
         with problems.collecting(placed=True):
             data = _with_override(text, data, problems, reset)
+    for layer in problems.layers:
+        _check_layer(layer, problems)
     data = _with_seed_defaults(_without_nulls(data))
     recipe, data = _checked(data, problems, more)
     require(  # for example, the saved recipe of a QLoRA run with --lora lora
@@ -273,14 +275,30 @@ def _typed(data: dict[str, Any], problems: Problems) -> Recipe | None:
     try:
         return RECIPE_TYPE.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        found: dict[str, str] = {}
-        for problem in error.errors(include_url=False):
-            key, message = explain_validation_error(dict(problem))
-            found.setdefault(key.replace("sft.from_", "sft.from"), message)
-        for key, message in found.items():
+        for key, message in _type_errors(error).items():
             if message != IS_REQUIRED or key.rpartition(".")[0] not in problems.misspelt:
                 problems.add(key, message)
         return None
+
+
+def _check_layer(layer: Layer, problems: Problems) -> None:
+    """Add the values of a layer that have the wrong type, also those that a later layer replaces."""
+    data = {"name": "", **{key: value for key, value in _without_nulls(layer.data).items() if key != "sweep"}}
+    try:
+        RECIPE_TYPE.validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        for key, message in _type_errors(error).items():
+            if message != IS_REQUIRED:  # another layer may have it
+                problems.add(key, message, layer)
+
+
+def _type_errors(error: ValidationError) -> dict[str, str]:
+    """Key → what is wrong with its value, the first error of each key."""
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        key, message = explain_validation_error(dict(problem))
+        found.setdefault(key.replace("sft.from_", "sft.from"), message)
+    return found
 
 
 def _changes(before: dict[str, Any], middle: list[Layer], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from salsa_peft.data.message_formats import Messages, is_hh, parse_messages, untrained_turns
+from salsa_peft.data.message_formats import Messages, is_hh, parse_json, parse_messages, untrained_turns
 from salsa_peft.data.row_parts import (
     Row,
     append_answer,
@@ -215,6 +215,8 @@ def _one_prompt(row: Row, name: str, where: str) -> Prompt:
 def _several_turns(row: Row, name: str, where: str) -> Prompt:
     """User turns without answers, as texts (MT-Bench) or {content} (arena-hard-auto)."""
     value = row[name]
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as in csv files
+        value = parse_json(value, f"{where}, {name}")
     require(
         isinstance(value, list) and bool(value), f"{where}, {name}: must be a list of user turns, not {describe(value)}"
     )

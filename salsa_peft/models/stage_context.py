@@ -271,12 +271,19 @@ class ProgressBar(TrainerCallback):
         self.description, self.folder, self.beside_table = description, folder, beside_table
         self.context = contextlib.ExitStack()
         self.bar: Any = None
+        self.figures: dict[str, float] = {}
+        """The newest metrics: name beside the bar → value."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the progress bar."""
         if state.is_world_process_zero and (sys.stderr.isatty() or not self.beside_table):
             self.bar = self.context.enter_context(progress_bar(state.max_steps, self.description))
             self.bar.n = self.bar.initial = state.global_step
+
+    def close(self) -> None:
+        """Close the progress bar if it is open."""
+        self.context.close()
+        self.bar = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Advance the progress bar by one optimizer step."""
@@ -285,12 +292,11 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Set the metrics that the progress bar shows when it is next drawn: those for which a terminal has room."""
-        found = {name: (logs or {})[key] for key, name in FIGURES.items() if key in (logs or {})}
-        if self.bar is not None and found and not self.beside_table:
-            shown = [
-                f"{name}={tqdm.format_sizeof(found[name]) if name == 'tokens' else f'{found[name]:.3g}'}"
-                for name in found
-            ]
+        self.figures |= {name: (logs or {})[key] for key, name in FIGURES.items() if key in (logs or {})}
+        if self.bar is not None and self.figures and not self.beside_table:
+            texts = {name: f"{value:.3g}" for name, value in self.figures.items()}
+            texts |= {name: tqdm.format_sizeof(value) for name, value in self.figures.items() if name == "tokens"}
+            shown = [f"{name}={texts[name]}" for name in dict.fromkeys(FIGURES.values()) if name in texts]
             room = self._make_room()
             while len(shown) > 1 and len(", ".join(shown)) > room:
                 shown.pop()
@@ -307,7 +313,6 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the progress bar and write log.jsonl."""
-        self.context.close()
-        self.bar = None
+        self.close()
         if self.folder is not None and state.is_world_process_zero:
             write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log_history))

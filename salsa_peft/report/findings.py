@@ -1,27 +1,63 @@
-"""Sentences on what a run found, computed from its evaluation, its judge's results and its landscape.
+"""What a run's scores say: models in order, differences between them, conclusions from intervals, and warnings.
 
 The wording follows the intervals: a difference whose interval includes 0 is "not distinguishable", never "slightly
-better". A sentence that compares the soup with a control (a `shrunk` reference, the untuned base) says what the result
-means for averaging. No sentence claims anything about other training seeds, because one run is one replicate.
+better". A comparison of the soup with a control (a `shrunk` reference, the untuned base) says what the result means for
+averaging. The same code reads one run, with intervals over prompts, and replicates, with intervals over runs.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from salsa_peft.evaluation.comparisons import clusters
-from salsa_peft.report.format import Row, estimate, p_value, percent, rate_of, signed
-from salsa_peft.report.gather import answer_pairs
+from salsa_peft.report.format import Row, estimate, percent, rate_of
+from salsa_peft.report.gather import PolicyReport, ReportInput, answer_pairs
 from salsa_peft.report.style import MEASURES
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
+START = "seed-0"
+"""The model that every policy starts from."""
 FEW = 30
 """Number of prompts below which a warning is given, since the t-interval assumes a nearly normal mean."""
-REPLICATE = (
-    "What this does not mean: that the same recipe gives the same result with other seeds. One run is one replicate, and"
-    " every interval is over prompts, not over training seeds."
-)
-"""The last sentence of the headline."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores by the main measure: of one run with intervals over prompts, or of replicates with intervals over runs."""
+
+    measure: str
+    models: list[str]
+    """All models in the order in which the report lists them (`order`)."""
+    policies: Mapping[str, PolicyReport]
+    picked: list[str]
+    """Policies that a search for β picked."""
+    counts: dict[str, int]
+    """Set of questions → number of prompts."""
+    scores: dict[str, dict[str, Row]]
+    """Set of questions → model → {mean, low, high, n}."""
+    minus: Callable[[str, str, str], dict[str, Any] | None]
+    """minus(dataset, a, b): {dataset, measure, a, b, mean, low, high, n} of a − b; None without common prompts."""
+
+
+def scored(run: ReportInput) -> Scored | None:
+    """The scores of one run; None without an evaluation."""
+    evaluation, answers = run.evaluation, run.answers
+    if not evaluation.get("datasets"):
+        return None
+    measure = headline(evaluation)
+    methods = (evaluation.get("search") or {"methods": {}})["methods"].values()
+    return Scored(
+        measure=measure,
+        models=order(evaluation, run.policies),
+        policies=run.policies,
+        picked=[found["best"] for found in methods],
+        counts={name: data["n"] for name, data in evaluation["datasets"].items()},
+        scores={
+            name: {model: one["scores"][measure] for model, one in data["models"].items() if measure in one["scores"]}
+            for name, data in evaluation["datasets"].items()
+        },
+        minus=lambda dataset, a, b: difference(evaluation, answers, dataset, measure, a, b),
+    )
 
 
 def undecided(difference: Row) -> bool:
@@ -61,11 +97,6 @@ def is_control(name: str, policies: Row) -> bool:
     return name in ("base", "shrunk") or (name in policies and policies[name].reference.startswith(("shrunk", "base")))
 
 
-def is_untuned_control(one: Row, policies: Row) -> bool:
-    """Whether b of a comparison is a control that is not a policy; `finding` lists it separately."""
-    return one["b"] not in policies and is_control(one["b"], policies)
-
-
 def difference(
     evaluation: Row, answers: Sequence[Row], dataset: str, measure: str, a: str, b: str
 ) -> dict[str, Any] | None:
@@ -94,37 +125,34 @@ def difference(
     return {**names, **asdict(paired_difference(first, second, of)), "rate": rate_of(rates)}
 
 
-def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[dict[str, Any]]:
-    """The main comparisons: soup with seed-0, SALSA with PPO, and SALSA and the soup with their controls."""
-    if not evaluation.get("datasets"):
+def comparisons(run: Scored | None) -> list[dict[str, Any]]:
+    """The main comparisons: SALSA with PPO, with its start and with its controls; the soup with seed-0 and its controls."""
+    if run is None:
         return []
-    names = order(evaluation, policies)
-    pairs = [("soup", "seed-0")]
-    for algorithm in dict.fromkeys(policy.algorithm for policy in policies.values()):
-        same = {name: policy for name, policy in policies.items() if policy.algorithm == algorithm}
-        salsa = _policy_with("soup", "salsa", same, evaluation)
-        pairs.append((salsa, plain_policy(algorithm, policies, evaluation)))
+    pairs = []
+    for algorithm in dict.fromkeys(policy.algorithm for policy in run.policies.values()):
+        same = {name: policy for name, policy in run.policies.items() if policy.algorithm == algorithm}
+        salsa, plain = _policy_with("soup", "salsa", same, run.picked), plain_policy(algorithm, run)
+        pairs += [(salsa, plain), (salsa or plain or next(iter(same)), START)]
         pairs += [(salsa, control) for control in same if is_control(control, same) and control != salsa]
-    pairs += [("soup", control) for control in ("base", "shrunk") if control in names and control not in policies]
-    measure = headline(evaluation)
-    wanted = [(a, b) for a, b in pairs if a in names and b in names and a != b]
-    both = [(dataset, *pair) for pair in wanted for dataset in evaluation["datasets"]]
-    return [one for dataset, a, b in both if (one := difference(evaluation, answers, dataset, measure, a, b))]
+    pairs.append(("soup", START))
+    pairs += [("soup", control) for control in ("base", "shrunk") if control not in run.policies]
+    wanted = [(a, b) for a, b in dict.fromkeys(pairs) if a in run.models and b in run.models and a != b]
+    return [one for pair in wanted for dataset in run.scores if (one := run.minus(dataset, *pair))]
 
 
-def plain_policy(algorithm: str, policies: Row, evaluation: Row) -> str:
+def plain_policy(algorithm: str, run: Scored) -> str:
     """The policy of an algorithm whose reference is the start, seed-0: for ppo, plain PPO; "" if there is none."""
-    same = {name: policy for name, policy in policies.items() if policy.algorithm == algorithm}
-    return _policy_with("seed-0", "ppo", same, evaluation)
+    same = {name: policy for name, policy in run.policies.items() if policy.algorithm == algorithm}
+    return _policy_with(START, "ppo", same, run.picked)
 
 
-def _policy_with(reference: str, name: str, policies: Row, evaluation: Row) -> str:
+def _policy_with(reference: str, name: str, policies: Row, picked: Sequence[str]) -> str:
     """The policy called `name`, else the first with this reference, one that a search picked before others; else ""."""
     if name in policies:
         return name
-    methods = (evaluation.get("search") or {"methods": {}})["methods"].values()
-    picked = [found["best"] for found in methods if found["best"] in policies]
-    return next((other for other in [*picked, *policies] if policies[other].reference == reference), "")
+    first = [*(other for other in picked if other in policies), *policies]
+    return next((other for other in first if policies[other].reference == reference), "")
 
 
 def headline(evaluation: Row) -> str:
@@ -132,41 +160,15 @@ def headline(evaluation: Row) -> str:
     return "gold" if "gold" in evaluation["measures"] else evaluation["measures"][0]
 
 
-def finding(
-    evaluation: Row, landscape: Row | None, compared: Sequence[Row], policies: Row
-) -> tuple[list[str], list[str]]:
-    """Sentences on the compared pairs: for the report's first paragraphs, and for the list below them.
-
-    The list has the pairs with controls that are not policies, and the landscape.
-    """
-    along = _along(landscape) if landscape else []
-    if not compared:
-        return [
-            "This run compared no two models on the same prompts, so there is nothing to conclude about them."
-        ], along
-    lead: list[str] = []
-    more: list[str] = []
-    for pair in dict.fromkeys((one["a"], one["b"]) for one in compared):
-        sets = [one for one in compared if (one["a"], one["b"]) == pair]
-        (more if is_untuned_control(sets[0], policies) else lead).append(_on_all_sets(sets, policies))
-    measure = headline(evaluation)
-    by = [f"Mean differences of the {MEASURES.get(measure, measure)} on the same prompts:"] if lead else []
-    return [*by, *lead], more + along
+def means_for_averaging(one: Row, policies: Row) -> str:
+    """The conclusion from a difference, and if b is a control, what it means for averaging."""
+    said = conclusion(one, one["a"], one["b"])
+    if is_control(one["b"], policies) and (undecided(one) or one["mean"] < 0):
+        return f"{said}; no evidence that averaging helps"
+    return said
 
 
-def _on_all_sets(sets: Sequence[Row], policies: Row) -> str:
-    """A sentence on one pair on every set of questions and, if b is a control, on what this means for averaging."""
-    a, b = sets[0]["a"], sets[0]["b"]
-    points = "; ".join(f"{signed(one)} on “{one['dataset']}”, {conclusion(one, a, b)}" for one in sets)
-    if not is_control(b, policies):
-        return f"{a} − {b}: {points}."
-    without = [one["dataset"] for one in sets if undecided(one) or one["mean"] < 0]
-    where = "" if len(without) == len(sets) else " on " + " and ".join(f"“{name}”" for name in without)
-    evidence = f"; this is no evidence{where} that averaging helps" if without else ""
-    return f"{a} − {b}, a control without averaging: {points}{evidence}."
-
-
-def _along(landscape: Row) -> list[str]:
+def along(landscape: Row) -> list[str]:
     """Sentences on scores at the midpoint and ends of the first line of seeds, and on the best of the control line."""
     measure, text = headline(landscape), []
     lines = {line["kind"]: line for line in reversed(landscape["lines"])}
@@ -187,31 +189,6 @@ def _along(landscape: Row) -> list[str]:
                 f" {estimate(at[0.5])}, ends {estimate(at[0.0])} and {estimate(at[1.0])}."
             )
     return text
-
-
-def of_judge(judged: Row, policies: Row) -> tuple[list[str], list[str]]:
-    """Sentences on the judge's results (`judge_tables.judged`): on the first set, and on the other sets."""
-    sentences = []
-    for dataset, data in judged["datasets"].items():
-        turns = f", {data['turns']} turns each" if data["turns"] > 1 else ""
-        pairs = "; ".join(f"{pair['a']} over {pair['b']} {_rate(pair, policies)}" for pair in data["pairs"])
-        sentences.append(f"On {data['questions']} questions of “{dataset}”{turns}, by adjusted win rate: {pairs}.")
-    lead = [f"Judged by {judged['judge']} in both orders. {sentences[0]}"] if sentences else []
-    return lead, sentences[1:]
-
-
-def _rate(pair: Row, policies: Row) -> str:
-    control = is_control(pair["b"], policies)
-    if pair["n"] == 0:
-        return "without any verdict"
-    text = f"{percent(pair['adjusted_win_rate'])}% [{percent(pair['low'])}, {percent(pair['high'])}]"
-    if pair["low"] <= 0.5 <= pair["high"]:
-        return f"{text}, not distinguishable from 50%" + (": no evidence here that averaging helps" if control else "")
-    better = pair["a"] if pair["adjusted_win_rate"] > 0.5 else pair["b"]
-    text += f", {better} preferred"
-    if pair["p_holm"] >= 0.05:
-        text += f" (not significant after Holm’s correction over the pairs of this set: p {p_value(pair['p_holm'])})"
-    return text + (", the control without averaging" if control and better == pair["b"] else "")
 
 
 def warnings(evaluation: Row, landscape: Row | None, reward: Row | None = None) -> list[str]:

@@ -57,6 +57,13 @@ def rate_of(pair: Row) -> dict[str, float]:
     return {key: pair[key] for key in ("adjusted_win_rate", "low", "high")}
 
 
+def duration(seconds: float) -> str:
+    """Seconds as text, in minutes or hours where that is shorter."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
@@ -112,7 +119,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
-FILTERS = (number, fixed, estimate, signed, percent, p_value, tidy, markdown, fence)
+FILTERS = (number, fixed, estimate, signed, percent, duration, p_value, tidy, markdown, fence)
 
 
 def render(template: str, **context: Any) -> str:

@@ -110,7 +110,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
     found = {unit: read_json(folder / manifests.MANIFEST) for unit, folder in inputs.items()}
     evaluation, soup = inputs["evaluate"], inputs["soup"]
     landscape, judge = inputs.get("landscape"), inputs.get("judge")
-    base = recipe.model.base or "the embedded world's"
+    base = recipe.model.base or "a tiny Llama made on the spot"
     replicate_of, training_seeds = identity(recipe)
     answers = read_json_lines(evaluation / "answers.jsonl")
     verdicts = read_json(judge / "verdicts.json") if judge else None

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from salsa_peft.evaluation.judge_statistics import NET, Judgment, OverSeeds, counts, over_seeds, seeds_warning
-from salsa_peft.report import findings, judge_tables, paper, plots, style
+from salsa_peft.report import findings, judge_tables, page, paper, plots, style
 from salsa_peft.report.format import Row, finite
 from salsa_peft.report.gather import ReportInput
-from salsa_peft.report.page import write_pages
+from salsa_peft.report.replicates import group
 from salsa_peft.report.replicates.runs import Run
-from salsa_peft.report.replicates.table import as_markdown, over_replicates
+from salsa_peft.report.replicates.table import as_markdown
+from salsa_peft.report.sections import first_screen
 from salsa_peft.report.style import MEASURES, Panel
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.manifests import stages_folder
@@ -40,25 +41,40 @@ def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
         bool(rows), f"{len(runs)} runs: none of them compares a pair of models; join runs whose recipes evaluate pairs"
     )
     pairs = list(dict.fromkeys(pair for row in rows for pair in row["cells"]))
+    together = [
+        group.together(name, [run.report for run in of], _pairs_by_set(of), rows) for name, of in groups if len(of) > 1
+    ]
+    screens = [one["screen"] for one in together] or [_no_replicates(groups, rows, pairs)]
+    if len(runs) == 1:
+        screens = [page.context(runs[0].report)["screen"]]
     summary: dict[str, Any] = {
-        "finding": finding(rows, pairs),
+        "finding": [text for screen in screens for text in screen["sentences"].values()],
+        "pairs": pair_counts(rows, pairs),
         "warnings": _warnings(groups, rows),
         "runs": [_run(run, name, folder) for name, of in groups for run in of],
         "scores": [one for _, of in groups for run in of for one in _scores(run)],
-        "replicates": [_over_replicates(name, of) for name, of in groups if len(of) > 1],
+        "replicates": together,
     }
     keys = ("model", "dataset", "by")
     cells = [{key: row[key] for key in keys} | cell for row in rows for cell in row["cells"].values()]
+    several = [f"{len(runs)} runs of {len(groups)} recipes or bases."] if together and len(groups) > 1 else []
     context = {
         **summary,
-        "title": " · ".join(name for name, _ in groups),
-        "scores": [one for _, of in groups if len(of) == 1 for one in _scores(of[0])],  # of replicates: their means
+        "screens": screens,
+        "line": " ".join([*several, *(screen["line"] for screen in screens)]),
+        "title": groups[0][0] if len(groups) == 1 else f"{len(runs)} runs: {', '.join(name for name, _ in groups)}",
+        "several": len(groups) > 1,
+        "scores": [one for _, of in groups if len(of) == 1 for one in _scores(of[0])],
         "rows": rows,
-        "pairs": pairs,
+        "columns": pairs,
         "as_markdown": as_markdown,
+        "undecided": findings.undecided,
         "paper": any(cell["paper"] for cell in cells),
     }
-    return write_pages(folder, "joined", context, {"pairs": _draw(rows, pairs)}, finite({**summary, "cells": cells}))
+    drawn: dict[str, list[Panel]] = {"pairs": _draw(rows, pairs, plots.styles_of(runs[0].report)), "headline0": []}
+    for number, (_, of) in enumerate((name, of) for name, of in groups if len(of) > 1):
+        drawn |= group.draw(together[number], of[0].report, number)
+    return page.write_pages(folder, "joined", context, drawn, finite({**summary, "cells": cells}))
 
 
 def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
@@ -134,6 +150,10 @@ def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
     return found
 
 
+def _pairs_by_set(runs: Sequence[Run]) -> dict[str, list[tuple[str, str]]]:
+    return {dataset: _pairs(runs, dataset) for dataset in _datasets(runs[0].report)}
+
+
 def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] | None:
     """Cell of one pair: the win rate over a group's runs; None if no run compared the pair."""
     given = [rows for run in runs if (rows := _judgments(run.report, dataset, a, b))]
@@ -173,25 +193,46 @@ def _judgments(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]
     return judge_tables.judgments_of(run, dataset, first, second, findings.headline(run.evaluation))
 
 
-def finding(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """One sentence per pair: in how many cells its rate is above 50%, and in how many significantly."""
-    sentences = []
-    for pair in pairs:
-        cells = [row["cells"][pair] for row in _rows_with_verdicts(rows, pair)]
-        above, below = sum(cell["low"] > 0.5 for cell in cells), sum(cell["high"] < 0.5 for cell in cells)
-        significant = sum(cell["p_holm"] < 0.05 and cell["adjusted_win_rate"] > 0.5 for cell in cells)
-        of = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
-        sentences.append(
-            f"{pair[0]} over {pair[1]}: the interval of the adjusted win rate lies above 50% in {above} of {of}, below"
-            f" in {below}; in {significant} the rate is above 50% with p < 0.05 after Holm’s correction over these"
-            " cells."
+def pair_counts(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """A row for each pair: {"a", "b", "cells", "above", "below", "significant"}.
+
+    above, below: number of cells whose interval of the adjusted win rate excludes 50%. significant: number of cells with a
+    rate above 50% and p < 0.05 after Holm's correction over the pair's cells.
+    """
+    found = []
+    for a, b in pairs:
+        cells = [row["cells"][a, b] for row in _rows_with_verdicts(rows, (a, b))]
+        found.append(
+            {
+                "a": a,
+                "b": b,
+                "cells": len(cells),
+                "above": sum(cell["low"] > 0.5 for cell in cells),
+                "below": sum(cell["high"] < 0.5 for cell in cells),
+                "significant": sum(cell["p_holm"] < 0.05 and cell["adjusted_win_rate"] > 0.5 for cell in cells),
+            }
         )
-    return sentences
+    return found
 
 
-def _over_replicates(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    pairs = {dataset: _pairs(runs, dataset) for dataset in _datasets(runs[0].report)}
-    return {"name": name, **over_replicates(name, [run.report for run in runs], pairs)}
+def _no_replicates(
+    groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """The first screen of runs of different recipes or bases: how the first pair came out over models and questions."""
+    (one,) = pair_counts(rows, pairs[:1])
+    rest = one["cells"] - one["above"] - one["below"]
+    return {
+        "line": f"{len(groups)} runs with different recipes or bases, of one training seed each; win rates of pairs of models.",
+        "cards": [],
+        "sets": {},
+        "names": {},
+        "over": "questions",
+        "sentences": {
+            first_screen.CAME_OUT: f"{one['a']} beat {one['b']} in {one['above']} of {one['cells']} cells (a run and a set of"
+            f" questions), lost in {one['below']}, and is not distinguishable from it in {rest}.",
+            first_screen.MEANS_NOT: "That other training seeds would give the same result: every run has one training seed.",
+        },
+    }
 
 
 def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row]) -> list[str]:
@@ -231,9 +272,15 @@ def _scores(run: Run) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _draw(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[Panel]:
-    """Panels of the win rates, one for each pair, with one row for each cell of the pair."""
-    styles, drawn = style.looks([name for pair in pairs for name in pair]), []
+def _draw(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], of_first: plots.Styles) -> list[Panel]:
+    """Panels of the win rates: one for each pair with its cells, or for a single model one for each set with its pairs."""
+    styles, drawn = {**style.looks([name for pair in pairs for name in pair]), **of_first}, []
+    if len({row["model"] for row in rows}) == 1:
+        for number, row in enumerate(rows):
+            cells = [cell for cell in row["cells"].values() if cell["runs"]]
+            title = f"“{row['dataset']}”, by {row['by']}"
+            drawn += [plots.win_rates(f"joined-{number}", title, cells, styles)] if cells else []
+        return drawn
     for number, pair in enumerate(pairs):
         there = _rows_with_verdicts(rows, pair)
         cells = [{**row["cells"][pair], "label": f"{row['model']}, {row['dataset']}"} for row in there]

@@ -76,9 +76,14 @@ def searched_methods(run: ReportInput) -> dict[str, Any]:
 
 def picked(run: ReportInput, data: Row) -> list[Row]:
     """The pairs of a dataset without the candidates that a search tried and did not pick."""
-    methods = searched_methods(run).values()
-    passed = {one["policy"] for found in methods for one in found["tried"] if one["policy"] != found["best"]}
+    passed = passed_over(run)
     return [pair for pair in data["pairs"] if passed.isdisjoint((pair["a"], pair["b"]))]
+
+
+def passed_over(run: ReportInput) -> set[str]:
+    """The candidates that a search tried and did not pick."""
+    methods = searched_methods(run).values()
+    return {one["policy"] for found in methods for one in found["tried"] if one["policy"] != found["best"]}
 
 
 def method(run: ReportInput, name: str) -> str:

@@ -8,14 +8,19 @@ from typing import Any
 from salsa_peft.report import findings, headline, judge_tables, style
 from salsa_peft.report.format import Row, finite, flatten, is_number, percent, render
 from salsa_peft.report.gather import PolicyReport, ReportInput
-from salsa_peft.report.plots import CURVES, draw, scores_of
-from salsa_peft.report.sections import reward
+from salsa_peft.report.plots import CURVES, draw, scores_of, styles_of
+from salsa_peft.report.sections import first_screen, frontier, reward
+from salsa_peft.report.sections.forest import forests
 from salsa_peft.report.style import Panel
 
 
 def write_report(folder: Path, run: ReportInput) -> dict[str, Any]:
     """Write report.html, report.md, figures/*.png and summary.json; returns the summary."""
-    found, drawn = context(run), draw(run)
+    found, styles = context(run), styles_of(run)
+    passed_over = judge_tables.passed_over(run)
+    notes = {name: one["note"] for name, one in found["names"].items()}
+    drawn = {"headline": forests(found["headline"], styles, notes, hidden=passed_over), **draw(run)}
+    drawn["frontier"] = [frontier.draw(found["frontier"], styles)] if found["frontier"] else []
     return write_pages(folder, "report", {**found, "run": run}, drawn, summarise(run, found))
 
 
@@ -37,27 +42,33 @@ def write_pages(
 
 def context(run: ReportInput) -> dict[str, Any]:
     """Variables of both templates, except for the ReportInput itself."""
-    compared = findings.comparisons(run.evaluation, run.answers, run.policies)
-    tables = headline.table(run.evaluation, run.answers, run.policies)
-    found, more = findings.finding(run.evaluation, run.landscape, compared, run.policies)
-    judged = judge_tables.judged(run)
-    by_judge, also = findings.of_judge(judged, run.policies) if judged else ([], [])
-    meaning = [*headline.meaning(tables), findings.REPLICATE] if tables or compared or judged else []
-    lead = [" ".join(part) for part in (by_judge, headline.gains(tables), found, meaning) if part]
+    scored, judged = findings.scored(run), judge_tables.judged(run)
+    tables, compared = headline.table(scored), findings.comparisons(scored)
+    screen = first_screen.screen(
+        line=first_screen.run_line(
+            run.policies, tables, len(run.seeds), run.explained, judged["judge"] if judged else None
+        ),
+        tables=tables,
+        compared=compared,
+        policies=run.policies,
+        models=findings.order(run.evaluation, run.policies),
+        explained=run.explained,
+        judged=judged,
+    )
     facts = {name: flatten(metrics) for name, metrics in run.seeds.items()}
     facts |= {"reward": flatten(reward.facts(run.reward)), "soup": flatten(run.soup)}
     facts |= {name: flatten(policy.facts) for name, policy in run.policies.items()}
     return {
+        "screen": screen,
         "headline": tables,
-        "words": headline.words(tables, run.explained),
-        "console": headline.console(tables, run.explained, lead),
-        "narrow_console": headline.console(tables, run.explained, lead, headline.NARROW),
-        "lead": lead,
-        "more": [*also, *more],
+        "console": headline.console(tables, screen["names"], screen["sentences"]),
+        "narrow_console": headline.console(tables, screen["names"], screen["sentences"], headline.NARROW),
+        "frontier": frontier.frontier([run]) if run.policies else None,
+        "more": findings.along(run.landscape) if run.landscape else [],
         "judged": judged,
         "reward": reward.context(run.reward, run.reward_quality, run.verdicts),
         "search": judge_tables.searched(run),
-        "compared": compared,
+        "compared": [{**one, "conclusion": findings.means_for_averaging(one, run.policies)} for one in compared],
         "warnings": [
             *judge_tables.warnings(run),
             *findings.warnings(run.evaluation, run.landscape, run.reward),
@@ -67,9 +78,12 @@ def context(run: ReportInput) -> dict[str, Any]:
                 for dataset, share in truncated(run).items()
             ),
         ],
-        "tiles": _tiles(run, [one for one in compared if not findings.is_untuned_control(one, run.policies)]),
         "names": {
-            name: {"what": description(name, run), "control": findings.is_control(name, run.policies)}
+            name: {
+                "what": first_screen.describe(name, run.policies, run.controls),
+                "note": first_screen.note(name, run.policies, run.controls),
+                "control": findings.is_control(name, run.policies),
+            }
             for name in findings.order(run.evaluation, run.policies)
         },
         "training": {name: training(policy) for name, policy in run.policies.items() if policy.metrics},
@@ -84,21 +98,6 @@ def context(run: ReportInput) -> dict[str, Any]:
     }
 
 
-def _tiles(run: ReportInput, compared: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tiles of the comparisons. `at`: mean and interval on the scale from 0 to 100 that all tiles share."""
-    reach = max((abs(one[key]) for one in compared for key in ("low", "high")), default=0.0) or 1.0
-    return [
-        {
-            **one,
-            "conclusion": findings.conclusion(one, one["a"], one["b"]),
-            "control": findings.is_control(one["b"], run.policies),
-            "open": findings.undecided(one),
-            "at": {key: 50 + 46 * one[key] / reach for key in ("mean", "low", "high")},
-        }
-        for one in compared
-    ]
-
-
 def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
     """Content of summary.json: every number of the report, null if not finite. found: result of `context`."""
     datasets = run.evaluation.get("datasets", {})
@@ -110,8 +109,8 @@ def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
     return finite(
         {
             **fields("name", "mode", "base", "versions"),
-            **{name: found[name] for name in ("headline", "console", "narrow_console")},
-            "finding": [*found["lead"], *found["more"]],
+            **{name: found[name] for name in ("screen", "headline", "console", "narrow_console", "frontier")},
+            "finding": [*found["screen"]["sentences"].values(), *found["more"]],
             "warnings": found["warnings"],
             "comparisons": found["compared"],
             "verdicts": run.verdicts,
@@ -156,16 +155,6 @@ def training(policy: PolicyReport) -> dict[str, Any]:
         kept = {end: [row[key] for row in part if is_number(row.get(key))] for end, part in parts.items()}
         table[short] = {end: sum(values) / len(values) if values else None for end, values in kept.items()}
     return table | {"kl_coef": {"start": policy.kl_coef, "end": rows[-1].get("objective/kl_coef")}}
-
-
-def description(name: str, run: ReportInput) -> str:
-    """Short description of a model."""
-    if name in run.policies:
-        policy = run.policies[name]
-        kl = "mean of the KLs to" if policy.references > 1 and policy.algorithm == "ppo" else "reference"
-        return f"{policy.algorithm.upper()} from seed-0, {kl} {policy.reference}, β {policy.kl_coef:g}"
-    known = {"base": "the untuned base", "soup": "weight average of the seeds", "shrunk": "one seed, shrunk towards the base"}  # fmt: skip
-    return "one SFT run" if name.startswith("seed-") else known.get(name, "")
 
 
 OUTCOMES = ("win", "loss", "tie", "missing")

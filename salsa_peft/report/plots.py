@@ -13,6 +13,7 @@ from matplotlib.tri import Triangulation
 from salsa_peft.report import findings, judge_tables, style
 from salsa_peft.report.format import Row, file_name, fixed, is_number
 from salsa_peft.report.gather import ReportInput
+from salsa_peft.report.sections.frontier import rolling_mean
 from salsa_peft.report.style import INK, KNOWN, MEASURES, MUTED, PAPER, SPARE, Look, Panel, panel
 
 Styles = Mapping[str, Look]
@@ -136,29 +137,6 @@ def curve(
     return panel(name, f"{title} of each policy over training", draw, 2.8)
 
 
-def rolling_mean(values: np.ndarray, windows: int = 10) -> np.ndarray:
-    """The rolling mean of values (N,) over about N / windows of them."""
-    window = np.ones(max(1, len(values) // (2 * windows) * 2 - 1))
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-
-
-def frontier(name: str, title: str, policies: Mapping[str, Sequence[Row]], key: str, styles: Styles) -> Panel:
-    """A held-out reward against the KL to each policy's own reference, as rolling means; the mark is the last update."""
-
-    def draw(axes: Axes) -> None:
-        for policy, rows in policies.items():
-            look = styles[policy]
-            kept = [(row["objective/kl"], row[key]) for row in rows if is_number(row.get(key))]
-            if kept:
-                kl, values = (rolling_mean(column, 5) for column in np.array(kept, dtype=float).T)
-                axes.plot(kl, values, color=look.color, ls=look.dash, label=policy)
-                axes.plot(kl[-1], values[-1], marker=look.marker, ms=7, color=look.color, mec=INK, mew=0.8)
-        axes.set(title=title, xlabel="KL to the policy’s own reference, nats per response")
-        axes.legend(loc="best", ncols=2, handlelength=2.8, columnspacing=1.2)
-
-    return panel(name, f"{title}, over training", draw, 2.8)
-
-
 def ablation(name: str, title: str, points: Sequence[Row], xlabel: str, log: bool, styles: Styles) -> Panel:
     """Adjusted win rate against a swept setting, with a line through the best policy at each value."""
     names = list(dict.fromkeys(point["name"] for point in points))
@@ -251,12 +229,16 @@ PART = re.compile(r"rewards/([^/]+)/mean")
 """Pattern of a metric with the mean of a part of a weighted sum of rewards, weight 0 included."""
 
 
-def draw(run: ReportInput) -> dict[str, list[Panel]]:
-    """Draw all figures; returns section of the report → its panels, [] if there is nothing to draw."""
+def styles_of(run: ReportInput) -> dict[str, Look]:
+    """Name of a model → its look in every figure of a run."""
     names = findings.order(run.evaluation, run.policies)
     others = [end for line in (run.landscape or {}).get("lines", []) for end in line["ends"]]
-    controls = [name for name in names if findings.is_control(name, run.policies)]
-    styles = style.looks([*names, *others, "soup"], controls)
+    return style.looks([*names, *others, "soup"], [name for name in names if findings.is_control(name, run.policies)])
+
+
+def draw(run: ReportInput) -> dict[str, list[Panel]]:
+    """Draw all figures below the first screen; returns section of the report → its panels, [] for nothing to draw."""
+    names, styles = findings.order(run.evaluation, run.policies), styles_of(run)
     drawn: dict[str, list[Panel]] = {
         name: [] for name in ("judged", "ablations", "scores", "pairs", "landscape", "training", "distributions")
     }
@@ -285,12 +267,12 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
         if reached:
             log = short == "kl_coef" and min(reached) > 0 and max(reached) > 8 * min(reached)
             drawn["training"].append(curve(f"training-{short}", title, curves, key, styles, log))
-    drawn["training"] += _reward_parts(run, curves, styles)
+    drawn["training"] += _reward_parts(curves, styles)
     return drawn
 
 
-def _reward_parts(run: ReportInput, curves: Mapping[str, Sequence[Row]], styles: Styles) -> list[Panel]:
-    """Curves of the parts of a weighted sum of rewards, and the frontier of the main measure if it is one of them."""
+def _reward_parts(curves: Mapping[str, Sequence[Row]], styles: Styles) -> list[Panel]:
+    """Curves of the parts of a weighted sum of rewards."""
     names = dict.fromkeys(
         found[1] for rows in curves.values() for row in rows for key in row if (found := PART.fullmatch(key))
     )
@@ -298,10 +280,6 @@ def _reward_parts(run: ReportInput, curves: Mapping[str, Sequence[Row]], styles:
     for name in names:
         title = f"{MEASURES.get(name, f'reward “{name}”').capitalize()}, mean of the responses"
         drawn.append(curve(f"training-{file_name(name)}", title, curves, f"rewards/{name}/mean", styles))
-    main = findings.headline(run.evaluation) if run.evaluation.get("measures") else ""
-    if main in names:
-        title = f"{MEASURES.get(main, main).capitalize()} against KL"
-        drawn.append(frontier(f"frontier-{file_name(main)}", title, curves, f"rewards/{main}/mean", styles))
     return drawn
 
 

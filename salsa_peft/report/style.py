@@ -98,12 +98,12 @@ class Panel:
     png: bytes
 
 
-def panel(name: str, alt: str, draw: Callable[[Axes], None], height: float) -> Panel:
-    """Draw one figure of WIDTH × height inches."""
+def panel(name: str, alt: str, draw: Callable[[Axes], None], height: float, width: float = WIDTH) -> Panel:
+    """Draw one figure of width × height inches."""
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
         layout = ConstrainedLayoutEngine()
-        figure = Figure(figsize=(WIDTH, height), dpi=150, layout=layout)
+        figure = Figure(figsize=(width, height), dpi=150, layout=layout)
         canvas = FigureCanvasAgg(figure)
         draw(figure.add_subplot())
         layout.execute(figure)  # laid out once; savefig would lay out and draw four times

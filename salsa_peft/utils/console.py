@@ -123,6 +123,20 @@ def silence_import_warnings() -> None:
 
 
 @contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Context, or decorator of a function, in which the warnings of `silence_import_warnings` are hidden."""
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        silence_import_warnings()
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def progress_bar(total: int, description: str, *, interval: float = INTERVAL) -> Iterator[Any]:
     """Show a tqdm bar on standard error; without a terminal, print a line every `interval` seconds.
 

@@ -105,18 +105,19 @@ def plan(file: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_lengths_batches_and_questions_by_hand(here: Path, init: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """ChatML as text adds to each turn a word for its mark and role, whose end joins the last word: q + a + 2 words."""
-    write(here / "chats.jsonl", [{"messages": chat(40, 100 if n < 95 else 300, n)} for n in range(100)])
+    answers = [100] * 75 + [300] * 22 + [400] * 3
+    write(here / "chats.jsonl", [{"messages": chat(40, answer, n)} for n, answer in enumerate(answers)])
     write(here / "pairs.jsonl", pairs(200, question=10, answer=20))
     found, said = init("--model", "base", "--demonstrations", "chats.jsonl", "--preferences", "pairs.jsonl")
     recipe = found.recipe
     assert "chats.jsonl" in read_yaml("my.yaml")["description"]
     assert recipe.model.base == str(here / "base") and found.data["model"]["chat_template"].endswith("zephyr.jinja")
-    # of 300 answers 200 have 21 tokens, 95 have 101, 5 have 301: 90% have at most 101, the next multiple of 16 is 112
+    # of 300 answers 200 have 21 tokens, 75 have 101, 25 more: 90% have at most 101, the next multiple of 16 is 112
     assert recipe.generation.max_new_tokens == 112
-    # 95 of 100 chats have 40 + 100 + 2 tokens, and 95% at most 152 (interpolated), the next multiple of 64 is 192
-    assert recipe.model.max_length == 192
-    assert "demonstrations: 100 rows, columns messages; tokens of a chat: 50% up to 142" in said
-    assert "demonstrations: about 5.0% of the rows are longer than 192 tokens and will be cut" in said
+    # of 100 chats 75 have 40 + 100 + 2 tokens, 22 have 342, 3 have 442: 95% at most 342, the next multiple of 64 is 384
+    assert recipe.model.max_length == 384
+    assert "demonstrations: 100 rows, columns messages; tokens of a chat: 50% up to 142, 95% up to 342" in said
+    assert "demonstrations: about 3.0% of the rows are longer than 384 tokens and will be cut" in said
     assert "preferences: 200 rows, columns prompt, chosen, rejected; tokens of a chat: 50% up to 32" in said
     # 100 rows / 16 steps: 4. 180 pairs, 9 of them held out: 171 / 16: 8. 180 prompts / 8 updates: 16
     assert (recipe.sft.batch_size, recipe.reward.batch_size, recipe.ppo.batch_size) == (4, 8, 16)
@@ -220,6 +221,7 @@ def test_a_model_that_is_not_here(here: Path, init: Any, capsys: pytest.CaptureF
     assert "counted as characters / 4" in text.replace("\n  # ", " ")
     assert "nobody/nothing is not on this machine" in said
     assert found.recipe.data.preferences.path == "org/pairs"
+    assert found.recipe.model.max_length == 1024  # smollm2's, because the pairs are not known
     plan("my.yaml", capsys)
 
 

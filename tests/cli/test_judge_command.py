@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 from finished_run import make_run
+from hub_server import Repo, hub
 from openai_server import Seen, Server, refusal, serving
+from paths import ROOT
 from tiny import make_adapter, make_base
 from tiny_classifiers import own_classifier
 
@@ -152,6 +156,7 @@ class TestAnswerFiles:
             text = (bench / "judged" / name).read_text()
             assert "33.3" in text and "a longer one" in text and "mean characters of an answer" in text
             assert str(bench) not in text
+            assert text.index("question 81") < text.index("long answer") < text.index("and then?") < text.index("xyz")
         summary = json.loads((bench / "judged" / "summary.json").read_text())
         assert summary["verdicts"]["datasets"]["bench"]["pairs"][0]["wins"] == 1
         assert (bench / "judged" / "figures" / "judged-bench.png").stat().st_size > 1000
@@ -595,3 +600,49 @@ def test_results_of_a_run(bench: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert str(run) == str(bench / "run")
     with pytest.raises(SalsaError, match="no judge"):
         judge_section(["nobody"])
+
+
+def test_of_the_hub(models: Path, bench: Path) -> None:
+    """A model and an adapter of a Hub; a mistake is found before the base's weights are downloaded."""
+    config = json.loads((models / "a0" / "adapter_config.json").read_text())
+    with hub() as server:
+        for name in ("base", "a0"):
+            server.repos[f"tester/{name}"] = repo = Repo()
+            repo.commits[-1].files.update({path.name: path.read_bytes() for path in (models / name).iterdir()})
+        changed = {**config, "base_model_name_or_path": "tester/base"}
+        repo.commits[-1].files["adapter_config.json"] = json.dumps(changed).encode()
+        options = ["--questions", str(models / "q.jsonl"), *LONGER, "--max-new-tokens"]
+
+        def run(*words: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, "-m", "salsa_peft.cli.judge", "tester/a0", *words],
+                env=server.environment(bench / "home") | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+
+        def weights() -> list[str]:
+            return [one.path for one in server.requests if "/tester/base/" in one.path and "safetensors" in one.path]
+
+        for words, expected in ((("tester/nobody", *options, "8"), "tester/nobody: not found"),
+                                (("tester/base", *options, "64"), "leaves no room")):  # fmt: skip
+            found = run(*words)
+            assert (found.returncode, weights()) == (2, []) and expected in found.stderr, found.stderr
+        found = run("tester/base", *options, "8", "--temperature", "0")
+        assert found.returncode == 0 and weights(), found.stderr
+        hub_answers = [answers(bench / "judged", name) for name in ("a0", "base")]
+    words = [str(models / "a0"), str(models / "base"), *options, "8", "--temperature", "0", "--output-dir", "local"]
+    assert main(words) == 0
+    assert [answers(bench / "local", name) for name in ("a0", "base")] == hub_answers
+
+
+def test_ready_answers_and_an_endpoint_need_no_torch(bench: Path) -> None:
+    """A dry run is done before torch or transformers would have been imported."""
+    words = ["gpt-4", "llama", *BENCH, "--judge", "openai", "model=m", "base_url=http://localhost:1/v1", "--dry-run"]
+    code = f"import sys; from salsa_peft.cli.judge import main; code = main({words!r}); print(code, 'torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.split() == ["0", "False"], found.stderr

@@ -21,7 +21,7 @@ sft:
   seeds: [0, 1.5]
   batch-size: 8
   lr: 1
-ppo: {kl_control: Adaptive, max_new_tokens: 3, max_grad_norm: -1}
+ppo: {kl_control: Adaptive, rollout_backend: HF, max_new_tokens: 3, max_grad_norm: -1}
 policies:
   salsa: {refrence: soup}
 evaluate: {judge: {kind: openia}, prompts: {v0.1: {path: x.jsonl, limt: 3}}}
@@ -37,6 +37,7 @@ SAID = [
     "bad.yaml: line 8: sft.batch-size: unknown key; did you mean batch_size?",
     "bad.yaml: line 9: sft.lr: unknown key; did you mean learning_rate?",
     "bad.yaml: line 10: ppo.kl_control: must be fixed or adaptive, not 'Adaptive'; did you mean adaptive?",
+    "bad.yaml: line 10: ppo.rollout_backend: must be hf, paged or vllm, not 'HF'; did you mean hf?",
     "bad.yaml: line 10: ppo.max_grad_norm: must be more than 0, not -1",
     "bad.yaml: line 10: ppo.max_new_tokens: unknown key; did you mean generation.max_new_tokens?",
     "bad.yaml: line 12: policies.salsa.refrence: unknown key; did you mean reference?",
@@ -99,6 +100,16 @@ def test_one_mistake_is_one_line(refused) -> None:
         "bad.yaml: line 4: search.kl_coef[0]: must be at least 0, not -1"
     ]
     assert refused(toy + "policies2: {}\n") == ["bad.yaml: line 4: policies2: unknown key; did you mean policies?"]
+
+
+def test_a_wrong_value_that_another_layer_replaces(refused) -> None:
+    """By --lora's preset, by the section lora, and by --set."""
+    text = "name: tiny\ntoy: {}\nsft: {learning_rate: '2e-5'}\nppo: {batch_size: x}\npolicies: {salsa: {reference: soup}}\nlora: {dpo: {seed: a}}\n"
+    assert refused(text, "ppo.batch_size=8", "dpo.seed=1") == [
+        "bad.yaml: line 3: sft.learning_rate: must be a number, not '2e-5'",
+        "bad.yaml: line 4: ppo.batch_size: must be a whole number, not 'x'",
+        "bad.yaml: line 6: lora: dpo.seed: must be a whole number, not 'a'",
+    ]
 
 
 def test_a_recipe_of_nothing_but_mistakes(refused) -> None:

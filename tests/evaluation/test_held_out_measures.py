@@ -16,6 +16,7 @@ from salsa_peft.evaluation.answers import HeldOut, answer
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.rewards.reward import WeightedReward
 from salsa_peft.report import plots
+from salsa_peft.report.sections.frontier import frontier
 from salsa_peft.utils.statistics import mean_interval
 
 
@@ -115,9 +116,10 @@ def test_the_rewards_quality_is_measured_beside_them(make_base: Any, tokenizer: 
 
 
 def test_a_held_out_reward_is_drawn_over_training_and_against_the_kl() -> None:
-    """One curve a part; the frontier is of the main measure, if it was logged."""
+    """One curve a part; the frontier's path has its values, if every policy logged it."""
     run = synthetic(n=30, policies=("ppo", "salsa"), small=True)
     names = [panel.name for panel in plots.draw(run)["training"]]
+    assert (frontier([run]) or {})["on"] == "in"  # not logged: by scores on the first set
     logged = {
         name: replace(
             policy,
@@ -125,5 +127,8 @@ def test_a_held_out_reward_is_drawn_over_training_and_against_the_kl() -> None:
         )
         for name, policy in run.policies.items()
     }  # fmt: skip
-    more = [panel.name for panel in plots.draw(replace(run, policies=logged))["training"]]
-    assert more == [*names, "training-adapter", "training-gold", "frontier-gold"]
+    run = replace(run, policies=logged)
+    assert [panel.name for panel in plots.draw(run)["training"]] == [*names, "training-adapter", "training-gold"]
+    found = frontier([run])
+    assert found and found["on"] == "training" and len(found["policies"]) == 2
+    assert all(one["path"][25][1] == pytest.approx(2.5) for one in found["policies"])

@@ -72,7 +72,7 @@ def test_what_is_published_is_somebody_s_seeds_reward_and_reference(tmp_path: Pa
             in done.stderr.splitlines()[-1]
         )
         assert (run / "report.html").is_file() and (run / hub_push.PENDING).is_file()
-        (seed,) = run.glob("sft/seed-0/*/adapter_model.safetensors")
+        (seed,) = run.glob("stages/sft/seed-0/*/adapter_model.safetensors")
         assert seed.read_bytes() == files(server, "tester/r-seed-0")["adapter_model.safetensors"]
         told = json.loads((seed.parent / "metrics.json").read_text())
         assert told == {"from": "tester/r-seed-0", "commit": server.repos["tester/r-seed-0"].commits[-1].sha}
@@ -139,7 +139,7 @@ def test_seeds_can_be_taken_some_trained(tmp_path: Path, tokenizer: Any) -> None
             ["sft.from=[./nowhere, a/b]"],
             f"sft.from[0]: there is no folder '{Path('nowhere').resolve()}'; give the folder or Hub id of a LoRA adapter",
         ),
-        (["sft.from=[1, 2]"], "sft.from[0]: must be text, not 1 (and 1 more)"),
+        (["sft.from=[1, 2]"], "sft.from[1]: must be text, not 2"),
         (["sft.form=[a/b]"], "sft.form: unknown key; did you mean from"),
     ],
 )

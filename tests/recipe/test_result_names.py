@@ -331,6 +331,15 @@ def test_the_results_of_an_earlier_version_are_moved(go: Go) -> None:
         check()
 
 
+def test_a_move_that_was_killed_before_its_last_step_is_ended(tmp_path: Path) -> None:
+    """All stages are in the temporary folder already."""
+    manifest = tmp_path / names.MOVING / "sft" / "seed-0" / ("0" * 12) / MANIFEST
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    names.move_old_stages(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["stages"] and list(tmp_path.rglob(MANIFEST))
+
+
 class TestSearch:
     def test_a_searched_policy_s_name_leads_to_the_candidate_that_was_picked(self, tmp_path: Path) -> None:
         """Candidates have names of their own; without a report nothing is picked."""

@@ -12,7 +12,7 @@ from salsa_peft.report.replicates import claims as claims_of
 from salsa_peft.report.replicates.claims import CLAIMS, Claim, claims, verdict
 from salsa_peft.report.replicates.numbers import label_of
 from salsa_peft.report.replicates.summary import Replicate, Trained, detectable, leave_one_out
-from salsa_peft.report.replicates.table import as_markdown, columns, finding, rows
+from salsa_peft.report.replicates.table import as_markdown, columns, rows
 from salsa_peft.utils.statistics import Estimate, mean_interval, t_test
 
 SHRUNK, NORM, STRETCHED = (
@@ -191,20 +191,6 @@ def test_the_table() -> None:
     first = next(line for line in text if "soup − mean of its two seeds" in line)
     assert "+0.102 [+0.100, +0.104]" in first and first.endswith("| 5 | as claimed |")
     assert as_markdown([]) == "| paper | difference | expected |  | n | found |\n|---|---|---|---:|---|"
-
-
-def test_the_sentence_on_the_pairs() -> None:
-    """What excludes 0 with its interval, what does not by name."""
-    pairs = [
-        {"a": "x", "b": "y", "mean": 0.2, "low": 0.1, "high": 0.3},
-        {"a": "x", "b": "z", "mean": 0.0, "low": -0.1, "high": 0.1},
-    ]
-    both = finding("tiny", 4, "in", pairs)
-    assert both == (
-        "tiny, 4 replicates, mean differences on “in” over replicates, different from 0: x − y +0.200 [+0.100, +0.300];"
-        " not distinguishable from 0: x − z."
-    )
-    assert finding("tiny", 4, "in", pairs[1:]).endswith("over replicates, not distinguishable from 0: x − z.")
 
 
 def test_one_replicate_claims_nothing() -> None:

@@ -127,7 +127,12 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(server: Hub, ru
         "| seed-1 | SFT, random seed 1",
     ):
         assert line in body, line
-    assert "salsa – ppo" in body and "![" in body
+    assert "salsa – ppo" in body and "![headline-start](figure.png)" in body
+    parts = ("## Load it", "## Evaluation", "## How it was made", "## Recipe")
+    assert sorted(parts, key=body.index) == list(parts)
+    for sentence in summary["screen"]["sentences"].values():
+        assert sentence in body.replace("\\", "")
+    assert all(f"**{name}**" in body for name in ("gold reward", "in", "seed-0"))
     saved = yaml.safe_load(files(server, "tester/tiny-salsa")["recipe.yaml"])
     assert (
         saved["data"]["demonstrations"]["path"] == "chats.jsonl" and saved["policies"]["salsa"]["reference"] == "soup"

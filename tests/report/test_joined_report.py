@@ -17,7 +17,7 @@ from salsa_peft.cli import report
 from salsa_peft.evaluation.judge_statistics import over_seeds
 from salsa_peft.report.format import estimate, signed
 from salsa_peft.report.gather import identity
-from salsa_peft.report.joined import Run, replicates, table, write_joined
+from salsa_peft.report.joined import Run, pair_counts, replicates, table, write_joined
 from salsa_peft.report.judge_tables import judgments_of
 from salsa_peft.report.replicates import table as claims_table
 from salsa_peft.report.replicates.claims import Claim, Finding
@@ -130,10 +130,24 @@ def test_the_page(runs: list[Run], tmp_path: Path) -> None:
         assert rate in page.text and rate in text
     assert not page.open and "<script" not in html and "script" not in page.tags
     assert "default-src 'none'" in html and not re.search(r"https?://", html)
-    assert summary["finding"][0].startswith("salsa over ppo: the interval of the adjusted win rate lies above 50% in")
+    (screen,) = (group["screen"] for group in summary["replicates"])
+    assert summary["finding"] == list(screen["sentences"].values())
+    line = f"3 runs of 2 recipes or bases. {screen['line']}"
+    assert line in page.text and line in text.replace("\\", "")
+    assert screen["line"].startswith(
+        "2 replicates of llama: the whole recipe, each time with other random seeds. In each: 3"
+    )
+    for card in screen["cards"]:
+        for row in card["rows"]:
+            assert row["value"] in page.text and f"{row['value']} {row['interval']}" in text
+    assert (
+        next((one["a"], one["b"], one["cells"]) for one in summary["pairs"]) == (*PAIR, 4)
+        and len(summary["pairs"]) == 4
+    )
     assert any("2 training seeds: too few" in line for line in summary["warnings"])
     assert any("one training seed" in line for line in summary["warnings"])
-    assert page.tags.count("figure") == 4 and len(list((tmp_path / "figures").iterdir())) == 4
+    figures = 4 + 2 + 1  # win rates, headline, frontier
+    assert page.tags.count("figure") == figures and len(list((tmp_path / "figures").iterdir())) == figures
     assert [one["training_seeds"] for one in summary["runs"]] == ["sft 0", "sft 1", "sft 2"]
     (group,) = summary["replicates"]  # the two llamas; gemma is alone, so its scores stand by themselves
     assert (group["name"], group["n"], [one["run"] for one in summary["scores"]].count("llama")) == ("llama", 2, 4)
@@ -166,16 +180,11 @@ def test_the_claims_stand_on_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "|  | control: soup − bread | > 0 | −0.500 [−0.750, −0.250] |" in text
 
 
-def test_the_finding_counts(runs: list[Run]) -> None:
-    from salsa_peft.report.joined import finding
-
+def test_pairs_are_counted() -> None:
     cells = [{"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.04, "runs": 1}, {"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.06, "runs": 1},
              {"low": 0.4, "high": 0.6, "adjusted_win_rate": 0.5, "p_holm": 1.0, "runs": 1}, {"low": 0.3, "high": 0.4, "adjusted_win_rate": 0.35, "p_holm": 0.01, "runs": 1}]  # fmt: skip
-    (said,) = finding([{"cells": {PAIR: cell}} for cell in cells], [PAIR])
-    assert (
-        "above 50% in 2 of 4 cells, below in 1; in 1 the rate is above 50% with p < 0.05 after Holm’s correction over these cells."
-        in said
-    )
+    (row,) = pair_counts([{"cells": {PAIR: cell}} for cell in cells], [PAIR])
+    assert row == {"a": "salsa", "b": "ppo", "cells": 4, "above": 2, "below": 1, "significant": 1}
 
 
 def test_other_judges_have_other_rows(runs: list[Run], tmp_path: Path) -> None:
@@ -228,7 +237,7 @@ def test_runs_without_a_verdict_are_told(runs: list[Run], tmp_path: Path) -> Non
     assert (cell["runs"], cell["rates"]) == (1, before["rates"]) and cell["missing"] == 60 + before["missing"]
     summary = write_joined(tmp_path, [runs[0], silent(runs[1], "t"), silent(runs[2], "s")])
     assert any("llama, in, by local tiny-judge: 1 of 2 runs have no verdict" in line for line in summary["warnings"])
-    assert "in 0 of 2 cells" in summary["finding"][0] or "in 1 of 2 cells" in summary["finding"][0]
+    assert summary["pairs"][0]["cells"] == 2
     for name in ("report.html", "report.md"):
         assert "60 without a verdict" in Page((tmp_path / name).read_text("utf-8")).text
 

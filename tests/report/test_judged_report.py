@@ -17,6 +17,7 @@ from salsa_peft.report import judge_tables as report_judge
 from salsa_peft.report import page as report_answers
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.page import write_report
+from salsa_peft.report.sections import first_screen
 
 SALSA_PPO = ("salsa", "ppo")
 
@@ -59,30 +60,52 @@ def test_a_runs_own_text_is_text(written: tuple[Path, dict[str, Any]]) -> None:
     assert policy and policy[1].startswith("default-src 'none'; style-src 'unsafe-inline'")
 
 
-def test_the_finding_says_what_the_judge_said(run: ReportInput, written: tuple[Path, dict[str, Any]]) -> None:
-    """First of all, pair by pair, the control as a control."""
-    told = report_judge.judged(run)
-    assert told is not None
-    lead, more = findings.of_judge(told, run.policies)
-    assert written[1]["finding"][0] == " ".join(lead) and "Judged by local tiny-judge in both orders." in lead[0]
-    assert "salsa over ppo" in lead[0] and "“in”, 2 turns each" in lead[0] and len(more) == 1 and "“out”" in more[0]
+def test_the_first_screen_has_the_judge_first(run: ReportInput, written: tuple[Path, dict[str, Any]]) -> None:
+    """A card for each pair with its rates, in both texts; the sentence on SALSA and PPO is the judge's."""
+    screen = written[1]["screen"]
+    page, text = (
+        Page((written[0] / "report.html").read_text("utf-8")).text,
+        (written[0] / "report.md").read_text("utf-8"),
+    )
+    cards = [card for card in screen["cards"] if card["judge"]]
+    assert screen["cards"][: len(cards)] == cards and next((card["a"], card["b"]) for card in cards) == SALSA_PPO
+    assert run.verdicts is not None and len(cards) == 4
+    for card in cards:
+        for row in card["rows"]:
+            pairs = run.verdicts["datasets"][row["dataset"]]["pairs"]
+            pair = next(one for one in pairs if (one["a"], one["b"]) == (card["a"], card["b"]))
+            rate = (
+                f"{words.percent(pair['adjusted_win_rate'])}%",
+                f"[{words.percent(pair['low'])}, {words.percent(pair['high'])}]",
+            )
+            assert (row["value"], row["interval"]) == rate
+            assert "".join(rate) in page and f"{rate[0]} {rate[1]}" in text
+    assert screen["sentences"]["What came out"].startswith("By the judge (local tiny-judge), salsa")
+    assert "compared by local tiny-judge" in screen["line"]
 
 
 @pytest.mark.parametrize(
-    ("rate", "p", "b", "said"),
+    ("rate", "p", "said"),
     [
-        ((0.52, 0.48, 0.56), 0.3, "ppo", "52.0% [48.0, 56.0], not distinguishable from 50%"),
-        ((0.60, 0.52, 0.68), 0.01, "ppo", "60.0% [52.0, 68.0], salsa preferred"),
-        ((0.40, 0.32, 0.48), 0.01, "ppo", "40.0% [32.0, 48.0], ppo preferred"),
-        ((0.60, 0.52, 0.68), 0.08, "ppo", "60.0% [52.0, 68.0], salsa preferred (not significant after Holm’s correction over the pairs of this set: p 0.080)"),
-        ((0.50, 0.42, 0.58), 0.9, "shrunk", "50.0% [42.0, 58.0], not distinguishable from 50%: no evidence here that averaging helps"),
-        ((0.40, 0.32, 0.48), 0.01, "shrunk", "40.0% [32.0, 48.0], shrunk preferred, the control without averaging"),
+        ((0.52, 0.48, 0.56), 0.3, "undecided"),
+        ((0.60, 0.52, 0.68), 0.01, "preferred"),
+        ((0.40, 0.32, 0.48), 0.01, "not preferred"),
+        ((0.60, 0.52, 0.68), 0.08, "preferred (p 0.080, Holm)"),
     ],
-)  # fmt: skip
-def test_the_words_follow_the_interval(rate: tuple[float, float, float], p: float, b: str, said: str) -> None:
-    pair = {"a": "salsa", "b": b, "n": 80, "adjusted_win_rate": rate[0], "low": rate[1], "high": rate[2], "p_holm": p}
-    assert findings._rate(pair, synthetic(n=2, small=True).policies) == said
-    assert findings._rate({**pair, "n": 0}, {}) == "without any verdict"
+)
+def test_the_words_follow_the_interval(rate: tuple[float, float, float], p: float, said: str) -> None:
+    pair = {
+        "a": "salsa",
+        "b": "ppo",
+        "n": 80,
+        "adjusted_win_rate": rate[0],
+        "low": rate[1],
+        "high": rate[2],
+        "p_holm": p,
+    }
+    judged = {"datasets": {"in": {"questions": 80, "pairs": [pair, {**pair, "b": "seed-0", "n": 0}]}}}
+    (card,) = first_screen.cards(first_screen.by_judge(judged), synthetic(n=2, small=True).policies, "a judge")
+    assert card["rows"][0]["outcome"] == said and card["by"] == "a judge"
 
 
 def test_what_to_know_of_the_judge(run: ReportInput) -> None:
@@ -146,7 +169,7 @@ def test_no_verdict_is_no_rate(run: ReportInput, tmp_path: Path) -> None:
     write_report(tmp_path, replace(run, verdicts=verdicts, landscape=None, policies={}))
     page = Page((tmp_path / "report.html").read_text("utf-8")).text
     assert "50.0 [0.0, 100.0]" not in page + (tmp_path / "report.md").read_text("utf-8")
-    assert "without any verdict" in page and not list((tmp_path / "figures").glob("judged-*"))
+    assert "The judge (local tiny-judge) gave no verdict." in page and not list((tmp_path / "figures").glob("judged-*"))
 
 
 def test_without_verdicts_there_is_no_such_section(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_policies_are_ordinary_and_stand_in_evaluation_and_report(
     assert "DPO from seed-0, reference seed-0, shrunk 0.5·seed-1, β 0.5" in report
     summary = read(unit(run, "report") / "summary.json")
     assert {(one["a"], one["b"]) for one in summary["comparisons"]} == {("soup", "seed-0")} | {
-        (f"salsa-{algorithm}", f"plain-{algorithm}") for algorithm in ALGORITHMS
+        (f"salsa-{algorithm}", other) for algorithm in ALGORITHMS for other in (f"plain-{algorithm}", "seed-0")
     }
     assert summary["policies"]["salsa-dpo"]["facts"]["margin"]["held_out"]["n"] == 6
     assert command(run, "--dry-run", lora=(unit(run, "soup") / "adapter_config.json").exists()) == 0

@@ -108,9 +108,10 @@ def test_the_metrics_beside_a_trainers_bar(width: int | None, shown: str, monkey
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(console, "_width", lambda: {"ncols": width})
     callback, state = ProgressBar("reward"), TrainerState(global_step=0, max_steps=640, is_world_process_zero=True)
-    logs = {"num_tokens": 1_234_000.0, "learning_rate": 2e-5, "accuracy": 0.8768, "loss": 1.2345, "grad_norm": 3.0}
+    logs = {"num_tokens": 1_234_000.0, "learning_rate": 2e-5, "accuracy": 0.5, "loss": 1.2345, "grad_norm": 3.0}
     callback.on_train_begin(None, state, None)
     callback.on_log(None, state, None, logs)
+    callback.on_log(None, state, None, {"accuracy": 0.8768, "train_runtime": 3.0})  # TRL's at the end, without the loss
     assert callback.bar.postfix == shown
     line = str(callback.bar)
     assert shown in line and len(line) <= (width or len(line))

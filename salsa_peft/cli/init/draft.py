@@ -189,6 +189,8 @@ def _set_lengths(draft: Draft, looked: ModelFolder, exact: bool) -> None:
     needs = [*chats.values(), new + quantile(found["prompts"].prompts, 0.95) if "prompts" in found else 0]
     longest = min(most, _round_up(max(needs), 64))
     longest = max(longest, min(most, new + 32))
+    if {"demonstrations", "preferences"} - set(found):  # those that were not measured may be longer
+        longest = max(longest, min(most, draft.data["model"].get("max_length", Model().max_length)))
     said = ", ".join(f"95% of the {kind} have at most {length:,}" for kind, length in chats.items())
     draft.set("model.max_length", longest, f"{said} tokens{counted}" if said else "")
     for kind, one in found.items():

@@ -88,7 +88,9 @@ def _contestant(word: str, questions: Path, base: str | None) -> Contestant:
     if folder is None:
         require(
             "/" in given and HUB_ID.match(given) is not None,
-            f"MODEL: {given} is no file or folder, and there is no {beside}; give {WORD}",
+            f"MODEL: {given} is no file or folder"
+            + ("" if "/" in given else f", and there is no {beside}")
+            + f"; give {WORD}",
         )
         folder = local_folder(given, patterns=WITHOUT_WEIGHTS)
     return _model(name, given, folder, base)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from transformers import ByT5Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from salsa_peft.config.rewards import FUNCTION, check_classifier_folder, check_function, function_with_folder
 from salsa_peft.config.schema import Model
@@ -77,6 +78,7 @@ class AnswerScorer:
     @cached_property
     def _loaded(self) -> tuple[Any, Reward]:
         """The tokenizer with which texts are encoded, and the reward."""
+        disable_progress_bar()  # Transformers' bar for loading weights; the command shows its own
         if self.is_function:
             tokenizer: Any = ByT5Tokenizer()  # of bytes: every text is decoded as it was
             return tokenizer, as_reward(self.reward, nn.Identity(), tokenizer)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from salsa_peft.config.judge import Judge
 from salsa_peft.config.options.ppo import Sampling
@@ -99,6 +100,7 @@ class LocalModel:
         return text
 
     def _load(self) -> Any:
+        disable_progress_bar()  # Transformers' bar for loading weights
         with readable_hub_errors(str(self.section.model)):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True

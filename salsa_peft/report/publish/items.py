@@ -20,7 +20,7 @@ from salsa_peft.utils.safetensors_io import SafetensorsFile
 RECIPE = "recipe.yaml"
 FIGURES = {
     "soup": ("line-*", "scores-*"),
-    "policy": ("scores-*", "training-score*"),
+    "policy": ("headline-start*", "scores-*", "training-score*"),
     "seed": ("scores-*",),
     "reward": ("distribution-*",),
 }

@@ -14,6 +14,7 @@ from salsa_peft.report.format import Row, flatten, render
 from salsa_peft.report.gather import last_part, soup_rows
 from salsa_peft.report.publish.items import RECIPE, Item
 from salsa_peft.report.sections import reward
+from salsa_peft.report.style import MEASURES
 from salsa_peft.utils import manifests
 from salsa_peft.utils.fingerprints import read_fingerprint
 from salsa_peft.utils.hub import check_secrets, licence, model_files, without_paths
@@ -48,10 +49,12 @@ def render_card(item: Item, repo: str, *, online: bool = False) -> str:
     own = Path(base) / CARD if base is not None and os.path.isabs(base) else None
     data = metadata(item, repo, licence(item.base, own, online=online))
     shown: dict[str, Callable[[dict[str, Any]], Row]] = {"soup": soup_rows, "reward": reward.facts}
+    screen = item.summary.get("screen", {})
     page = render(
         "card.md.jinja",
         item=item, repo=repo, title=TITLES[item.kind], load=loading_code(item, repo), lineage=lineage(item), members=members(item),
         scores=scores(item), compared=compared(item), measured=flatten(shown.get(item.kind, dict)(item.metrics)),
+        said=screen.get("sentences", {}), explained=screen.get("names", {}), measures=MEASURES,
         figure=FIGURE if item.figure else None, recipe=item.recipe and recipe_yaml(item.recipe),
         versions=manifests.versions(),
     )  # fmt: skip
@@ -194,5 +197,5 @@ def scores(item: Item) -> list[dict[str, Any]]:
 
 
 def compared(item: Item) -> list[dict[str, Any]]:
-    """The report's comparisons of the result: {dataset, measure, a, b, mean, low, high, n, rate} each."""
+    """The report's comparisons of the result: {dataset, measure, a, b, mean, low, high, n, rate, conclusion} each."""
     return [one for one in item.summary.get("comparisons", []) if item.name in (one["a"], one["b"])]

@@ -10,10 +10,8 @@ from salsa_peft.report.replicates.claims import SIGNS, TRAINING, Claim, claims, 
 from salsa_peft.report.replicates.summary import Replicate, models_table, pairs_table
 
 
-def over_replicates(
-    name: str, runs: Sequence[ReportInput], pairs: Mapping[str, Sequence[tuple[str, str]]]
-) -> dict[str, Any]:
-    """Scores, differences of pairs, and the paper's claims, over the replicates of the recipe `name`.
+def over_replicates(runs: Sequence[ReportInput], pairs: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, Any]:
+    """Scores, differences of pairs, and the paper's claims, over the replicates of one recipe.
 
     pairs: set of questions → the pairs of models to compare.
     """
@@ -24,22 +22,12 @@ def over_replicates(
     ]
     table = rows(claims(numbers))
     return {
-        "finding": [finding(name, len(runs), one["dataset"], one["pairs"]) for one in datasets if one["pairs"]],
         "n": len(runs),
         "measure": numbers[0].measure,
         "datasets": datasets,
         "claims": table,
         "columns": columns(table),
     }
-
-
-def finding(name: str, n: int, dataset: str, pairs: Sequence[Row]) -> str:
-    """One sentence on the differences of pairs whose interval over replicates excludes 0, and on the others."""
-    apart = [f"{pair['a']} − {pair['b']} {signed(pair)}" for pair in pairs if not pair["low"] <= 0 <= pair["high"]]
-    alike = [f"{pair['a']} − {pair['b']}" for pair in pairs if pair["low"] <= 0 <= pair["high"]]
-    parts = [f"different from 0: {', '.join(apart)}"] if apart else []
-    parts += [f"not distinguishable from 0: {', '.join(alike)}"] if alike else []
-    return f"{name}, {n} replicates, mean differences on “{dataset}” over replicates, {'; '.join(parts)}."
 
 
 def rows(found: Sequence[Claim]) -> list[dict[str, object]]:

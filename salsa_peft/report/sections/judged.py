@@ -7,10 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from salsa_peft.report import findings, judge_tables, plots
+from salsa_peft.report import judge_tables, plots
 from salsa_peft.report.format import Row, finite, p_value, percent
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.page import sample_answers, write_pages
+from salsa_peft.report.sections import first_screen
 from salsa_peft.utils import manifests
 
 LEGEND = (
@@ -54,7 +55,7 @@ def write_judge_report(folder: Path, run: ReportInput, models: Mapping[str, str]
     """
     judged = judge_tables.judged(run)
     assert judged is not None
-    first, others = findings.of_judge(judged, {})
+    screen = first_screen.of_judge(judged, len(models))
     lengths = {name: [row["length"] for row in run.answers if row["model"] == name] for name in models}
     found = {
         "run": run,
@@ -62,13 +63,14 @@ def write_judge_report(folder: Path, run: ReportInput, models: Mapping[str, str]
             name: {"what": what, "answers": len(lengths[name]), "mean_length": sum(lengths[name]) / len(lengths[name])}
             for name, what in models.items()
         },
-        "lead": [*first, *others],
+        "screen": screen,
         "warnings": judge_tables.warnings(run),
         "judged": judged,
         "samples": sample_answers(run),
     }
-    summary = {key: found[key] for key in ("models", "lead", "warnings")} | {"verdicts": run.verdicts}
-    return write_pages(folder, "judge", found, plots.draw(run), finite({"name": run.name, **summary}))
+    summary = {key: found[key] for key in ("models", "screen", "warnings")} | {"verdicts": run.verdicts}
+    drawn = {"headline": [], **plots.draw(run)}
+    return write_pages(folder, "judge", found, drawn, finite({"name": run.name, **summary}))
 
 
 def print_table(verdicts: Row, console: Console) -> None:

@@ -52,7 +52,7 @@ from salsa_peft.training.ppo.resume import RunCheckpoints
 from salsa_peft.training.ppo.rollout import RolloutMaker
 from salsa_peft.training.ppo.state import MicroBatch, PPOState, checkpoint_size, no_pickles, update_learning_rates
 from salsa_peft.training.ppo.terminal.completions import log_completions, print_samples
-from salsa_peft.training.ppo.terminal.updates import replace_printers
+from salsa_peft.training.ppo.terminal.updates import close_bars, replace_printers
 from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
@@ -230,6 +230,7 @@ class SalsaPPOTrainer(HubTrainer):
             self.ppo.rollout = None
         finally:
             self.remove_callback(callback)
+            close_bars(self)
         self.stop.synchronize()
         if self.stop.requested:
             self._save_and_stop()

@@ -69,7 +69,7 @@ def run(server: Hub, folder: Path, *words: str) -> subprocess.CompletedProcess[s
         "HF_TOKEN": CANARY,
     }
     return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -87,6 +87,7 @@ def trl_script(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.timeout(900)
 def test_trls_grpo_script_runs_with_the_class_names_replaced(server: Hub, tmp_path: Path) -> None:
     """String model, peft_config, two reward functions, save_model and push_to_hub as they stand there."""
     (tmp_path / "my_rewards.py").write_text(REWARDS)
@@ -131,6 +132,7 @@ def test_trls_grpo_script_runs_with_the_class_names_replaced(server: Hub, tmp_pa
     assert_canary_in_the_header_alone(server, tmp_path, said=done.stdout + done.stderr)
 
 
+@pytest.mark.timeout(900)
 def test_a_failed_push_in_training_is_told_and_training_goes_on(server: Hub, tmp_path: Path) -> None:
     """The end is pushed again, and its failure is an error. No prompts go to the Hub, so checkpoints do not either."""
     (tmp_path / "train.py").write_text(TRAIN)

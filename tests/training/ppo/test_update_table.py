@@ -6,12 +6,14 @@ import io
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 from plain_ppo import PROMPTS
 from rich.cells import cell_len
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
@@ -291,6 +293,52 @@ def test_the_trainer_prints_rows_and_no_dicts(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         assert capsys.readouterr().out == ""
+
+
+def test_an_interruption_closes_the_bar(
+    make_trainer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So that the traceback of a script starts on a line of its own."""
+
+    class Interrupt(TrainerCallback):
+        """Ctrl-C."""
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            """After the first optimizer step."""
+            raise KeyboardInterrupt
+
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    trainer = make_trainer(folder=tmp_path, disable_tqdm=False, callbacks=[Interrupt()], shown_every=None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert stream.getvalue().endswith("\n") and "PPO:   0%" in stream.getvalue()
+    assert sys.stderr is stream
+
+
+def test_a_start_from_a_name_warns_of_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    """Neither PEFT's deprecated names nor the libraries that it tries; in a new process, where all is imported first."""
+    import tiny
+
+    tiny.make_base(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    script = f"""
+import logging
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+from peft import LoraConfig
+levels = [logging.getLogger(name).level for name in ("torchao", "bitsandbytes")]
+assert levels == [logging.NOTSET, logging.NOTSET] or 30 in levels, levels
+args = SalsaPPOConfig(output_dir={str(tmp_path)!r} + "/out", batch_size=4, max_new_tokens=3, use_cpu=True, report_to="none")
+rows = [{{"prompt": "a b"}}] * 4
+reward = lambda completions, **_: [1.0] * len(completions)
+SalsaPPOTrainer({str(tmp_path / "base")!r}, reward, args, rows, peft_config=LoraConfig(task_type="CAUSAL_LM"))
+"""
+    found = subprocess.run([sys.executable, "-W", "default::FutureWarning", "-W", "default::UserWarning", "-c", script],
+                           capture_output=True, text=True, cwd=ROOT, timeout=280)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert [
+        line for line in found.stderr.splitlines() if "Warning" in line or "Failed to load" in line or "W1" in line
+    ] == []
 
 
 def test_the_seconds_of_an_update_go_on_after_a_resume(

@@ -26,6 +26,7 @@ from salsa_peft.soup.attached import AttachedSoup
 from salsa_peft.training.ppo.checks import check_model, check_tokenizer
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.references import FrozenReference, as_references, freeze
+from salsa_peft.utils.console import quiet_libraries
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.hub import readable_hub_errors
 from salsa_peft.utils.messages import short
@@ -48,6 +49,7 @@ class Arguments(NamedTuple):
     reward: Reward
 
 
+@quiet_libraries()  # PEFT tries the libraries of quantised layers, and reads a deprecated name of Transformers
 def load_arguments(
     model: str | Path | PeftModel | PreTrainedModel,
     reward_funcs: AnyReward | list[AnyReward] | None,

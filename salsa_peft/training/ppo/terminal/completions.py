@@ -48,7 +48,7 @@ def log_completions(
         )  # fmt: skip
         sys.stdout.flush()
     for name in TRACKERS:
-        if name in args.report_to:
+        if name in (args.report_to or ()):
             _send(importlib.import_module(name), rows, step)
 
 

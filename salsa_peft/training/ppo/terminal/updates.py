@@ -40,6 +40,13 @@ def replace_printers(trainer: Trainer) -> UpdateTable:
     return table
 
 
+def close_bars(trainer: Trainer) -> None:
+    """Close the progress bars that are still open, so that the traceback of an interruption starts on a line of its own."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressBar):
+            callback.close()
+
+
 class UpdateTable(PrinterCallback):
     """Callback that prints the metrics of each update on standard output, in the first process only.
 
