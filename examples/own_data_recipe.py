@@ -2,8 +2,8 @@
 
     python examples/own_data_recipe.py
 
-Writes a recipe for a model's folder and files of rows, and runs it with adapters: two SFT seeds, a reward model, their soup,
-PPO and SALSA. For your own run, replace the paths; docs/data.md lists the columns that rows may have. Prints the lines of
+Writes a recipe for a model's folder and files of rows, and runs it: two SFT seeds, a reward model, the soup, PPO and
+SALSA. For your own run, replace the paths; docs/data.md lists the columns that rows may have. Prints the lines of
 `salsa run`: each stage, this table (in one run on a CPU) with its differences, and where the results are:
 
     seed-0                  0.160 [0.045, 0.276]

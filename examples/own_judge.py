@@ -2,9 +2,9 @@
 
     python examples/own_judge.py
 
-The judge is the function `more_right_words`; `salsa judge A B --judge own_judge.py:more_right_words --questions FILE` is
-the same. TRL trains an adapter, which is compared with its base. Prints TRL's metrics, what is compared, where the report
-is, and the adapter's wins, ties and losses, in one run on a CPU:
+The judge is the function `more_right_words`; `salsa judge A B --judge own_judge.py:more_right_words --questions FILE`
+is the same. TRL trains an adapter, which is compared with its base. Prints TRL's metrics, what is compared, where the
+report is, and the adapter's wins, ties and losses, in one run on a CPU:
 
     pair         W    T  L  win rate, % [95%]        p  equal length
     sft – base  51  199  6  58.8 [56.2, 61.6]  < 0.001          58.6

@@ -1,10 +1,9 @@
-"""A soup of two adapters, and back into PEFT. Nothing is downloaded: the model is a tiny Llama that is made on the spot.
+"""A soup of two adapters, and back into PEFT. Nothing is downloaded: the model is a tiny Llama made on the spot.
 
     python examples/soup_of_two.py
 
-TRL trains two adapters that differ in their seed and data. Both are loaded on one model, which gets their exact mean as
-a third adapter; PEFT saves it and loads it again. Prints TRL's metrics and the losses on held-out demonstrations, in one
-run on a CPU:
+TRL trains two adapters on other data, one model gets their exact mean as a third adapter, and PEFT saves and loads it.
+Prints TRL's metrics and the losses on held-out demonstrations, in one run on a CPU:
 
     seed-0: 0.903
     seed-1: 0.856
@@ -26,8 +25,7 @@ if __name__ == "__main__":
     config = SFTConfig(out, learning_rate=7e-3, num_train_epochs=8, assistant_only_loss=True, bf16=False)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     for seed in (0, 1):
-        own = rows.shuffle(seed).select(range(256))
-        trainer = SFTTrainer(f"{folder}/base", config, train_dataset=own, peft_config=lora)
+        trainer = SFTTrainer(f"{folder}/base", config, train_dataset=rows.shuffle(seed).take(256), peft_config=lora)
         trainer.train()
         trainer.save_model(f"{out}/seed-{seed}")
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
