@@ -134,7 +134,9 @@ def test_the_page(runs: list[Run], tmp_path: Path) -> None:
     assert summary["finding"] == list(screen["sentences"].values())
     line = f"3 runs of 2 recipes or bases. {screen['line']}"
     assert line in page.text and line in text.replace("\\", "")
-    assert screen["line"].startswith("2 replicates of llama: the whole recipe, each time with other random seeds. In each: 3")
+    assert screen["line"].startswith(
+        "2 replicates of llama: the whole recipe, each time with other random seeds. In each: 3"
+    )
     for card in screen["cards"]:
         for row in card["rows"]:
             assert row["value"] in page.text and f"{row['value']} {row['interval']}" in text
