@@ -132,7 +132,7 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(server: Hub, ru
     assert sorted(parts, key=body.index) == list(parts)
     for sentence in summary["screen"]["sentences"].values():
         assert sentence in body.replace("\\", "")
-    assert all(f"**{name}**" in body for name in ("gold reward", "in", "seed-0"))
+    assert all(f"**{name}**" in body for name in ("gold reward", "soup", "seed-0"))
     saved = yaml.safe_load(files(server, "tester/tiny-salsa")["recipe.yaml"])
     assert (
         saved["data"]["demonstrations"]["path"] == "chats.jsonl" and saved["policies"]["salsa"]["reference"] == "soup"
@@ -319,7 +319,7 @@ def test_dry_run_shows_card_and_files_and_asks_nobody(server: Hub, run: Path, tm
         "soup → tester/soup (private), one commit of 10 files",
         "adapter_model.safetensors",
         f"base_model: {BASE_ID}",
-        "## Lineage",
+        "## How it was made",
     ):
         assert part in done.stdout
     assert not server.requests and sorted(path for path in run.rglob("*")) == before
