@@ -75,7 +75,7 @@ def render(
         _loading_code(repo, adapter),
         "To use it as the KL reference of another training run:\n\n```python\nfrom salsa_peft import use_reference  # TRL's"
         f' DPOTrainer, KTOTrainer, RLOOTrainer, GRPOTrainer\nuse_reference(trainer, "{repo}")\n```',
-        f"## Lineage\n\n{_table(lineage)}",
+        f"## How it was made\n\n{_table(lineage)}",
         f"## Metrics of training\n\n{_table(measured(history))}",
         "## Settings\n\n<details><summary>options of SalsaPPOConfig</summary>\n\n```yaml\n"
         f"{dump_yaml(without_paths(_plain(settings))).rstrip()}\n```\n\n</details>",
