@@ -60,13 +60,13 @@ def show_results(run: Path, recipe: Recipe) -> None:
     for name in names:
         rows.setdefault(TITLES.get(found[name][0].partition("/")[0], POLICIES), []).append(name)
     lines = [(listed(of, 5), title) for title, of in rows.items()]
+    if (run / REPORT).is_file():
+        lines += [("report.html, report.md", "the report"), ("summary.json, figures", "its numbers and figures")]
     wide = max(len(left) for left, _ in lines)
     each = f"; of the other replicates in {replicates[1].name} …" if len(replicates) > 1 else ""
     say(f"\nresults in {shown(place)}{each}")
     for left, title in lines:
         say(f"  {left:<{wide}}  {title}")
-    if (run / REPORT).is_file():
-        say(f"  {', '.join(COPIES)}, figures  the report")
     say("next")
     for line in next_commands(run, recipe, place, names):
         say(f"  {line}")
