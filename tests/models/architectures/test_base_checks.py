@@ -172,7 +172,10 @@ def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None
         [sys.executable, "-c", code, str(path), "--dry-run"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("r.json: model.base: 'base' is already quantised") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("r.json: line 1: model.base: 'base' is already quantised")
+        and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
