@@ -69,7 +69,7 @@ def run(job: Job) -> dict[str, Any]:
 def scored_answers(job: Job, context: StageContext, prompts: Sequence[dict[str, Any]]) -> Rows:
     """One answer of the base to each prompt, with its score, in the order of the prompts.
 
-    Answers that a killed stage has left are not sampled again. Raises SalsaError for a score that is not finite.
+    Answers that a killed stage has left are not sampled again. FunctionReward refuses a score that is not finite.
     """
     section, recipe = job.recipe.synthetic, context.recipe
     assert section is not None
@@ -86,16 +86,9 @@ def scored_answers(job: Job, context: StageContext, prompts: Sequence[dict[str, 
             bar.update(len(new))
 
         questions = [as_question(number, prompt) for number, prompt in enumerate(prompts)]
-        rows = answer(
+        return answer(
             context.load_base(), None, questions, {SCORE: judge}, sampling, section.seed, known, keep_and_show
         )
-    broken = sum(not math.isfinite(row["scores"][SCORE]) for row in rows)
-    require(
-        not broken,
-        f"synthetic.function: {judge.name} returned NaN or infinity for {broken} of {len(rows)} answers; return finite"
-        " numbers",
-    )
-    return rows
 
 
 def as_question(number: int, prompt: dict[str, Any]) -> Question:

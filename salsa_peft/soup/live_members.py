@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper
 
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.names import plain_names
@@ -88,6 +89,7 @@ def read_live_member(model: PeftModel, name: str) -> Member:
         f"{where}: ensure_weight_tying is True, with which PEFT does not tie the layers of every adapter of one"
         " model; save the adapters and average their folders with `salsa soup`",
     )
+    check_trained_tokens(model, name)
     fields["modules_to_save"] = sorted(set(fields["modules_to_save"] or ())) or None  # PEFT repeats names
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     file = TensorsInMemory(where, {key: as_array(tensor, f"{where}: {key}") for key, tensor in tensors.items()})
@@ -97,6 +99,23 @@ def read_live_member(model: PeftModel, name: str) -> Member:
         scaling = float(find_layer(model, stacks, module).scaling[name])
         member.factors[module] = factors._replace(scaling=scaling)
     return member
+
+
+def check_trained_tokens(model: PeftModel, name: str) -> None:
+    """Raise SalsaError if the adapter lacks an embedding's trained tokens that another adapter of the model has.
+
+    PEFT 0.21 cannot read such an adapter: it raises a KeyError.
+    """
+    for path, module in model.get_base_model().named_modules():
+        if not isinstance(module, TrainableTokensWrapper) or module.token_adapter.tied_adapter:
+            continue
+        have = list(module.token_adapter.trainable_tokens_delta)
+        require(
+            name in have,
+            f"adapter {name!r}: it has no trainable_token_indices of {path}, but adapter {', '.join(map(repr, have))} of the"
+            " model has, and PEFT cannot read the one without the other; train the same tokens in all adapters, or load"
+            " the adapters to average on a model of their own",
+        )
 
 
 def as_array(tensor: Tensor, where: str) -> arrays.Array:

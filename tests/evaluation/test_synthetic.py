@@ -155,7 +155,7 @@ class TestStage:
         ("body", "message"),
         [
             ("[1.0] * len(completions)", "f gives all answers to a prompt the same score"),
-            ("[float('nan')] * len(completions)", "f returned NaN or infinity for 60 of 60 answers"),
+            ("[float('nan')] * len(completions)", "reward function f: it returned nan for response 1 of 60"),
             ("[None] * len(completions)", "it returned None for 60 of 60 responses"),
         ],
     )

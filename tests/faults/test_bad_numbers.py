@@ -16,6 +16,7 @@ from torch import Tensor
 
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
+from salsa_peft.models.rewards.base import CallableReward
 from salsa_peft.models.rewards.reward import RunningScale, as_reward
 from salsa_peft.models.weights import save_checkpoint
 from salsa_peft.soup import average
@@ -163,8 +164,14 @@ class TestScores:
     def test_that_are_none(self, make_trainer: Any, value: float, rows: slice, options: dict[str, Any]) -> None:
         """Said as the reward gave it: a clip would make 5 of infinity."""
         refused(
-            make_trainer(reward=say(value, rows), **options), f"^score: PPO computed {value}. No checkpoint was saved"
+            make_trainer(reward=say(value, rows), **options),
+            rf"^reward function reward: it returned {value} for response \d of 8 \(.*\); return finite numbers",
         )
+
+    def test_of_a_model_that_are_none(self, make_trainer: Any) -> None:
+        """A reward that is no function: the batch is saved."""
+        reward = CallableReward(lambda responses, rows: torch.tensor([NAN, *[1.0] * (len(rows) - 1)]))
+        refused(make_trainer(reward=reward), "^score: PPO computed nan. No checkpoint was saved; the batch is in ")
 
     @pytest.mark.parametrize(
         ("rows", "options"),
@@ -255,7 +262,7 @@ class TestWhatWasThereBefore:
 
         options = {"save_strategy": "steps", "save_steps": 1, "reward": reward}
         broken = make_trainer(folder=tmp_path / "a", **options)
-        with pytest.raises(SalsaError, match="score: PPO computed nan"):
+        with pytest.raises(SalsaError, match="reward function reward: it returned nan for response 1 of 8"):
             broken.train()
         there = sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*"))
         assert there == ["checkpoint-1"]

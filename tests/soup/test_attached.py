@@ -352,6 +352,20 @@ class TestRefusals:
         with pytest.raises(SalsaError, match=r"adapter 'b' is merged into the base.*unmerge_adapter"):
             soup.attach(model, ["a", "b"])
 
+    def test_trained_tokens_that_another_adapter_has(self, base) -> None:
+        """PEFT raises a KeyError for it, be the other a member or not."""
+        plain: dict[str, Any] = {"target_modules": ["q_proj"]}
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(**plain, trainable_token_indices=[3, 1]), "a")
+        model.add_adapter("b", LoraConfig(**plain))
+        model.add_adapter("c", LoraConfig(**plain))
+        line = (
+            r"adapter 'b': it has no trainable_token_indices of model\.embed_tokens, but adapter 'a' of the model has"
+        )
+        for names in (["a", "b"], ["b", "a"], ["b", "c"]):
+            with pytest.raises(SalsaError, match=line):
+                soup.attach(model, names)
+        assert list(model.peft_config) == ["a", "b", "c"]
+
     def test_of_values(self, base, folders: list[Path]) -> None:
         model = loaded(base, folders)
         model.get_base_model().get_submodule(Q0).lora_B["b"].weight.data[0, 0] = float("inf")

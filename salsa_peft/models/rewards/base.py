@@ -60,6 +60,10 @@ class Reward(ABC):
         """A frozen model that only this reward uses, so that it can be offloaded; None without such a model."""
         return None
 
+    def metric_names(self) -> list[str]:
+        """Names of the metrics that the reward records for every batch."""
+        return []
+
     @cached_property
     def _metrics(self) -> dict[str, tuple[float, int]]:
         return {}

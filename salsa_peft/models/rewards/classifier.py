@@ -150,6 +150,10 @@ class ClassifierReward(Reward):
             raise SalsaError(f"{where}: the classifier's chat template rejects a conversation: {error}") from error
         return list(encoded["input_ids"])
 
+    def metric_names(self) -> list[str]:
+        """The name of the share of sequences that are cut."""
+        return [f"rewards/{self.name}/truncated"]
+
     def _truncate(self, sequences: list[list[int]]) -> list[list[int]]:
         over = sum(len(ids) > self.longest for ids in sequences)
         self.add_metric(f"rewards/{self.name}/truncated", over, len(sequences))

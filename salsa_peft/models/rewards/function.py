@@ -25,6 +25,7 @@ from salsa_peft.config.rewards import COLUMNS_NOT_PASSED, find_module, split_fun
 from salsa_peft.models.responses import token_lists
 from salsa_peft.models.rewards.base import Reward, Rows
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,8 @@ RESERVED = re.compile(
     r"|score|response_length|empty_share"
 )
 """Names of metrics that training logs itself; log_metric rejects them."""
+LARGEST = torch.finfo(torch.float32).max
+"""The largest score; scores are in float32."""
 NOT_PASSED = {"trainer_state", "log_extra", "environments"}
 """Arguments of TRL's reward functions that are not passed, or only by a trainer."""
 
@@ -123,9 +126,17 @@ class FunctionReward(Reward):
             scores = scores.reshape(len(rows), -1).squeeze(-1).tolist()
         scores = list(scores)
         try:
-            return [None if score is None else _number(score) for score in scores]
-        except (TypeError, ValueError) as error:
+            numbers = [None if score is None else _number(score) for score in scores]
+        except (TypeError, ValueError, OverflowError) as error:
             raise SalsaError(f"{self._where}: it returned {scores!r:.80}; return numbers") from error
+        for row, number in enumerate(numbers):
+            require(
+                number is None or abs(number) <= LARGEST,  # False for NaN
+                f"{self._where}: it returned {number} for response {row + 1} of {len(rows)}"
+                f" ({short(arguments['completions'][row])}, to {short(arguments['prompts'][row])}); return finite numbers,"
+                f" at most {LARGEST:.1e}",
+            )
+        return numbers
 
     def _arguments(self, responses: Responses, rows: Rows) -> dict[str, Any]:
         """All arguments that a reward function can have in its signature."""

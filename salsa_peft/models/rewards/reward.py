@@ -126,6 +126,12 @@ class WeightedReward(Reward):
         """The rewards in the sum; a sum within the sum is replaced by its own rewards."""
         return [one for part in self.parts for one in part.reward.components()]
 
+    def metric_names(self) -> list[str]:
+        """The names of the rewards' means, and that of the held-out reward."""
+        held_out = [] if all(part.weight for part in self.parts) else [HELD_OUT_SCORE]
+        own = [(f"rewards/{part.name}/mean", *part.reward.metric_names()) for part in self.parts]
+        return [*(name for names in own for name in names), *held_out]
+
     def take_metrics(self) -> dict[str, tuple[float, int]]:
         """Return each reward's `rewards/<name>/mean`, over responses with a score, and its own metrics."""
         metrics = super().take_metrics()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,7 +118,9 @@ class PromptEncoder(NamedTuple):
                 f"{where}, prompt: the last message must be the user's, since the policy answers it, but is the"
                 " assistant's",
             )
-        ids = [int(token) for token in prompt_tokens(row, self.tokenizer, number, name)]  # type: ignore[arg-type]
+            ids = list(map(int, prompt_tokens(row, self.tokenizer, number, name)))  # type: ignore[arg-type]
+        else:
+            ids = whole_numbers(row["input_ids"], f"{where}, input_ids")
         unknown = [token for token in ids if not 0 <= token < self.vocabulary]
         require(
             not unknown,
@@ -138,6 +141,14 @@ class PromptEncoder(NamedTuple):
         where = f"{name}, row {number}, prompt"
         messages = messages_for_template(parse_messages(messages, where), self.tokenizer)
         return dropped_fields(messages, self.tokenizer, where, template_options(row))
+
+
+def whole_numbers(tokens: Any, where: str) -> list[int]:
+    """Token ids as a list of int. Raises SalsaError for anything but whole numbers, in a list, an array or a tensor."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise SalsaError(f"{where}: must be a list of whole numbers, not {one_line(short(tokens))}") from error
 
 
 class RolloutBatches(Sampler[list[int]]):

@@ -42,9 +42,11 @@ from salsa_peft.training.ppo.interface.arguments import (
     AnyReference,
     AnyReward,
     load_arguments,
+    one_reward,
     rows_to_read,
     train_value_function,
 )
+from salsa_peft.training.ppo.interface.evaluation import check_best_metric, eval_rows, require_metric
 from salsa_peft.training.ppo.interface.hub import HubTrainer
 from salsa_peft.training.ppo.metrics import LogFiles, metrics, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
@@ -109,7 +111,7 @@ class SalsaPPOTrainer(HubTrainer):
         reward: AnyReward | list[AnyReward] | None = None,
     ) -> None:
         model, args, processing_class, self.references, self.reward = load_arguments(
-            model, reward if reward_funcs is None else reward_funcs, args, processing_class, reward_processing_classes,
+            model, one_reward(reward_funcs, reward), args, processing_class, reward_processing_classes,
             quantization_config, peft_config, references, ref_model,
         )  # fmt: skip
         self.policy_name = str(model.active_adapter) if isinstance(model, PeftModel) else None
@@ -117,6 +119,7 @@ class SalsaPPOTrainer(HubTrainer):
             part.micro_batch_tokens = args.micro_batch_tokens
             if isinstance(part, FunctionReward):
                 part.get_trainer_state = lambda: self.state
+        check_best_metric(args.metric_for_best_model, self.reward)
         policy = with_value_head(model, self.policy_name, args.value, self.reward)
         remove_dropout(model)  # also of the adapters attached above
         check_trained(model, processing_class, args)
@@ -131,7 +134,7 @@ class SalsaPPOTrainer(HubTrainer):
             " add prompts, or allow longer prompts",
         )
         args.set_max_steps(len(prompts))
-        eval_prompts = None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
+        eval_prompts = None if eval_dataset is None else self.encoder(eval_rows(eval_dataset), "eval_dataset")[0]
         super().__init__(
             model=policy.to(model.device),
             args=args,
@@ -413,7 +416,9 @@ class SalsaPPOTrainer(HubTrainer):
         The metrics are mean score, mean length, share of empty ones, and the reward's. The seeds are the same in every
         call. args.eval_samples responses are written to eval_completions.jsonl. Raises SalsaError without prompts.
         """
-        prompts: Any = self.eval_dataset if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
+        prompts: Any = (
+            self.eval_dataset if eval_dataset is None else self.encoder(eval_rows(eval_dataset), "eval_dataset")[0]
+        )
         require(bool(prompts), "eval_dataset: there are no prompts to evaluate on. Pass rows with `prompt`")
         training = self.model.training
         try:
@@ -425,6 +430,8 @@ class SalsaPPOTrainer(HubTrainer):
         ).tolist()
         results = {"score": score, "response_length": length, "empty_share": empty}
         results |= self.rollout_maker.reward_metrics()
+        if self.args.metric_for_best_model is not None and metric_key_prefix == "eval":
+            require_metric(self.args.metric_for_best_model, results)
         named = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         if self.is_world_process_zero():
             samples = self.args.eval_samples

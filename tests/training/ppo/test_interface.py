@@ -295,6 +295,29 @@ class TestData:
         with pytest.raises(SalsaError, match="train_dataset: an IterableDataset has no length; set max_steps"):
             SalsaPPOTrainer(base, reward, config(), stream)
 
+    def test_a_stream_without_end_to_evaluate_on(self, base: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also a generator, and also in evaluate(); a stream that ends is read to its end."""
+
+        def rows() -> Iterator[dict[str, Any]]:
+            while True:
+                yield PROMPTS[0]
+
+        monkeypatch.setattr("salsa_peft.training.ppo.interface.evaluation.MAX_EVAL_ROWS", 20)
+        stream, line = IterableDataset.from_generator(rows), "has no length, and more than 20 rows"
+        for endless in (stream, rows(), stream.take(21)):
+            with pytest.raises(SalsaError, match=rf"eval_dataset: this \w+ {line}.*eval_dataset\.take\(200\)"):
+                SalsaPPOTrainer(base, length_reward, config(), PROMPTS, eval_dataset=endless)
+        trainer = SalsaPPOTrainer(base, length_reward, config(), PROMPTS, eval_dataset=stream.take(20))
+        assert len(trainer.eval_dataset) == 20  # type: ignore[arg-type]
+        with pytest.raises(SalsaError, match=line):
+            trainer.evaluate(stream)
+
+    @pytest.mark.parametrize("ids", [[3.0, 4.0], ["3"], "34", 3, None, [[3, 4]], torch.tensor([3.0])])
+    def test_input_ids_that_are_no_whole_numbers(self, base: str, config: Any, ids: Any) -> None:
+        rows = [{"input_ids": torch.tensor([3, 4])}, {"input_ids": ids}]
+        with pytest.raises(SalsaError, match=r"^train_dataset, row 2, input_ids: must be a list of whole numbers, not"):
+            SalsaPPOTrainer(base, length_reward, config(), rows)
+
     def test_text_messages_and_tokens(self, base: str, config: Any) -> None:
         """Completions are text or messages, as prompts are; a list and a Dataset give the same."""
         for rows, kind in (
@@ -331,6 +354,83 @@ def test_an_optimizer_and_a_scheduler_of_the_users(make_base: Any, tokenizer: An
             model, length_reward, config(value_head_learning_rate=1e-3), PROMPTS, processing_class=tokenizer,
             optimizers=(optimizer, None),
         )  # fmt: skip
+
+
+def test_an_optimizer_of_other_weights(make_base: Any, base: str, tokenizer: Any, config: Any) -> None:
+    """Those of another model, those of the base under a new adapter, and one weight of the policy, which is enough."""
+    model, line = make_base(), "^optimizers: the optimizer has none of the weights that the policy trains"
+    for other in (make_base(), torch.nn.Linear(2, 2)):
+        with pytest.raises(SalsaError, match=line):
+            SalsaPPOTrainer(
+                model, length_reward, config(), PROMPTS, processing_class=tokenizer,
+                optimizers=(torch.optim.SGD(other.parameters()), None),
+            )  # fmt: skip
+    own = torch.optim.SGD(model.parameters())
+    with pytest.raises(SalsaError, match=line):
+        SalsaPPOTrainer(
+            model, length_reward, config(), PROMPTS, processing_class=tokenizer, optimizers=(own, None),
+            peft_config=LoraConfig(**LORA),
+        )  # fmt: skip
+    model = make_base()
+    SalsaPPOTrainer(
+        model, length_reward, config(), PROMPTS, processing_class=tokenizer,
+        optimizers=(torch.optim.SGD([next(model.parameters())]), None),
+    )  # fmt: skip
+
+
+def test_a_reward_that_is_given_twice(base: str, config: Any) -> None:
+    with pytest.raises(SalsaError, match=r"^reward: reward_funcs is given too; pass all rewards in one list"):
+        SalsaPPOTrainer(base, length_reward, config(), PROMPTS, reward=length_reward)
+    SalsaPPOTrainer(base, None, config(), PROMPTS, reward=length_reward)
+
+
+class TestBestMetric:
+    def test_known_before_training(self, base: str, config: Any) -> None:
+        """Of one function and of a list, whose means are metrics too; one of weight 0 is held out."""
+        three = "eval_score, eval_response_length, eval_empty_share"
+        means = ", eval_rewards/length_reward/mean, eval_rewards/same/mean, eval_objective/held_out_score"
+
+        def same(completions: Any, **_: Any) -> list[float]:
+            return [1.0 for _ in completions]
+
+        for rewards, weights, known in ((length_reward, None, three), ([length_reward, same], [1, 0], three + means)):
+            for metric in ("reward", "eval_reward", "loss", "eval_eval_score"):
+                args = config(metric_for_best_model=metric, reward_weights=weights and list(map(float, weights)))
+                with pytest.raises(SalsaError, match=rf"metric_for_best_model: evaluation has no .*, but {known} and"):
+                    SalsaPPOTrainer(base, rewards, args, PROMPTS)
+            for metric in known.split(", "):
+                args = config(metric_for_best_model=metric, reward_weights=weights and list(map(float, weights)))
+                trainer = SalsaPPOTrainer(base, rewards, args, PROMPTS, eval_dataset=PROMPTS[:2])
+                assert metric in trainer.evaluate()
+
+    def test_that_a_function_logs(self, base: str, config: Any) -> None:
+        """Known at the first evaluation only."""
+
+        def reward(completions: Any, log_metric: Any) -> list[float]:
+            log_metric("mine", 1)
+            return [1.0 for _ in completions]
+
+        for metric in ("mine", "eval_mine", "score"):
+            args = config(metric_for_best_model=metric)
+            assert SalsaPPOTrainer(base, reward, args, PROMPTS, eval_dataset=PROMPTS[:2]).evaluate()["eval_mine"] == 1
+        args = config(metric_for_best_model="other", eval_strategy="steps", eval_steps=1, max_steps=2)
+        trainer = SalsaPPOTrainer(base, reward, args, PROMPTS, eval_dataset=PROMPTS[:2])
+        with pytest.raises(SalsaError, match=r"evaluation has no metric 'other', but eval_score, .*, eval_mine and"):
+            trainer.train()
+
+
+def test_a_push_while_offline(base: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a line, at the start with push_to_hub=True, and from push_to_hub()."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = "^push_to_hub: HF_HUB_OFFLINE is set, so nothing can be sent to the Hub; unset it"
+    with pytest.raises(SalsaError, match=line):
+        SalsaPPOTrainer(base, length_reward, config(push_to_hub=True, hub_model_id="me/x"), PROMPTS)
+    trainer = SalsaPPOTrainer(base, length_reward, config(), PROMPTS)
+    with pytest.raises(SalsaError, match=line):
+        trainer.push_to_hub()
+    trainer.hub_model_id = "me/x"  # as a trainer that pushed before
+    with pytest.raises(SalsaError, match=line):
+        trainer.push_to_hub()
 
 
 def test_the_example_of_moving_from_trl(

@@ -254,15 +254,30 @@ def rows_to_read(dataset: Any, args: SalsaPPOConfig) -> Iterable[Any]:
     return list(islice(dataset, args.max_steps // args.steps_per_update * args.prompts_per_update))
 
 
+def one_reward(reward_funcs: Any, reward: Any) -> Any:
+    """The reward that was given as `reward_funcs` or as `reward`. Raises SalsaError if both are given."""
+    require(
+        reward_funcs is None or reward is None or isinstance(reward_funcs, SalsaPPOConfig),  # load_arguments tells it
+        "reward: reward_funcs is given too; pass all rewards in one list, as reward_funcs",
+    )
+    return reward if reward_funcs is None else reward_funcs
+
+
 def train_value_function(optimizer: torch.optim.Optimizer, policy: PolicyWithValueHead, args: SalsaPPOConfig) -> None:
     """Add the value function's weights, made by the trainer, to the first group of an optimizer that the user passed.
 
-    A new group would lack a learning rate in a scheduler that was passed too.
+    A new group would lack a learning rate in a scheduler that was passed too. Raises SalsaError if the optimizer has no
+    weight that the policy trains.
     """
     require(
         args.value_head_learning_rate is None,
         "value_head_learning_rate: has no effect with an optimizer of your own; set it to None",
     )
     own = {id(weight) for weight in policy.policy_parameters()}
+    require(
+        any(id(weight) in own for group in optimizer.param_groups for weight in group["params"]),
+        "optimizers: the optimizer has none of the weights that the policy trains. Load the model, add its adapter with"
+        " get_peft_model, build the optimizer on model.parameters(), and pass this model without peft_config",
+    )
     added = [weight for weight in policy.parameters() if weight.requires_grad and id(weight) not in own]
     optimizer.param_groups[0]["params"].extend(added)

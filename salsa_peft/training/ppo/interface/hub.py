@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from salsa_peft.training.ppo.interface import card
 from salsa_peft.utils.console import say
+from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.hub import check_secrets, model_files
 from salsa_peft.utils.messages import one_line
@@ -76,7 +78,13 @@ class HubTrainer(Trainer):
             return None
         folder, text = str(self.args.output_dir), self.model_card(**kwargs, online=True)
         write_atomic(Path(folder) / CARD, text)
-        return self._commit(folder, text, commit_message, blocking=blocking, token=token, revision=revision)
+        with readable_push_errors():
+            return self._commit(folder, text, commit_message, blocking=blocking, token=token, revision=revision)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository on the Hub, as Trainer does. Raises SalsaError if the Hub refuses or is out of reach."""
+        with readable_push_errors():
+            super().init_hf_repo(token, private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the policy of a checkpoint, if `hub_strategy` is every_save. Training goes on if the push fails."""
@@ -105,3 +113,20 @@ class HubTrainer(Trainer):
             str(self.hub_model_id), operations, commit_message=message or "End of training",
             token=token or self.args.hub_token, revision=revision or self.args.hub_revision, run_as_future=not blocking,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def readable_push_errors() -> Iterator[None]:
+    """Turn an error of the Hub about a push into a SalsaError of one line."""
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise SalsaError(
+            "push_to_hub: HF_HUB_OFFLINE is set, so nothing can be sent to the Hub; unset it, or train with"
+            " push_to_hub=False and push later"
+        ) from error
+    except HTTPError as error:
+        raise SalsaError(
+            f"push_to_hub: not pushed ({one_line(error)}); check the connection, the repository's name and the login"
+            " (`hf auth login`)"
+        ) from error
