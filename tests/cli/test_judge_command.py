@@ -611,7 +611,7 @@ def test_results_of_a_run(bench: Path, capsys: pytest.CaptureFixture[str]) -> No
     capsys.readouterr()
     for word, expected in (
         ("run", "run is the folder of a whole run; name one of its models, such as run/soup"),
-        ("run/reward", "run/reward is a reward model, which writes no answers"),
+        ("run/reward", "run/reward is the adapter of a classifier (task_type SEQ_CLS), which writes no answers"),
         ("run/sals", "this recipe has no result 'sals'; did you mean salsa?"),
     ):
         assert main([word, "run/soup", *options]) == 2

@@ -265,7 +265,7 @@ def test_library_users_hear_of_arguments_that_do_not_fit(
     """Adapters over bf16 without autocast compute other numbers than `salsa run`; fp16 under bf16 is refused."""
     from salsa_peft.training.ppo.checks import check_autocast
 
-    args: Any = SimpleNamespace(bf16=False)
+    args: Any = SimpleNamespace(bf16=False, process_index=0, device=torch.device("cuda"))
     narrow = make_adapter(make_base().bfloat16(), "policy", 0)
     check_autocast(narrow, args)
     assert "Set bf16=True to train, score and evaluate under bf16 autocast" in capsys.readouterr().err

@@ -228,7 +228,7 @@ def test_adapters_and_heads_on_a_bf16_base_are_float32(whole: Callable[..., Path
         str(file.relative_to(folder)): load_file(file)
         for stage in ("sft", "reward", "soup", "ppo", "dpo")
         for name in ("adapter_model", "value_head")
-        for file in (folder / stage).rglob(f"{name}.safetensors")
+        for file in (folder / "stages" / stage).rglob(f"{name}.safetensors")
         if "checkpoint-" not in str(file)
     }
     assert len(files) == 3 + 3 + 1 + 2 + 1, "seeds; two reward models and their average; the soup; PPO's policy; DPO's"

@@ -111,7 +111,7 @@ def run_stopped(folder: Path, name: str, step: int, seed: int | None = None) -> 
             command(folder, "--stages", name)
     for draw in (random.seed, np.random.seed, torch.manual_seed):  # a new process would have other random numbers
         draw(step)
-    (place,) = (folder / name).iterdir()
+    (place,) = (folder / "stages" / name).iterdir()
     return place
 
 
@@ -180,7 +180,7 @@ def test_a_kill_in_the_held_out_evaluation_costs_no_step(whole: Any, name: str) 
         patch.setattr(stage, measure, stop)
         with pytest.raises(Stopped):
             command(folder, "--stages", name)
-    (place,) = (folder / name).iterdir()
+    (place,) = (folder / "stages" / name).iterdir()
     (saved,) = checkpoints.checkpoints(place / "seed-0" if name == "reward" else place)
     state = json.loads((saved / "trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"]
@@ -230,7 +230,7 @@ class TestSigterm:
                 command(folder, "--stages", name)
         assert left.value.code == 143
         assert f"{name}  stopped: the same command goes on from checkpoint-{step}" in capsys.readouterr().err
-        (place,) = (folder / name).iterdir()
+        (place,) = (folder / "stages" / name).iterdir()
         assert [path.name for path in checkpoints.checkpoints(place)] == [f"checkpoint-{step}"]
         with pytest.MonkeyPatch.context() as patch:
             stop_at(-1 if step == 5 else step, patch)
