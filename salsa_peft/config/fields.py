@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from salsa_peft.utils.errors import require
-from salsa_peft.utils.messages import short
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import describe, short
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
@@ -36,6 +36,20 @@ UNSUPPORTED_LORA_FIELDS = (
 def is_number(value: Any) -> bool:
     """Whether a value from YAML is an int or a float below 1e300 in magnitude. A bool does not count."""
     return type(value) in (int, float) and abs(value) < 1e300
+
+
+def question_id(value: Any, where: str) -> int | str:
+    """The id of a question in a data file. A whole number may be written as 81.0, as pandas does beside missing values.
+
+    Raises SalsaError, which starts with `where`, for null, and for what is neither text nor a whole number.
+    """
+    identity = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(identity, bool) or not isinstance(identity, int | str):
+        raise SalsaError(
+            f"{where}: an id must be text or a whole number, not {describe(value)}; give every row its id, or remove the"
+            " ids of all rows"
+        )
+    return identity
 
 
 def require_unique(key: str, values: Sequence[Any]) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive
+from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, question_id
 from salsa_peft.config.rewards import check_function
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short, short_path
@@ -187,10 +187,11 @@ def _fields(template: str) -> set[str]:
 def read_references(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Read FastChat's reference answers as {question id as text: answers by turn}. Raises SalsaError."""
     found = {}
-    for row in _rows(path, "reference answers"):
+    for number, row in enumerate(_rows(path, "reference answers"), 1):
         try:
-            turns = row["choices"][0]["turns"]
-            found[str(row["question_id"])] = tuple(str(turn) for turn in turns)
+            turns, given = row["choices"][0]["turns"], row["question_id"]
+            identity = question_id(given, f"{short_path(str(path))}, row {number}, question_id")
+            found[str(identity)] = tuple(str(turn) for turn in turns)
         except (KeyError, IndexError, TypeError) as error:
             raise SalsaError(
                 f"{short_path(str(path))}: a row lacks question_id or choices; give FastChat's reference answers"

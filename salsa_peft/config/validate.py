@@ -12,6 +12,7 @@ from pathlib import Path
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import OWN_FILES, unit_of
+from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
@@ -276,7 +277,15 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
 
 
 def _check_reward(recipe: Recipe) -> None:
-    """Raise SalsaError if a part of the reward is unusable."""
+    """Raise SalsaError if the reward or a part of it is unusable, or if a guard needs a part that it lacks."""
+    weights = [part.weight for part in recipe.reward.parts]
+    require(any(weights), "reward.model: all weights are 0, so that nothing is optimized; give one part another weight")
+    guard = "over_optimization"
+    require(
+        guard not in recipe.ppo.guards or parse_guards(recipe.ppo.guards)[guard].action == "off" or 0 in weights,
+        f"ppo.guards.{guard}: never raises an alarm, because it compares the score with a held-out reward, and reward.model"
+        " has no part of weight 0; add one: [adapter, {model: MODULE:FUNCTION, weight: 0, name: gold}]",
+    )
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)

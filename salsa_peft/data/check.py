@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -30,6 +31,7 @@ from salsa_peft.data.files import (
     check_split,
     data_suffix,
     load_rows,
+    not_utf8,
     open_bytes,
     read_file,
     read_table,
@@ -160,7 +162,7 @@ def _first_row(path: str) -> Any:
         if kind in (".csv", ".tsv"):
             return next(read_table(Path(path), io.TextIOWrapper(file, "utf-8-sig", newline="")), None)
         if kind == ".json":
-            text = file.read(10_000_000).decode("utf-8-sig", "ignore").strip()
+            text = codecs.getincrementaldecoder("utf-8-sig")().decode(file.read(10_000_000)).strip()
             if text.startswith("{"):
                 return _first_of_object(path, text)
             text = text.removeprefix("[").lstrip()
@@ -184,6 +186,10 @@ def _check_columns(where: str, kind: str, path: str) -> None:
     name, suffix = short(Path(path).name), str(data_suffix(path))
     try:
         row = _first_row(path)
+    except UnicodeDecodeError as error:
+        raise SalsaError(f"{where}: {name} {not_utf8(error)}") from error
+    except SalsaError as error:
+        raise SalsaError(f"{where}: {error}") from error
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
         form = "JSON" if "json" in suffix else suffix[1:]
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"its first row is not {form}"

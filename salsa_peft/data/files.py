@@ -113,6 +113,8 @@ def parse_row(row: Any, where: str) -> dict[str, Any]:
     """Parse a row if it is a line of jsonl. Raises SalsaError unless the row is an object of valid text."""
     try:
         value = json.loads(row) if isinstance(row, str | bytes) else row
+    except UnicodeDecodeError as error:
+        raise SalsaError(f"{where}: {not_utf8(error)}") from error
     except (ValueError, RecursionError) as error:
         raise SalsaError(
             f"{where}: {row[:60]!r} is not valid JSON ({one_line(error)}); write one object per line"
@@ -123,6 +125,11 @@ def parse_row(row: Any, where: str) -> dict[str, Any]:
     for name, entry in value.items():
         check_characters(entry, f"{where}, {one_line(name)}")
     return value
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What is wrong with a file that cannot be decoded, and what to do."""
+    return f"is not UTF-8 ({one_line(error)}); save the file as UTF-8"
 
 
 def check_characters(value: Any, where: str) -> None:
@@ -163,7 +170,7 @@ def _text(path: Path) -> bytes:
             text = bytes(file.read())
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise SalsaError(f"{path}: cannot be decompressed: {one_line(error)}; copy it again") from error
-    wide = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    wide = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text[:4]
     require(not wide, f"{path}: is UTF-16; save it as UTF-8")
     return text.removeprefix(codecs.BOM_UTF8)
 
@@ -179,6 +186,8 @@ def _json(path: Path) -> list[Any]:
         return _lines(path)
     try:
         found = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise SalsaError(f"{path}: {not_utf8(error)}") from error
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith(b"{"):
             return _lines(path)
@@ -201,8 +210,15 @@ def rows_in(found: Any, path: Path | str) -> list[Any]:
 def read_table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
     """The rows of csv or tsv, all columns as text. Raises csv.Error and SalsaError."""
     csv.field_size_limit(2**31 - 1)
-    tab = "\t" if data_suffix(str(path)) == ".tsv" else ","
-    for number, row in enumerate(csv.DictReader(text, delimiter=tab, strict=True), 1):
+    suffix = data_suffix(str(path))
+    separator, word = ("\t", "tab") if suffix == ".tsv" else (",", "comma")
+    reader = csv.DictReader(text, delimiter=separator, strict=True)
+    header = list(reader.fieldnames or ())
+    require(
+        len(header) != 1 or not set(header[0]) & {";", "\t", ","},
+        f"{path}: its header is one column, {short(''.join(header))}; the separator of a {suffix} file must be a {word}",
+    )
+    for number, row in enumerate(reader, 1):
         require(
             None not in row, f"{path}, row {number}: has more fields than the header; put text with commas in quotes"
         )
@@ -212,10 +228,10 @@ def read_table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
 def _table(path: Path) -> list[Any]:
     try:
         return list(read_table(path, io.StringIO(_text(path).decode(), newline="")))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise SalsaError(
-            f"{path}: is not a table ({one_line(error)}); it must have a header and rows, in UTF-8"
-        ) from error
+    except UnicodeDecodeError as error:
+        raise SalsaError(f"{path}: {not_utf8(error)}") from error
+    except csv.Error as error:
+        raise SalsaError(f"{path}: is not a table ({one_line(error)}); it must have a header and rows") from error
 
 
 def _parquet(path: Path) -> list[Any]:

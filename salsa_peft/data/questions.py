@@ -6,8 +6,10 @@ other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from salsa_peft.config.fields import question_id
 from salsa_peft.config.schema import Source
 from salsa_peft.data.chat.template_fields import dropped_fields, messages_for_template, template_options
 from salsa_peft.data.datasets import EMPTY_PROMPT, RowWarnings, read_prompt
@@ -63,8 +65,7 @@ def questions(
     for number, row in loaded:
         where = f"{source.path}, row {number}"
         prompt, more = read_prompt(row, where), template_inputs(row, where)
-        name = next((key for key in ID_COLUMNS if isinstance(row.get(key), int | str)), None)
-        identity = number if name is None else row[name]
+        name, identity = row_id(row, number, where)
         other = seen.get(str(identity))  # reference answers are found by the id's text: 7 and "7" are the same
         twice = other is not None
         require(
@@ -98,6 +99,18 @@ def questions(
     if by_row:
         return [question._replace(id=number) for question, (number, _) in zip(found, loaded, strict=True)]
     return found
+
+
+def row_id(row: Mapping[str, Any], number: int, where: str) -> tuple[str | None, int | str]:
+    """The column of a row's id and the id; without such a column None and the row's number.
+
+    Raises SalsaError, which starts with `where`, for an id that is null, or neither text nor a whole number.
+    """
+    there = [key for key in ID_COLUMNS if key in row]
+    if not there:
+        return None, number
+    name = next((key for key in there if row[key] is not None), there[0])
+    return name, question_id(row[name], f"{where}, {name}")
 
 
 def temperature(question: Question, chosen: float | str, otherwise: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from salsa_peft.config.judge import Judge
 from salsa_peft.config.schema import Source
 from salsa_peft.data.files import load_rows
-from salsa_peft.data.questions import ID_COLUMNS, Question
+from salsa_peft.data.questions import Question, row_id
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.messages import listed, short
@@ -76,7 +76,7 @@ def read_answers(path: str, questions: Sequence[Question]) -> list[tuple[str, ..
     found: dict[str, tuple[str, ...]] = {}
     for number, row in load_rows(Source(path=path)):
         where = f"{path}, row {number}"
-        identity = str(next((row[key] for key in ID_COLUMNS if isinstance(row.get(key), int | str)), number))
+        identity = str(row_id(row, number, where)[1])
         require(identity not in found, f"{where}: question {short(identity)} is answered twice; remove one of the rows")
         found[identity] = _answer_texts(row, where)
     known = {str(one.id): one for one in questions}

@@ -109,8 +109,8 @@ def run(
         check_machine(recipe, plan, asked)
         check_data(recipe, plan, asked, hub=True)
     with locked(folder):
-        move_old_stages(folder)
         check_names(folder, recipe)
+        move_old_stages(folder)
         # 2. plan again: another process may have changed the folder before it was locked
         plan = make_plan(work, folder, forced, asked, report_of)
         if not new:

@@ -20,6 +20,7 @@ from salsa_peft.config.keys.describe import all_keys, find_key, type_text
 from salsa_peft.config.keys.unknown import split_unknown
 from salsa_peft.config.load import RECIPE_TYPE, python_names
 from salsa_peft.config.schema import DPO, Generation, Judge, Recipe, Source
+from salsa_peft.config.sweeps import SWEEPS
 
 NO_UNIT = {
     "r", "lora_alpha", "lora_dropout", "seed", "seeds", "hidden_size", "learning_rate", "pretrain_learning_rate",
@@ -110,6 +111,9 @@ def test_sections_names_and_unknown_keys(capsys: pytest.CaptureFixture[str], mon
         "policies.salsa.kl_coef": "policies.NAME.kl_coef", "evaluate.prompts.arena_v0.1.limit": "evaluate.prompts.NAME.limit",
         "max_new_tokens": "generation.max_new_tokens", "ppo.guards.kl.limit": "ppo.guards", "sweep.alpha.values": "sweep", "kl_coef": None, "x": None,
     }  # fmt: skip
+    for kind in SWEEPS:
+        assert main(["docs", f"sweep.{kind}.values"]) == 0
+        assert f"  example   sweep: {{{kind}: {{values: [" in capsys.readouterr().out
     for wrong, near in (
         ("ppo.lerning_rate", "ppo.learning_rate"),
         ("genration", "generation"),

@@ -107,6 +107,23 @@ class TestAnswerFiles:
         assert any(line.split()[:6] == ["gpt-4", "–", "llama", "1", "2", "3"] and "33.3" in line for line in lines)
         assert max(map(len, lines)) <= 80
 
+    def test_ids_as_fractions(self, bench: Path) -> None:
+        """81.0 is 81 in every file: rows are paired by their ids, in whatever order."""
+        rows = fastchat("x", {float(key): list(turns) for key, turns in TURNS["gpt-4"].items()})
+        write_lines(bench / "x.jsonl", rows)
+        write_lines(bench / "y.jsonl", rows[::-1])
+        questions = read_json_lines(bench / "bench" / "question.jsonl")
+        write_lines(bench / "q.jsonl", [{**row, "question_id": float(row["question_id"])} for row in questions])
+        for file in ("q.jsonl", "bench/question.jsonl"):
+            assert main(["x.jsonl", "y.jsonl", "--questions", file, *LONGER, "--output-dir", f"of {file}"[:8]]) == 0
+            found, _ = judged(bench / f"of {file}"[:8])
+            assert [(row["question_id"], row["winner"]) for row in found] == [
+                (key, "tie") for key in (81, 81, 82, 82, 83, 83)
+            ]
+        game = {"model_1": "x", "model_2": "y", "g1_winner": "tie", "g2_winner": "tie"}
+        write_lines(bench / "pair.jsonl", [{"question_id": key, "turn": turn, **game} for key in (81.0, 82.0, 83.0) for turn in (1, 2)])  # fmt: skip
+        assert main(["x.jsonl", "y.jsonl", *BENCH, "--judgments", "pair.jsonl", "--output-dir", "ready"]) == 0
+
     def test_files_that_fastchat_and_arena_hard_read(self, bench: Path) -> None:
         """The answers as they were, and the judgments of both tools."""
         assert main(["gpt-4", "llama", *BENCH, *LONGER]) == 0
@@ -232,6 +249,8 @@ class TestMistakes:
             (fastchat("odd", {81: ["a", "b"], 82: ["a"], 83: ["a", "b"]}), "question 82: has answers to 1 turn, but the question has 2"),
             (fastchat("odd", {81: ["a", "b"], 82: ["a", "b", "c"], 83: ["a", "b"]}), "question 82: has answers to 3 turns, but the question has 2"),
             ([*fastchat("odd", {81: ["a", "b"], 82: ["a", "b"], 83: ["a", "b"]}), *fastchat("odd", {82: ["a", "b"]})], "row 4: question '82' is answered twice"),
+            (fastchat("odd", {None: ["a", "b"]}), "row 1, question_id: an id must be text or a whole number, not null; give every row its id"),
+            (fastchat("odd", {81.5: ["a", "b"]}), "row 1, question_id: an id must be text or a whole number, not the number 81.5"),
             ([{"question_id": 81, "text": "a"}], "row 1: has no answer; a row must have choices"),
             ([{"question_id": 81, "choices": [{"turns": [None, "b"]}]}], "row 1: has no answer"),
             ([], "has no rows"),

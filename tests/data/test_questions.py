@@ -76,9 +76,25 @@ def test_ids_that_come_twice(read: Any) -> None:
     assert [one.id for one in read([{"prompt_id": "x", "prompt": "a"}])] == ["x"]
 
 
+def test_ids_of_other_types(read: Any) -> None:
+    """81.0 is 81, as pandas writes it; a null beside an id of another column is ignored."""
+    rows = [
+        {"question_id": 81.0, "prompt": "a"},
+        {"question_id": None, "uid": "x", "prompt": "b"},
+        {"uid": "81.0", "prompt": "c"},
+    ]
+    assert [(one.id, type(one.id)) for one in read(rows)] == [(81, int), ("x", str), ("81.0", str)]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        ({"question_id": None, "prompt": "a"}, "q.jsonl, row 1, question_id: an id must be text or a whole number, not null; give every row its id"),
+        ({"question_id": None, "uid": None, "prompt": "a"}, "q.jsonl, row 1, question_id: an id must be"),
+        ({"uid": 1.5, "prompt": "a"}, "q.jsonl, row 1, uid: an id must be text or a whole number, not the number 1.5; give"),
+        ({"uid": float("nan"), "prompt": "a"}, "q.jsonl, row 1, uid: an id must be text or a whole number, not the number nan; give"),
+        ({"prompt_id": True, "prompt": "a"}, "q.jsonl, row 1, prompt_id: an id must be text or a whole number, not true; give"),
+        ({"prompt_id": ["a"], "prompt": "a"}, "q.jsonl, row 1, prompt_id: an id must be text or a whole number, not the list"),
         ({"turns": []}, "q.jsonl, row 1, turns: must be a list of user turns, not an empty list"),
         ({"turns": "text"}, "q.jsonl, row 1, turns: must be a list of user turns, not 'text'"),
         ({"turns": ["a", 3]}, "q.jsonl, row 1, turns: a turn must be text, not the number 3"),
@@ -89,7 +105,7 @@ def test_ids_that_come_twice(read: Any) -> None:
         ),
         ({"prompt": []}, "q.jsonl, row 1, prompt: must be a list of {role, content} messages, not an empty list"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_question_is_refused(read: Any, row: Any, said: str) -> None:
     """By its row and column."""
     with pytest.raises(SalsaError) as found:

@@ -722,7 +722,7 @@ class TestFiles:
             ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read: Not a gzipped file"),
             ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 99, mtime=0)[:-20], "a.jsonl.gz: cannot be decompressed: "),
             ("a.csv", b"prompt\nq,r\n", "a.csv, row 1: has more fields than the header; put text with commas in quotes"),
-            ("a.csv", b"prompt\n\xff\n", "a.csv: is not a table ('utf-8' codec can't decode"),
+            ("a.csv", b"prompt\n\xff\n", "a.csv: is not UTF-8 ('utf-8' codec can't decode"),
             ("a.csv", b'prompt\n"q" r\n', "a.csv: is not a table ("),
             ("folder", None, "folder: cannot be read as a dataset (split 'train'): "),
         ],

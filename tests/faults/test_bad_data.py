@@ -20,6 +20,7 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Generation, Model, Source
 from salsa_peft.data import datasets
+from salsa_peft.data.check import check_source
 from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
 from salsa_peft.models.generation import generate, row_seeds
@@ -104,6 +105,7 @@ class TestFiles:
             (b"\xef\xbb\xbf", "rows.jsonl: has no rows"),
             (b"prompt,chosen,rejected\nq,a,b\n", "rows.jsonl, row 1: b'prompt,chosen,rejected' is not valid JSON (Expecting value: line 1"),
             ("{}\n{}\n".encode("utf-16"), "rows.jsonl: is UTF-16; save it as UTF-8"),
+            ("{}\n{}\n".encode("utf-16-le"), "rows.jsonl: is UTF-16; save it as UTF-8"),
             (b"[" * 100_000, "rows.jsonl, row 1: b'[[[[["),
             (b'{"prompt": "a\x00b"}', r"""rows.jsonl, row 1: b'{"prompt": "a\x00b"}' is not valid JSON (Invalid control character"""),
             (b"3\n", "rows.jsonl, row 1: must be a JSON object, not '3'; write one object per line"),
@@ -121,7 +123,7 @@ class TestFiles:
             (b"[]", "must be a JSON object, not '[]'; write one object per line"),
             (b'{"other": 1}', "has the columns other; it needs {columns}"),
             (b'{"a\\nb": 1}', "has the columns a b; it needs {columns}"),
-            (b'{"other": "\xff"}', "b'{{\"other\": \"\\xff\"}}' is not valid JSON ('utf-8' codec can't decode byte 0xff in position 11"),
+            (b'{"other": "\xff"}', "is not UTF-8 ('utf-8' codec can't decode byte 0xff in position 11: invalid start byte); save the file as UTF-8"),
         ],
     )  # fmt: skip
     def test_the_bad_row_is_named(self, put: Any, kind: str, bad: bytes, line: str) -> None:
@@ -175,13 +177,33 @@ class TestFiles:
             (".json", b"[1]", "rows.json, row 1: must be a JSON object, not '1'"),
             (".json", b"[{", "rows.json: is not valid JSON (Expecting property name"),
             (".json", b"[" * 100_000, "rows.json: is not valid JSON (maximum recursion depth"),
-            (".json", b'[{"prompt": "\xe9"}]', "rows.json: is not valid JSON ('utf-8' codec can't decode byte 0xe9"),
+            (".json", b'[{"prompt": "\xe9"}]', "rows.json: is not UTF-8 ('utf-8' codec can't decode byte 0xe9"),
             (".parquet", b"", "rows.parquet: is not a Parquet file ("),
             (".parquet", b"prompt\nq\n", "rows.parquet: is not a Parquet file ("),
         ],
     )
     def test_other_forms(self, put: Any, kind: str, suffix: str, raw: bytes, line: str) -> None:
         assert refusal(KINDS[kind][0], put(raw, suffix=suffix)).startswith(line)
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+    @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+    def test_an_encoding_is_named_by_reader_and_first_check(self, put: Any, suffix: str, encoding: str) -> None:
+        text = {".jsonl": '{"prompt": "é"}\n', ".json": '[{"prompt": "é"}]'}.get(suffix, "prompt\né\n")
+        source = put(text.encode(encoding), suffix=suffix)
+        for check in (lambda: datasets.prompts(source), lambda: check_source("data.prompts", "prompts", source)):
+            with pytest.raises(SalsaError, match=r"is (not UTF-8 \(.*\); save the file|UTF-16; save it) as UTF-8$"):
+                check()
+
+    @pytest.mark.parametrize(
+        ("suffix", "separator", "word"),
+        [(".csv", ";", "comma"), (".csv", "\t", "comma"), (".tsv", ",", "tab"), (".tsv", ";", "tab")],
+    )
+    def test_another_separator(self, put: Any, suffix: str, separator: str, word: str) -> None:
+        """Also where the texts have commas."""
+        source = put(f"prompt{separator}completion\nOne, two, three{separator}a\n".encode(), suffix=suffix)
+        for check in (lambda: datasets.prompts(source), lambda: check_source("data.prompts", "prompts", source)):
+            with pytest.raises(SalsaError, match=f"; the separator of a {suffix} file must be a {word}$"):
+                check()
 
     @kinds
     def test_a_file_that_is_gone(self, tmp_path: Path, kind: str) -> None:
@@ -411,8 +433,8 @@ class TestIds:
         assert [one.id for one in questions(put({"question_id": 9, "prompt": "a"}, {"prompt": "b"}))] == [9, 2]
 
     def test_columns_that_are_no_ids(self, put: Any) -> None:
-        """`id`, and ids that are no number or text, name no question: rows' numbers do, and every row is asked."""
-        rows = [{"id": 7, "prompt": "a"}, {"id": 7, "prompt": "b"}, {"question_id": None, "id": 7, "prompt": "c"}]
+        """`id` names no question: rows' numbers do, and every row is asked."""
+        rows = [{"id": 7, "prompt": "a"}, {"id": 7, "prompt": "b"}, {"id": 7, "prompt": "c"}]
         assert [(one.id, one.turns) for one in questions(put(*rows))] == [(1, ("a",)), (2, ("b",)), (3, ("c",))]
 
     def test_a_texts_own_id_may_come_twice(self, put: Any) -> None:

@@ -331,6 +331,36 @@ def test_the_results_of_an_earlier_version_are_moved(go: Go) -> None:
         check()
 
 
+@pytest.mark.parametrize("name", ["salsa", "seed-0", "stages"])
+def test_a_users_file_is_refused_before_the_results_of_an_earlier_version_are_moved(go: Go, name: str) -> None:
+    """Also by the dry run; afterwards the folder is as it was."""
+    go()
+    for path in (*map(RUN.joinpath, LINKED), RUN / "results.json"):
+        path.unlink()
+    for stage in (RUN / "stages").iterdir():
+        stage.rename(RUN / stage.name)
+    (RUN / "stages").rmdir()
+    (RUN / name).write_text("notes")
+    before = sorted(str(path) for path in RUN.rglob("*"))
+    for words in (("--dry-run",), ()):
+        code, err = go(*words)
+        assert code == 2 and f"{RUN.absolute() / name}: the run's result" in err, err
+        assert sorted(str(path) for path in RUN.rglob("*")) == before
+    (RUN / name).unlink()
+    assert go()[0] == 0
+    check()
+
+
+def test_a_users_file_called_stages(go: Go) -> None:
+    """In a folder without results."""
+    RUN.mkdir(parents=True)
+    (RUN / "stages").write_text("notes")
+    for words in (("--dry-run",), ()):
+        code, err = go(*words)
+        assert code == 2 and f"{RUN.absolute() / 'stages'}: the run's results go into a folder of this name" in err, err
+    assert (RUN / "stages").read_text() == "notes"
+
+
 def test_a_move_that_was_killed_before_its_last_step_is_ended(tmp_path: Path) -> None:
     """All stages are in the temporary folder already."""
     manifest = tmp_path / names.MOVING / "sft" / "seed-0" / ("0" * 12) / MANIFEST

@@ -97,9 +97,11 @@ def find_key(name: str) -> Key | None:
     mappings = [
         key for key in keys.values() if not key.is_section and ("mapping" in key.type or key.type == "see below")
     ]
-    return next(
-        (key for key in mappings if re.match(re.escape(key.name).replace(NAME, "[^ .]+") + r"[.\[]", name)), None
-    )
+    for key in mappings:
+        if found := re.match(re.escape(key.name).replace(NAME, "[^ .]+") + r"[.\[]([^.\]]*)", name):
+            used = EXAMPLES.get(f"{key.name}.{found[1]}") or _used().get(f"{key.name}.{found[1]}")
+            return key if used is None else dataclasses.replace(key, example={found[1]: used})
+    return None
 
 
 def near_keys(name: str, most: int = 5) -> list[str]:
@@ -273,3 +275,5 @@ DETAILS: dict[str, Callable[[], list[str]]] = {
     "ppo.rollout_options": _backends,
 }
 """Key whose values are checked by a table → the table in words."""
+EXAMPLES: dict[str, Any] = {"sweep.scale": {"values": [0.5, 1.0], "seed": 0}}
+"""Key within a mapping → its example, if no bundled recipe has one."""

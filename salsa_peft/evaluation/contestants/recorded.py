@@ -8,7 +8,7 @@ from typing import Any
 
 from salsa_peft.config.schema import Source
 from salsa_peft.data.files import load_rows
-from salsa_peft.data.questions import Question
+from salsa_peft.data.questions import Question, row_id
 from salsa_peft.evaluation.fastchat import file_stem
 from salsa_peft.evaluation.judges.prompts import Verdict
 from salsa_peft.evaluation.judges.stage import Dataset, Judged, Match, judgment_row
@@ -37,7 +37,7 @@ def read_judgments(path: Path, baseline: str | None) -> Judgments:
         for number, row in load_rows(Source(path=str(file))):
             where = f"{file}, row {number}"
             a, b, verdicts = _read(row, baseline, where)
-            identity, turn = str(row.get("question_id", row.get("uid"))), int(row.get("turn", 1))
+            identity, turn = str(row_id(row, number, where)[1]), int(row.get("turn", 1))
             a, b = file_stem(a), file_stem(b)
             found[identity, turn, a, b] = verdicts
             found[identity, turn, b, a] = verdicts[::-1]

@@ -89,12 +89,16 @@ class WeightedReward(Reward):
 
     Weights are not rescaled where a reward does not apply. A reward of weight 0 is only logged; the first such reward is
     the held-out reward, whose mean is logged as `objective/held_out_score` too and read by PPO's guard over_optimization.
-    Raises SalsaError if no reward with a nonzero weight applies to a response.
+    Raises SalsaError if all weights are 0, or if no reward with a nonzero weight applies to a response.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
         self.parts = [Part(*part) for part in parts]
         require(bool(self.parts), "reward: the weighted sum has no rewards; give at least one reward")
+        require(
+            any(part.weight for part in self.parts),
+            "reward: all weights (reward_weights) are 0, so that nothing is optimized; give one reward another weight",
+        )
         name, times = Counter(part.name for part in self.parts).most_common(1)[0]
         require(times == 1, f"reward: {times} rewards have the name {name}; give each reward a name of its own")
 

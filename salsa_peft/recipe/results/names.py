@@ -31,11 +31,19 @@ MOVING = ".stages.tmp"
 
 
 def check_names(run: Path, recipe: Recipe) -> None:
-    """Raise SalsaError if a name of the recipe's results is a file or folder that the run did not make."""
+    """Raise SalsaError if a name of the recipe's results, or `stages`, is something that the run did not make."""
     units = dict.fromkeys(candidates(recipe), "") | result_units(recipe)
-    for name, unit in units.items() if stages_folder(run) != run else ():
+    stages = run / STAGES
+    require(
+        stages.is_dir() or not os.path.lexists(stages),
+        f"{stages}: the run's results go into a folder of this name, but it is a file; move or rename it, or use another"
+        " --output-dir",
+    )
+    moved = _old_stages(run)
+    for name, unit in units.items():
         path, copied = run / name, read_manifest(run / name)  # of a run whose folder was copied with its links followed
-        ours = _target(path) is not None or (copied is not None and (unit or path.name) in copied.get("unit", ""))
+        ours = path in moved or _target(path) is not None
+        ours = ours or (copied is not None and (unit or path.name) in copied.get("unit", ""))
         require(
             ours or name in UNLINKED or not os.path.lexists(path),
             f"{path}: the run's result of this name goes here, but `salsa run` did not make what is there; move or"
@@ -99,16 +107,26 @@ def move_old_stages(run: Path) -> None:
 
     All of them appear in `stages` at once; if this is interrupted, the next run goes on with it.
     """
-    moving = run / MOVING
-    if stages_folder(run) != run and not moving.exists():
+    moving, old = run / MOVING, _old_stages(run)
+    if not old and not moving.exists():
         return
     moving.mkdir(exist_ok=True)
-    for path in run.iterdir():
-        stage = path.is_dir() and path != moving and not path.is_symlink() and not REPLICATE.fullmatch(path.name)
-        if stage and any(KEY_FOLDER.match(one.name) for one in (*path.glob("*"), *path.glob("*/*"))):
-            os.rename(path, moving / path.name)
+    for path in old:
+        os.rename(path, moving / path.name)
     os.rename(moving, run / STAGES)
     say(f"the results of an earlier version of salsa_peft were moved to {run / STAGES}")
+
+
+def _old_stages(run: Path) -> list[Path]:
+    """The folders of stages that a run of an earlier version has beside the report; [] for another run."""
+    if stages_folder(run) != run and not (run / MOVING).exists():
+        return []
+    return [
+        path
+        for path in run.iterdir()
+        if path.is_dir() and path.name != MOVING and not path.is_symlink() and not REPLICATE.fullmatch(path.name)
+        if any(KEY_FOLDER.match(one.name) for one in (*path.glob("*"), *path.glob("*/*")))
+    ]
 
 
 def _listed(run: Path) -> dict[str, dict[str, str]]:

@@ -205,6 +205,11 @@ class TestFastChat:
         rows = [{"question_id": 101, "choices": [{"turns": ["one", "two"]}]}, {"question_id": "x", "choices": [{"turns": ["three"]}]}]  # fmt: skip
         path.write_text("\n".join(map(json.dumps, rows)))
         assert read_references(path) == {"101": ("one", "two"), "x": ("three",)}
+        path.write_text('{"question_id": 101.0, "choices": [{"turns": ["one"]}]}')
+        assert read_references(path) == {"101": ("one",)}
+        path.write_text('{"question_id": null, "choices": [{"turns": ["one"]}]}')
+        with pytest.raises(SalsaError, match=r"gpt-4\.jsonl', row 1, question_id: an id must be .*, not null"):
+            read_references(path)
         path.write_text('{"question_id": 1, "choices": []}')
         with pytest.raises(
             SalsaError, match=r"gpt-4\.jsonl': a row lacks question_id or choices; give FastChat's reference answers"

@@ -520,6 +520,11 @@ class TestSum:
         with pytest.raises(SalsaError, match="the weighted sum has no rewards"):
             rewards.WeightedReward([])
 
+    def test_all_weights_are_zero(self, tokenizer: Any) -> None:
+        one, other = (FunctionReward(fixed(1), tokenizer) for _ in range(2))
+        with pytest.raises(SalsaError, match=r"all weights \(reward_weights\) are 0, so that nothing is optimized"):
+            rewards.WeightedReward([(one, 0.0, "a"), (other, 0, "b")])
+
 
 @pytest.fixture
 def reward_folder(make_base: Any, tmp_path: Path) -> Path:
@@ -700,6 +705,17 @@ class TestRecipe:
         found = load("reward: own_score:f\n", "reward=[adapter, org/rm]", "reward.batch_size=4").recipe.reward
         assert (found.model, found.batch_size) == (["adapter", "org/rm"], 4)
 
+    @pytest.mark.parametrize("guard", ["stop", "warn", "{limit: 3}"])
+    def test_a_guard_without_its_held_out_reward(self, load: Any, guard: str) -> None:
+        """It is refused where the user names it; the default, which only waits for such a reward, is not."""
+        named = f"ppo.guards={{over_optimization: {guard}}}"
+        for text in ("", "reward: own_score:f\n", "reward: [adapter, {model: own_score:f, weight: 0.5}]\n"):
+            with pytest.raises(SalsaError, match=r"ppo\.guards\.over_optimization: never .* no part of weight 0"):
+                load(text, named)
+            load(text)
+            load(text, "ppo.guards={over_optimization: off, length: stop}")
+        assert load("reward: [adapter, {model: own_score:f, weight: 0}]\n", named)
+
     def test_the_resolved_recipe_loads_to_itself(self, load: Any, tmp_path: Path) -> None:
         loaded = load("reward: [adapter, {model: own_score:f, weight: -1}]\n")
         (tmp_path / "again.yaml").write_text(recipe.resolved_yaml(loaded))
@@ -769,6 +785,14 @@ class TestRecipe:
                 r"reward\.model: 2 parts have the name rm; give each its own name: \{model: …, name: …\}",
             ),
             ("reward: {modl: adapter}", "reward.modl: unknown key; did you mean model"),
+            (
+                "reward: [{model: adapter, weight: 0}]",
+                r"reward\.model: all weights are 0, so that nothing is optimized; give one",
+            ),
+            (
+                "reward: [{model: adapter, weight: 0}, {model: own_score:f, weight: 0}]",
+                r"reward\.model: all weights are 0",
+            ),
         ],
     )
     def test_refusals(self, load: Any, text: str, line: str) -> None:

@@ -230,6 +230,8 @@ class TestRewards:
             SalsaPPOTrainer(base, functions[:2], args, PROMPTS)
         with pytest.raises(SalsaError, match="reward_weights: the list of rewards has weights too, in tuples"):
             SalsaPPOTrainer(base, [(functions[0], 1.0)], config(reward_weights=[1.0]), PROMPTS)
+        with pytest.raises(SalsaError, match=r"all weights \(reward_weights\) are 0"):
+            SalsaPPOTrainer(base, functions[:2], config(reward_weights=[0, 0]), PROMPTS)
         alone = SalsaPPOTrainer(base, functions[0], config(reward_weights=[2.0]), PROMPTS)
         assert [part.weight for part in alone.reward.parts] == [2.0]  # type: ignore[attr-defined]
 
