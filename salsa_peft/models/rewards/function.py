@@ -111,10 +111,16 @@ class FunctionReward(Reward):
             " the argument, or give it a default",
         )
         taken = {name: value for name, value in arguments.items() if self.keywords or name in self.takes}
-        scores = self.function(**taken)
-        if inspect.iscoroutine(scores):  # in a new thread, because in a notebook this thread has an event loop
-            with ThreadPoolExecutor(1) as pool:
-                scores = pool.submit(asyncio.run, scores).result()
+        try:
+            scores = self.function(**taken)
+            if inspect.iscoroutine(scores):  # in a new thread, because in a notebook this thread has an event loop
+                with ThreadPoolExecutor(1) as pool:
+                    scores = pool.submit(asyncio.run, scores).result()
+        except Exception as error:
+            messages = not all(isinstance(completion, str) for completion in arguments["completions"])
+            form = "lists of one message, because the prompts are messages" if messages else "text"
+            error.add_note(f"{self._where}: this was raised in the function, whose completions are {form}")
+            raise
         is_list = isinstance(scores, Sized) and not isinstance(scores, str | bytes | Mapping | Set)
         require(is_list, f"{self._where}: it returned {scores!r:.80}; return a list of one score for each response")
         require(

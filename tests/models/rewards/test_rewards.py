@@ -131,6 +131,23 @@ class TestFunction:
         kept(responses, rows)
         assert seen["c"] == ["owl saw <eos>", "owl", "<eos>"]
 
+    def test_its_own_error_says_which_function_and_what_completions_are(self, answered: Any, tokenizer: Any) -> None:
+        """A function for text fails on messages with Python's error, to which a note is added."""
+
+        def words(completions: list[str]) -> list[float]:
+            return [float(len(text.split())) for text in completions]
+
+        responses, rows = answered
+        with pytest.raises(AttributeError, match="has no attribute 'split'") as caught:
+            FunctionReward(words, tokenizer)(responses, rows)
+        (note,) = caught.value.__notes__
+        assert note.startswith("reward function words: ") and note.endswith(
+            "completions are lists of one message, because the prompts are messages"
+        )
+        with pytest.raises(KeyError) as caught_text:
+            FunctionReward(lambda completions: {}["x"], tokenizer)(responses, [{"prompt": "x"}] * 3)
+        assert caught_text.value.__notes__[0].endswith("completions are text")
+
     def test_a_column_that_is_not_there_is_named(self, answered: Any, tokenizer: Any) -> None:
         responses, rows = answered
         with pytest.raises(
