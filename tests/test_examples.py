@@ -16,7 +16,8 @@ EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "python examples/" in path.read_text(encoding="utf-8"))
 FIVE = {"dpo_soup_reference.py", "own_data_recipe.py", "own_judge.py", "ppo_own_reward.py", "soup_of_two.py"}
 MOST_LINES = 40
-NUMBER = re.compile(r"[+−-]?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\w+−-])[+−-]?\d+(?:\.\d+)?")
+"""A number, but not the 0 of seed-0."""
 
 
 def docstring(name: str) -> str:
@@ -54,10 +55,11 @@ def test_it_prints_what_it_says(name: str, workplace: Path) -> None:
         env=os.environ | quiet | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
-    lines = [line.strip() for line in ended.stdout.splitlines()]
+    shown = ended.stdout + ended.stderr
+    lines = [line.strip() for line in shown.splitlines()]
     for line in printed(name):
         alike = [other for other in lines if shape(other) == shape(line)]
-        assert alike, f"{name} printed no line like {line!r}:\n{ended.stdout[-2000:]}"
+        assert alike, f"{name} printed no line like {line!r}:\n{shown[-3000:]}"
         numbers = [[float(found.replace("−", "-")) for found in NUMBER.findall(text)] for text in (line, alike[-1])]
         assert numbers[0] == pytest.approx(numbers[1], abs=0.15, rel=0.5), (line, alike[-1])
 
