@@ -52,6 +52,13 @@ class Question(NamedTuple):
             found += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
         return found
 
+    def for_judge(self, dataset: str, index: int) -> dict[str, Any]:
+        """The question as judges read it, a row of questions.jsonl. index: its position in the set called `dataset`."""
+        return {
+            "dataset": dataset, "index": index, "question_id": self.id, "category": self.category, "messages": self.messages,
+            "turns": list(self.turns), "reference": self.reference,
+        }  # fmt: skip
+
 
 def questions(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None

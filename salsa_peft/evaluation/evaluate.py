@@ -161,19 +161,7 @@ def run(job: Job) -> dict[str, Any]:
     }
     for dataset, given in answers.items():
         fastchat.write_answers(job.folder / "data" / dataset, sets[dataset], given)
-    question_rows = (
-        {
-            "dataset": name,
-            "index": index,
-            "question_id": one.id,
-            "category": one.category,
-            "messages": one.messages,
-            "turns": list(one.turns),
-            "reference": one.reference,
-        }
-        for name, of in sets.items()
-        for index, one in enumerate(of)
-    )
+    question_rows = (one.for_judge(name, index) for name, of in sets.items() for index, one in enumerate(of))
     answer_rows = (
         {"dataset": name, "model": model, **row}
         for name, given in answers.items()

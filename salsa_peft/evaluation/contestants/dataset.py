@@ -18,18 +18,7 @@ def as_dataset(
 
     answers: model → its answers. scores: model → the reward's score of each answer. None: there is no reward.
     """
-    asked = [
-        {
-            "dataset": name,
-            "index": index,
-            "question_id": one.id,
-            "category": one.category,
-            "messages": one.messages,
-            "turns": list(one.turns),
-            "reference": one.reference,
-        }
-        for index, one in enumerate(questions)
-    ]
+    asked = [one.for_judge(name, index) for index, one in enumerate(questions)]
     rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for model, texts in answers.items():
         for index, (question, turns) in enumerate(zip(questions, texts, strict=True)):
