@@ -9,7 +9,7 @@ The soup is the exact mean of the deltas, as that of folders (soup/average.py), 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class AttachedSoup:
     """A soup of adapters of one model, attached to this model as the adapter `name`."""
 
-    model: PeftModel
+    model: PeftModel = field(repr=False)
     adapters: list[str]
     """The members, as the model calls them; without those of weight 0."""
     weights: list[float]

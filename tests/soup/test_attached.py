@@ -101,6 +101,10 @@ class TestMean:
         assert {name: torch.equal(tensor, expected[name]) for name, tensor in weights_of(model).items()} == dict.fromkeys(expected, True)  # fmt: skip
         assert attached.error == pytest.approx(summary["error"]["all"]) and (attached.error > 0.01) == (rank < 8)
 
+    def test_a_notebook_shows_it_without_the_model(self, base, folders: list[Path]) -> None:
+        shown = repr(soup.attach(loaded(base, folders), ["a", "b"], [0.3, 0.7]))
+        assert "weights=[0.3, 0.7], name='soup'" in shown and "\n" not in shown
+
     def test_a_member_of_weight_0_adds_no_rank(self, base, folders: list[Path]) -> None:
         model = loaded(base, folders)
         attached = soup.attach(model, ["a", "b"], [2, 0], normalize=True)
