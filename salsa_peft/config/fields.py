@@ -73,3 +73,8 @@ def join_keys(where: str, key: str) -> str:
     """`where.key`, or `key` alone if `where` is empty. An unprintable or long key is shown by its repr."""
     key = key if key.isprintable() and len(key) <= 80 else short(key)
     return f"{where}.{key}" if where else key
+
+
+def require_seed(key: str, position: int, seeds: int) -> None:
+    """Raise SalsaError unless `position` is a position in sft.seeds. seeds: length of sft.seeds."""
+    require(position < seeds, f"{key}: there is no seed-{position}; sft.seeds has seed-0 to seed-{seeds - 1}")

@@ -1,57 +1,17 @@
-"""The `soup` section, and the KL term's references: a seed's model, a soup, the base, or a path.
+"""The KL term's references: a seed's model, a soup, the base, or a path.
 
 To add a kind of reference that is written as a mapping, add a function and an entry of REFERENCE_KINDS.
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import SEED, STRICT, Count, Positive, is_number, require_unique
-from salsa_peft.config.rewards import FUNCTION, check_function
+from salsa_peft.config.fields import SEED, STRICT, is_number
+from salsa_peft.config.options.soup import Soup
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
-
-
-def require_seed(key: str, position: int, seeds: int) -> None:
-    """Raise SalsaError unless `position` is a position in sft.seeds. seeds: length of sft.seeds."""
-    require(position < seeds, f"{key}: there is no seed-{position}; sft.seeds has seed-0 to seed-{seeds - 1}")
-
-
-@dataclass(config=STRICT, kw_only=True)
-class Soup:
-    """A weighted average of the SFT models of several seeds: θ = Σ w_i θ_i."""
-
-    members: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = dataclasses.field(
-        default_factory=lambda: [0, 1]
-    )
-    """Positions in sft.seeds of the models to average."""
-    weights: list[float] | None = None
-    """One weight per member, summing to 1. None: equal weights. Source: the paper's best soup has two
-    members of weight ½. Example: [0.25, 0.75]."""
-
-    @property
-    def resolved_weights(self) -> list[float]:
-        """The given weights, or equal weights if none are given."""
-        return self.weights if self.weights is not None else [1 / len(self.members)] * len(self.members)
-
-    def check(self, where: str, seeds: int) -> None:
-        """Raise SalsaError for missing or repeated members, and for weights whose number or sum is wrong."""
-        for member in self.members:
-            require_seed(f"{where}.members", member, seeds)
-        require_unique(f"{where}.members", self.members)
-        require(
-            len(self.resolved_weights) == len(self.members),
-            f"{where}.weights: found {len(self.resolved_weights)} weights for {len(self.members)} members; give one"
-            " per member",
-        )
-        total = sum(self.resolved_weights)
-        require(
-            abs(total - 1) < 1e-6,
-            f"{where}.weights: {short(self.resolved_weights)} sum to {total:g}, not 1; scale the weights",
-        )
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -188,67 +148,3 @@ def parse_reference(where: str, value: Any) -> list[Reference]:
     if value in ("base", "soup"):
         return [Reference(label=value, soup=value == "soup")]
     return [Reference(label=value.rstrip("/").rsplit("/", 1)[-1], path=value)]
-
-
-MEASURES = ("sft_loss", "reward")
-MEASURED_STRATEGIES = ("greedy", "learned")
-
-
-@dataclass(config=STRICT, kw_only=True)
-class SoupSection(Soup):
-    """Settings of the soup. linear and slerp use `weights`; greedy and learned choose them by `measure`."""
-
-    strategy: Literal["linear", "slerp", "greedy", "learned"] = "linear"
-    """linear: Σ w_i θ_i. slerp: spherical interpolation between two members' deltas, with t = the second
-    weight. greedy: a member joins the uniform mean if the measure does not get worse. learned: gradient steps on the
-    measure find the weights. Source: linear is the paper's; greedy and learned are of Wortsman et
-    al. (2022)."""
-    measure: str = "sft_loss"
-    """Measure of greedy and learned: sft_loss on data.held_out, reward (mean score of responses to data.prompts), or
-    module:name (a Python function of the model, where higher is better). learned supports sft_loss only."""
-    limit: Count = 128
-    """Number of rows that the measure uses: the first rows of its data."""
-    steps: Count = 20
-    """Number of Adam steps of strategy learned."""
-    step_size: Positive = 0.1
-    """Adam's learning rate for the weights' logits in strategy learned. Source: Wortsman et al. (2022)."""
-    rank: Count | None = None
-    """Rank to which the soup's deltas are compressed; soup.json records the error. None: sum of the members' ranks.
-    Example: 16."""
-
-    @property
-    def uses_measure(self) -> bool:
-        """Whether the weights are chosen by a measure."""
-        return self.strategy in MEASURED_STRATEGIES
-
-    @property
-    def measure_source(self) -> str | None:
-        """Key of the section `data` that the measure reads; None if it reads none or there is no measure."""
-        return {"sft_loss": "held_out", "reward": "prompts"}.get(self.measure) if self.uses_measure else None
-
-    def check(self, where: str, seeds: int) -> None:
-        """Raise SalsaError for options that contradict one another."""
-        super().check(where, seeds)
-        require(
-            self.strategy != "slerp" or len(self.members) == 2,
-            f"{where}.strategy: slerp needs two members, but there are {len(self.members)}; give two, or use linear",
-        )
-        require(
-            self.strategy != "greedy" or self.weights is None,
-            f"{where}.weights: strategy greedy chooses the weights itself; remove the weights {self.weights}",
-        )
-        if not self.uses_measure:
-            return
-        known = self.measure in MEASURES
-        require(
-            known or FUNCTION.match(self.measure) is not None,
-            f"{where}.measure: must be {', '.join(MEASURES)} or module:name (a function of the model), not"
-            f" {self.measure!r:.60}",
-        )
-        require(
-            self.strategy != "learned" or self.measure == "sft_loss",
-            f"{where}.measure: strategy learned needs sft_loss, because {self.measure!r:.60} has no gradient; set"
-            " measure=sft_loss or strategy=greedy",
-        )
-        if not known:
-            check_function(f"{where}.measure", self.measure)

@@ -16,11 +16,12 @@ from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.config.options.search import Search
+from salsa_peft.config.options.soup import SoupSection
 from salsa_peft.config.options.synthetic import Synthetic
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import DPO, GRPO, KTO, PREFERENCE_ALGORITHMS, RLOO
-from salsa_peft.config.references import Reference, SoupSection, parse_reference
+from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import RewardPart, parse_reward
 from salsa_peft.utils.errors import require
 

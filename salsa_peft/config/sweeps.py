@@ -13,9 +13,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.config.fields import MAX_POLICIES, is_number, join_keys, require_unique
+from salsa_peft.config.fields import MAX_POLICIES, is_number, join_keys, require_seed, require_unique
 from salsa_peft.config.options.search import SEED_0
-from salsa_peft.config.references import parse_reference, require_seed
+from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import SFT
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, number_in_name, short

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from salsa_peft.config import sweeps
-from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
+from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_seed, require_unique
 from salsa_peft.config.job import OWN_FILES, unit_of
 from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
-from salsa_peft.config.references import Reference, parse_reference, require_seed
+from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import (
     RewardPart,
     check_classifier_folder,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config.references import MEASURED_STRATEGIES
+from salsa_peft.config.options.soup import MEASURED_STRATEGIES
 from salsa_peft.soup.average import Options, check, soup
 from salsa_peft.soup.member_folders import kind_of, local_members, member_names
 from salsa_peft.soup.strategies import STRATEGIES

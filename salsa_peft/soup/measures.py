@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from salsa_peft.config.references import MEASURES
+from salsa_peft.config.options.soup import MEASURES
 from salsa_peft.config.schema import Generation, Model, Source
 from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import messages_for_template, trained_tokens
