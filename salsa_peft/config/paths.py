@@ -133,6 +133,7 @@ PATHS: dict[str, Callable[[Any, str], Any]] = {
     "sft.from_": _model_paths,
     "synthetic.function": function_with_folder,
     "soup.measure": function_with_folder,
+    "soup.start": partial(_references, bare=False),
     "model.base": _model_path,
     "model.chat_template": _template,
     "data.*": _source,

@@ -89,6 +89,12 @@ def _check_existing_seeds(recipe: Recipe) -> None:
             _check_weights(f"sft.from[{index}]", path, recipe)
 
 
+def _check_soup_start(recipe: Recipe) -> None:
+    """Raise SalsaError unless soup.start is the base, a seed, or a usable adapter or checkpoint."""
+    if recipe.soup.start != "base" and recipe.soup.start_seed is None:
+        _check_weights("soup.start", recipe.soup.start, recipe)
+
+
 def _check_weights(where: str, path: str, recipe: Recipe) -> None:
     """Raise SalsaError unless `path` can be an adapter or, in a run with full weights, a checkpoint."""
     adapters = recipe.adapter is not None
@@ -439,7 +445,7 @@ def _check_required(recipe: Recipe) -> None:
 
 TRAINED = ("sft", "reward", "ppo")
 CHECKS: tuple[Callable[[Recipe], None], ...] = (
-    _check_existing_seeds, _check_reward, _check_synthetic, _check_lengths, _check_policies, _check_landscape, _check_evaluate,
+    _check_existing_seeds, _check_soup_start, _check_reward, _check_synthetic, _check_lengths, _check_policies, _check_landscape, _check_evaluate,
     _check_hub, _check_required, check_files, _check_dtype, _check_mode, _check_sharded,
 )  # fmt: skip
 """Checks across sections. They run all, so each must work with a recipe that another one rejects."""

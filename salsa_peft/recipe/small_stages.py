@@ -54,17 +54,21 @@ def soup(job: Job) -> dict[str, Any]:
     section, full = job.recipe.soup, job.recipe.adapter is None
     names = [f"seed-{member}" for member in section.members]
     folders, partial = [job.inputs[f"sft/{name}"] for name in names], job.folder / "partial"
+    start = job.inputs.get(f"sft/{section.start}", section.start)  # a seed of the recipe, or a folder or Hub id
     summary = average(
         partial,
         folders,
         section.resolved_weights,
         names=names,
         strategy=section.strategy,
+        per=section.per,
+        start=start,
+        scale=section.scale,
         measure=recipe_measure(job, folders) if section.uses_measure else None,
         steps=section.steps,
         step_size=section.step_size,
         rank=section.rank,
-        base=StageContext.of_job(job).folder if full else None,
+        base=StageContext.of_job(job).folder if full and section.start == "base" else None,
     )
     bases = {read_fingerprint(folder) for folder in folders}
     if full and len(bases) == 1 and None not in bases:  # a soup of adapters already has a fingerprint

@@ -250,9 +250,14 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
     fields: dict[str, Any] = {"members": members, "weights": section.resolved_weights}
     if section.strategy != "linear" or section.rank is not None:
         fields |= {"strategy": section.strategy, "rank": section.rank}
+    seed = section.start_seed
+    start = section.start if section.start == "base" or seed is not None else builder.path(section.start)
+    found = {"per": section.per, "start": start, "scale": section.scale}
+    fields |= found if found != {"per": "model", "start": "base", "scale": 1.0} else {}
+    inputs = [*members, *([] if seed is None else [_seed(seed)])]
     if not section.uses_measure:
         full = recipe.adapter is None  # a soup of checkpoints reads the base, to measure the members' distance from it
-        return [builder.unit("soup", fields | ({"model": builder.model()} if full else {}), *members, toy=full)]
+        return [builder.unit("soup", fields | ({"model": builder.model()} if full else {}), *inputs, toy=full)]
     fields |= {
         "measure": builder.function(section.measure) if ":" in section.measure else section.measure,
         "settings": [section.limit, section.steps, section.step_size],
@@ -262,7 +267,7 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
     builder.libraries |= {*TEXT}
     if section.measure == "reward":
         fields |= {"reward": builder.reward(), "generation": asdict(recipe.generation)}
-    return [builder.unit("soup", fields, *(_reward(recipe) if section.measure == "reward" else []), *members)]
+    return [builder.unit("soup", fields, *(_reward(recipe) if section.measure == "reward" else []), *inputs)]
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
