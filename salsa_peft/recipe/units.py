@@ -252,8 +252,9 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
         fields |= {"strategy": section.strategy, "rank": section.rank}
     seed = section.start_seed
     start = section.start if section.start == "base" or seed is not None else builder.path(section.start)
-    found = {"per": section.per, "start": start, "scale": section.scale}
-    fields |= found if found != {"per": "model", "start": "base", "scale": 1.0} else {}
+    defaults = {"per": "model", "start": "base", "scale": 1.0, "density": None, "drop_seed": None}
+    given = {name: start if name == "start" else getattr(section, name) for name in defaults}
+    fields |= given if given != defaults else {}
     inputs = [*members, *([] if seed is None else [_seed(seed)])]
     if not section.uses_measure:
         full = recipe.adapter is None  # a soup of checkpoints reads the base, to measure the members' distance from it
