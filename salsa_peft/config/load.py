@@ -32,7 +32,7 @@ from salsa_peft.utils.messages import IS_REQUIRED, did_you_mean, explain_validat
 
 ATOMIC = {"reference", "controls"}
 """Keys whose value a later layer replaces as a whole: {soup: …} merged with {shrunk: …} would be no valid reference."""
-NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"), ("evaluate", "controls"), ("revisions",))
+NAMED = (("policies",), ("soups",), ("sweep",), ("evaluate", "prompts"), ("evaluate", "controls"), ("revisions",))
 """Keys of mappings from names to values. A null in a later layer removes the name from the mapping."""
 SOURCE_KEYS = {field.name for field in dataclasses.fields(Source)}
 RECIPE_TYPE = TypeAdapter(Recipe)

@@ -18,6 +18,7 @@ from salsa_peft.recipe import cache, commits, run
 from salsa_peft.recipe.estimates import hours
 from salsa_peft.recipe.estimates.hardware import Gpu
 from salsa_peft.recipe.results.files import REPORT
+from salsa_peft.recipe.units import in_order
 from salsa_peft.utils.console import say, wrapped
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.hub import Repository
@@ -41,7 +42,8 @@ ONE_SEED = ("toy", "synthetic", "ppo", *ALGORITHMS)
 def replicate(recipe: Recipe, number: int) -> Recipe:
     """The recipe of one replicate. Replicate 0 has the recipe's own seeds; the others have larger ones."""
     sections = {name: section for name in ONE_SEED if (section := getattr(recipe, name)) is not None}
-    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *(section.seed for section in sections.values())])
+    own = [policy.overrides["seed"] for policy in recipe.policies.values() if "seed" in policy.overrides]
+    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *own, *(section.seed for section in sections.values())])
     shift = number * STRIDE * (1 + largest // STRIDE)
 
     def moved(seed: int) -> int:
@@ -53,6 +55,12 @@ def replicate(recipe: Recipe, number: int) -> Recipe:
     for name in ("sft", "reward"):
         section = getattr(recipe, name)
         changed[name] = dataclasses.replace(section, seeds=[moved(seed) for seed in section.seeds])
+    changed["policies"] = {
+        name: dataclasses.replace(policy, overrides={**policy.overrides, "seed": moved(policy.overrides["seed"])})
+        if "seed" in policy.overrides
+        else policy
+        for name, policy in recipe.policies.items()
+    }
     return dataclasses.replace(recipe, replicates=1, **changed)
 
 
@@ -118,7 +126,7 @@ def cost(recipe: Recipe, folder: Path, stages: dict[str, run.Stage], gpu: Gpu | 
     unknown: dict[str, None] = {}
     for number in range(recipe.replicates):
         one = replicate(recipe, number)
-        units = [unit for stage in stages.values() for unit in stage.units(one, stage.run)]
+        units = in_order(unit for stage in stages.values() for unit in stage.units(one, stage.run))
         for planned in cache.plan(units, replicate_folder(folder, number)).values():
             known = measured.get(planned.unit.stage)
             seconds = sum(known) / len(known) if known else hours.seconds(one, planned.unit, gpu)

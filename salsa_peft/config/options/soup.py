@@ -1,31 +1,43 @@
 """The `soup` section: members, weights, and the strategy that chooses the weights."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import STRICT, Count, Positive, require_seed, require_unique
+from salsa_peft.config.fields import SEED, STRICT, Count, Positive, require_seed, require_unique
 from salsa_peft.config.rewards import FUNCTION, check_function
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
+Member = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
+"""A member of a soup: a position in sft.seeds, or a model's name."""
 MEASURES = ("sft_loss", "reward")
 MEASURED_STRATEGIES = ("greedy", "learned")
 
 
+def named(members: Sequence[Member] | None) -> list[str]:
+    """The members' names; a position N in sft.seeds is seed-N."""
+    return [f"seed-{member}" if isinstance(member, int) else member for member in members or ()]
+
+
 @dataclass(config=STRICT, kw_only=True)
 class Soup:
-    """A weighted average of the SFT models of several seeds: θ = Σ w_i θ_i."""
+    """A weighted average of several models: θ = Σ w_i θ_i."""
 
-    members: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = dataclasses.field(
-        default_factory=lambda: [0, 1]
-    )
-    """Positions in sft.seeds of the models to average."""
+    members: Annotated[list[Member], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0, 1])
+    """The models to average: positions in sft.seeds, or names: seed-N, a policy, another soup, the folder or Hub id of
+    an adapter (full weights: of a checkpoint). Example: [ppo, salsa]."""
     weights: list[float] | None = None
     """One weight per member, summing to 1. None: equal weights. Source: the paper's best soup has two
     members of weight ½. Example: [0.25, 0.75]."""
+
+    @property
+    def names(self) -> list[str]:
+        """The members' names; a position N in sft.seeds is seed-N."""
+        return named(self.members)
 
     @property
     def resolved_weights(self) -> list[float]:
@@ -34,9 +46,10 @@ class Soup:
 
     def check(self, where: str, seeds: int) -> None:
         """Raise SalsaError for missing or repeated members, and for weights whose number or sum is wrong."""
-        for member in self.members:
-            require_seed(f"{where}.members", member, seeds)
-        require_unique(f"{where}.members", self.members)
+        for name in self.names:
+            if seed := SEED.match(name):
+                require_seed(f"{where}.members", int(seed[1]), seeds)
+        require_unique(f"{where}.members", self.names)
         require(
             len(self.resolved_weights) == len(self.members),
             f"{where}.weights: found {len(self.resolved_weights)} weights for {len(self.members)} members; give one"
