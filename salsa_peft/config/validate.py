@@ -128,6 +128,7 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
         " remove sync_every or set accelerate=ddp",
     )
     if algorithm == "ppo":
+        recipe.ppo.check_references("ppo.", f"{where}: ", len(references))
         return
     require(
         not sync or recipe.adapter is not None,

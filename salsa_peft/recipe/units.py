@@ -6,6 +6,7 @@ unit again: `evaluate` is in no policy's key (except the prompts that ppo.eval_p
 versions of the libraries that the unit uses, and of no others.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.job import Unit, policy_id, unit_of
+from salsa_peft.config.options.mixture import ReferenceMixture
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
@@ -36,6 +38,8 @@ STAGE_LIBRARIES = {
     "evaluate": (*LIBRARIES, *TEXT),
 }
 """Stage → libraries whose versions are in the keys of all its units; for other stages LIBRARIES."""
+LATER_OPTIONS = {field.name: field.default for field in dataclasses.fields(ReferenceMixture)}
+"""Options of ppo that are in a policy's key only if they are set → default, so that older versions' keys stay the same."""
 DEMONSTRATIONS, PREFERENCES = "data/demonstrations", "data/preferences"
 """Ids of the units that tokenize training data."""
 
@@ -294,6 +298,9 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
         # the result does not depend on them: a guard that stops leaves an unfinished unit, which other guards may resume
         fields["ppo"] |= {"save_steps": None, "shown_every": None, "guards": None}
         del fields["ppo"]["log_completions"], fields["ppo"]["num_completions_to_print"]
+        for option, default in LATER_OPTIONS.items():
+            if fields["ppo"][option] == default:
+                del fields["ppo"][option]
         inputs += ["reward_quality"] if recipe.measures_reward else []  # for a warning
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
     return builder.unit(algorithm, fields, _seed(0), *inputs, *_of_references(references), name=name)
