@@ -66,7 +66,7 @@ def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
     for reference in references:
         _check_reference(f"policies.{name}.reference", reference, recipe)
     _check_own_settings(name, policy, recipe)
-    _check_algorithm(f"policies.{name}", policy, references, recipe)
+    _check_algorithm(f"policies.{name}", policy, references, recipe_of_policy(recipe, name))
 
 
 def _check_own_settings(name: str, policy: Policy, recipe: Recipe) -> None:
@@ -217,6 +217,7 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
         " remove sync_every or set accelerate=ddp",
     )
     if algorithm == "ppo":
+        recipe.ppo.check_references("ppo.", f"{where}: ", len(references))
         return
     require(
         not sync or recipe.adapter is not None,

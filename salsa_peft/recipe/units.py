@@ -6,6 +6,7 @@ unit again: `evaluate` is in no policy's key (except the prompts that ppo.eval_p
 versions of the libraries that the unit uses, and of no others.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from typing import Any
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import SEED
 from salsa_peft.config.job import Unit, recipe_of_policy, unit_of
+from salsa_peft.config.options.mixture import ReferenceMixture
 from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.options.soup import SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS
@@ -39,6 +41,8 @@ STAGE_LIBRARIES = {
     "evaluate": (*LIBRARIES, *TEXT),
 }
 """Stage → libraries whose versions are in the keys of all its units; for other stages LIBRARIES."""
+LATER_OPTIONS = {field.name: field.default for field in dataclasses.fields(ReferenceMixture)}
+"""Options of ppo that are in a policy's key only if they are set → default, so that older versions' keys stay the same."""
 DEMONSTRATIONS, PREFERENCES = "data/demonstrations", "data/preferences"
 """Ids of the units that tokenize training data."""
 
@@ -321,6 +325,9 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
         # the result does not depend on them: a guard that stops leaves an unfinished unit, which other guards may resume
         fields["ppo"] |= {"save_steps": None, "shown_every": None, "guards": None}
         del fields["ppo"]["log_completions"], fields["ppo"]["num_completions_to_print"]
+        for option, default in LATER_OPTIONS.items():
+            if fields["ppo"][option] == default:
+                del fields["ppo"][option]
         inputs += ["reward_quality"] if recipe.measures_reward else []  # for a warning
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
     start = _models(recipe, [policy.start])
