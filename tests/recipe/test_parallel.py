@@ -102,8 +102,11 @@ def test_ctrl_c_stops_all_and_each_resumes(here: Path) -> None:
         line = process.stderr.readline()
         assert line, "the command ended early"
         pids += [int(found[1]) for found in [re.search(r"pid (\d+)", line)] if found]
+    began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said = process.stderr.read()
+    assert time.monotonic() - began < 60, "the stages were not stopped, but waited for"
+    assert "[replicate-0] stopped" not in said, "the command ends the replicates, the signal does not"
     assert process.wait(30) == 130
     assert said.splitlines()[-1] == "stopped; run the same command again to continue" and "Traceback" not in said
     assert all(_gone(pid) for pid in pids)
