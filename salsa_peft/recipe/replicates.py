@@ -23,7 +23,7 @@ from salsa_peft.recipe.estimates.hardware import gpus as gpus_here
 from salsa_peft.recipe.parallel import room
 from salsa_peft.recipe.parallel.pool import Task, run_together
 from salsa_peft.recipe.processes import StageError
-from salsa_peft.recipe.results.files import REPORT
+from salsa_peft.recipe.results.files import REPORT, show_headline
 from salsa_peft.utils.console import say, wrapped
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
@@ -152,7 +152,7 @@ def join(folder: Path) -> None:
     from salsa_peft.report.joined import write_joined
     from salsa_peft.report.replicates.runs import read_runs
 
-    write_joined(folder, read_runs([folder]))
+    show_headline(write_joined(folder, read_runs([folder])))
     print(folder / REPORT, flush=True)
 
 
