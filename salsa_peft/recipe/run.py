@@ -6,7 +6,6 @@ The command is recipe/__main__.py. torch is not imported.
 import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +20,9 @@ from salsa_peft.data.check import check_every_row
 from salsa_peft.recipe import cache, processes, units
 from salsa_peft.recipe.commits import keep_commits, unknown_commits
 from salsa_peft.recipe.estimates import disk, hardware, hours
-from salsa_peft.recipe.results.files import REPORT, copy_report
+from salsa_peft.recipe.results.files import REPORT, copy_report, show_headline
 from salsa_peft.recipe.results.names import check_names, forget_removed, move_old_stages, update_names, withdraw_names
-from salsa_peft.utils.console import columns, say
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked, read_json, timestamp, write_atomic
 from salsa_peft.utils.hub import Repository
@@ -170,12 +169,7 @@ def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str
 def _show_report(report: Path, run: Path) -> None:
     """Copy the report's files into the run's folder, and print its headline and the path of report.html."""
     copy_report(report, run)
-    summary = read_json(report / "summary.json")
-    lines: list[str] = summary.get("console", [])  # a report of an earlier version has no such lines
-    if sys.stderr.isatty() and columns(sys.stderr) < max(map(len, lines), default=0):
-        lines = summary.get("narrow_console", lines)
-    for line in lines:
-        say(line)
+    show_headline(read_json(report / "summary.json"))
     print(run / REPORT, flush=True)
 
 
