@@ -24,6 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 from salsa_peft.config import paths, sweeps, validate
 from salsa_peft.config.keys.problems import Layer, Problems
 from salsa_peft.config.keys.unknown import split_unknown
+from salsa_peft.config.options.rewarded_soups import expand_rewarded_soups
+from salsa_peft.config.options.warp import expand_warp
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
@@ -123,7 +125,7 @@ def _checked(
     Raises SalsaError for the mistakes in `problems` and those found here.
     """
     with problems.collecting():
-        data = sweeps.expand_search(sweeps.expand_sweeps(data))
+        data = sweeps.expand_search(expand_rewarded_soups(expand_warp(sweeps.expand_sweeps(data))))
     recipe = _typed({key: value for key, value in data.items() if key != "sweep"}, problems)
     problems.report()
     assert recipe is not None

@@ -16,12 +16,14 @@ from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
 from salsa_peft.config.options.policy import Policy
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
+from salsa_peft.config.options.rewarded_soups import RewardedSoups
 from salsa_peft.config.options.search import Search
 from salsa_peft.config.options.soup import Member, SoupSection, named
 from salsa_peft.config.options.synthetic import Synthetic
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import DPO, GRPO, KTO, PREFERENCE_ALGORITHMS, RLOO
+from salsa_peft.config.options.warp import Warp
 from salsa_peft.config.rewards import RewardPart, parse_reward
 from salsa_peft.utils.errors import require
 
@@ -370,6 +372,11 @@ class Recipe:
     """Settings of policies with algorithm grpo."""
     policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
     """Name of each policy → the policy."""
+    warp: Warp | None = None
+    """WARP: policies and soups of them, written into `policies` and `soups` when the recipe is read. None: no such."""
+    rewarded_soups: RewardedSoups | None = None
+    """Rewarded soups: policies and soups of them, written into `policies` and `soups` when the recipe is read. None: no
+    such."""
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
     """Scores on a line and a plane through the SFT models. None: no landscape stage."""
     generation: Generation = dataclasses.field(default_factory=Generation)
@@ -413,6 +420,11 @@ class Recipe:
         """Hub id → revision of all models of this recipe whose revision is known, the base included."""
         base, revision = self.model.base, self.model.revision
         return {**self.revisions, **({base: revision} if base is not None and revision is not None else {})}
+
+    @property
+    def measures_parts(self) -> bool:
+        """Whether each part of reward.model is a measure of its own, because a policy has a reward of its own."""
+        return any(policy.reward is not None for policy in self.policies.values())
 
     @property
     def sharded(self) -> bool:

@@ -390,7 +390,8 @@ def _check_reward(recipe: Recipe) -> None:
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
         require(
-            part.weight != 0 or part.name not in ("reward", "gold" if recipe.toy is not None else "reward"),
+            (part.weight != 0 and not recipe.measures_parts)
+            or part.name not in ("reward", "gold" if recipe.toy is not None else "reward"),
             f"reward.model: a part of weight 0 is a measure of its own in the evaluation, which has another measure named"
             f" {part.name}; give the part another name: {{model: …, weight: 0, name: …}}",
         )

@@ -45,13 +45,17 @@ PARTIAL = "partial"
 
 
 def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward | HeldOut]:
-    """Name of a measure → its reward: `reward`, each part of weight 0 by its own name, and the toy data's `gold`."""
+    """Name of a measure → its reward: `reward`, each part of weight 0 by its own name, and the toy data's `gold`.
+
+    If a policy has a reward of its own, all parts are measured.
+    """
     recipe = job.recipe
     reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)
     rewards: dict[str, Reward | HeldOut] = {"reward": reward}
     if isinstance(reward, WeightedReward) and any(part.weight for part in reward.parts):
         rewards["reward"] = WeightedReward([part for part in reward.parts if part.weight])
-        rewards |= {part.name: HeldOut(part.reward) for part in reward.parts if not part.weight}
+        own = [part for part in reward.parts if recipe.measures_parts or not part.weight]
+        rewards |= {part.name: HeldOut(part.reward) for part in own}
     if recipe.toy is not None:
         from salsa_peft.data.toy_language import gold
 

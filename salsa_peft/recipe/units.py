@@ -351,6 +351,8 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
         "reward": builder.reward(),
         "generation": asdict(recipe.generation),
     }
+    if recipe.measures_parts:
+        fields["measures_parts"] = True
     return [builder.unit("landscape", fields, *_reward(recipe), *_models(recipe, landscape.names))]
 
 
@@ -374,6 +376,8 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     if controls:
         fields["controls"] = {name: builder.reference(reference) for name, reference in controls.items()}
         references += controls.values()
+    if recipe.measures_parts:
+        fields["measures_parts"] = True
     models = _models(recipe, [*recipe.soups, *recipe.policies])
     inputs = [_seed(0), "soup", *_of_references(recipe, references), *_reward(recipe), *models]
     return [builder.unit("evaluate", fields, *inputs)]
