@@ -109,12 +109,14 @@ def _check_soups(recipe: Recipe) -> None:
         section.check(where, len(recipe.sft.seeds))
         for name in section.names:
             _check_model(f"{where}.members", name, recipe)
+        if section.start != "base":
+            _check_model(f"{where}.start", section.start, recipe)
     _check_circles(recipe)
 
 
 def _check_circles(recipe: Recipe) -> None:
     """Raise SalsaError if a soup or policy is made from itself, directly or through others."""
-    made_from = {"soup": recipe.soup.names, **{name: section.names for name, section in recipe.soups.items()}}
+    made_from = {"soup": recipe.soup.reads, **{name: section.reads for name, section in recipe.soups.items()}}
     for name, policy in recipe.policies.items():
         references = [read for one in policy.references(f"policies.{name}") for read in one.reads]
         made_from[name] = [policy.start, *references]

@@ -54,17 +54,21 @@ def soup(job: Job) -> dict[str, Any]:
     section, full = job.recipe.soup, job.recipe.adapter is None
     names = section.names
     folders, partial = [model_folder(job.recipe, job.inputs, name) for name in names], job.folder / "partial"
+    start = section.start if section.start == "base" else model_folder(job.recipe, job.inputs, section.start)
     summary = average(
         partial,
         folders,
         section.resolved_weights,
         names=names,
         strategy=section.strategy,
+        per=section.per,
+        start=start,
+        scale=section.scale,
         measure=recipe_measure(job, folders) if section.uses_measure else None,
         steps=section.steps,
         step_size=section.step_size,
         rank=section.rank,
-        base=StageContext.of_job(job).folder if full else None,
+        base=StageContext.of_job(job).folder if full and section.start == "base" else None,
     )
     bases = {read_fingerprint(folder) for folder in folders}
     if full and len(bases) == 1 and None not in bases:  # a soup of adapters already has a fingerprint

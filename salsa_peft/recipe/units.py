@@ -279,9 +279,12 @@ def _soup(recipe: Recipe, run: str, stage: str, section: SoupSection, name: str 
         fields["order"] = [int("/" in name) for name in section.names]
     if section.strategy != "linear" or section.rank is not None:
         fields |= {"strategy": section.strategy, "rank": section.rank}
+    found = {"per": section.per, "start": builder.path(section.start), "scale": section.scale}
+    fields |= found if found != {"per": "model", "start": "base", "scale": 1.0} else {}
+    inputs = _models(recipe, section.reads)
     if not section.uses_measure:
         full = recipe.adapter is None  # a soup of checkpoints reads the base, to measure the members' distance from it
-        return builder.unit(stage, fields | ({"model": builder.model()} if full else {}), *members, name=name, toy=full)
+        return builder.unit(stage, fields | ({"model": builder.model()} if full else {}), *inputs, name=name, toy=full)
     fields |= {
         "measure": builder.function(section.measure) if ":" in section.measure else section.measure,
         "settings": [section.limit, section.steps, section.step_size],
@@ -292,7 +295,7 @@ def _soup(recipe: Recipe, run: str, stage: str, section: SoupSection, name: str 
     if section.measure == "reward":
         fields |= {"reward": builder.reward(), "generation": asdict(recipe.generation)}
     reward = _reward(recipe) if section.measure == "reward" else []
-    return builder.unit(stage, fields, *reward, *members, name=name)
+    return builder.unit(stage, fields, *reward, *inputs, name=name)
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:

@@ -56,7 +56,11 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
             yield from (ExternalModel(where, path, REFERENCE) for path in reference.paths)
     soups = {"soup": recipe.soup, **{f"soups.{name}": section for name, section in recipe.soups.items()}}
     for where, section in soups.items():
-        yield from (ExternalModel(f"{where}.members", name, REFERENCE) for name in section.names if "/" in name)
+        yield from (
+            ExternalModel(f"{where}.{'members' if name in section.names else 'start'}", name, REFERENCE)
+            for name in section.reads
+            if "/" in name
+        )
     for part in recipe.reward.parts:
         if part.kind == "classifier":
             yield ExternalModel("reward.model", part.value, REWARD)
