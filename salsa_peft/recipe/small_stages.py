@@ -46,15 +46,15 @@ def data(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """Average the models of the seeds in soup.members into one ordinary PEFT adapter or checkpoint."""
-    from salsa_peft.models.stage_context import StageContext
+    """Average the members of the soup that the unit names into one ordinary PEFT adapter or checkpoint."""
+    from salsa_peft.models.stage_context import StageContext, model_folder
     from salsa_peft.soup.average import soup as average
     from salsa_peft.soup.measures import recipe_measure
 
     section, full = job.recipe.soup, job.recipe.adapter is None
-    names = [f"seed-{member}" for member in section.members]
-    folders, partial = [job.inputs[f"sft/{name}"] for name in names], job.folder / "partial"
-    start = job.inputs.get(f"sft/{section.start}", section.start)  # a seed of the recipe, or a folder or Hub id
+    names = section.names
+    folders, partial = [model_folder(job.recipe, job.inputs, name) for name in names], job.folder / "partial"
+    start = section.start if section.start == "base" else model_folder(job.recipe, job.inputs, section.start)
     summary = average(
         partial,
         folders,

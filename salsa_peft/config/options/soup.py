@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -13,6 +14,8 @@ from salsa_peft.config.rewards import FUNCTION, check_function
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
+Member = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
+"""A member of a soup: a position in sft.seeds, or a model's name."""
 MEASURES = ("sft_loss", "reward")
 MEASURED_STRATEGIES = ("greedy", "learned")
 """The strategies that maximize a measure on held-out data."""
@@ -73,17 +76,26 @@ def check_strategy(where: str, options: StrategyOptions) -> None:
     )
 
 
+def named(members: Sequence[Member] | None) -> list[str]:
+    """The members' names; a position N in sft.seeds is seed-N."""
+    return [f"seed-{member}" if isinstance(member, int) else member for member in members or ()]
+
+
 @dataclass(config=STRICT, kw_only=True)
 class Soup:
-    """A weighted average of the SFT models of several seeds: θ = Σ w_i θ_i."""
+    """A weighted average of several models: θ = Σ w_i θ_i."""
 
-    members: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = dataclasses.field(
-        default_factory=lambda: [0, 1]
-    )
-    """Positions in sft.seeds of the models to average."""
+    members: Annotated[list[Member], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0, 1])
+    """The models to average: positions in sft.seeds, or names: seed-N, a policy, another soup, the folder or Hub id of
+    an adapter (full weights: of a checkpoint). Example: [ppo, salsa]."""
     weights: list[float] | None = None
     """One weight per member, summing to 1. None: equal weights. Source: the paper's best soup has two
     members of weight ½. Example: [0.25, 0.75]."""
+
+    @property
+    def names(self) -> list[str]:
+        """The members' names; a position N in sft.seeds is seed-N."""
+        return named(self.members)
 
     @property
     def resolved_weights(self) -> list[float]:
@@ -92,9 +104,10 @@ class Soup:
 
     def check(self, where: str, seeds: int) -> None:
         """Raise SalsaError for missing or repeated members, and for weights whose number or sum is wrong."""
-        for member in self.members:
-            require_seed(f"{where}.members", member, seeds)
-        require_unique(f"{where}.members", self.members)
+        for name in self.names:
+            if seed := SEED.match(name):
+                require_seed(f"{where}.members", int(seed[1]), seeds)
+        require_unique(f"{where}.members", self.names)
         require(
             len(self.resolved_weights) == len(self.members),
             f"{where}.weights: found {len(self.resolved_weights)} weights for {len(self.members)} members; give one"
@@ -146,10 +159,9 @@ class SoupSection(Soup):
     Example: 16."""
 
     @property
-    def start_seed(self) -> int | None:
-        """Position in sft.seeds of the start; None if the start is no seed of the recipe."""
-        found = SEED.match(self.start)
-        return None if found is None else int(found[1])
+    def reads(self) -> list[str]:
+        """Names of the models that the soup is made from: its members and its start, unless that is the base."""
+        return [*self.names, *([] if self.start == "base" else [self.start])]
 
     @property
     def uses_measure(self) -> bool:
@@ -165,8 +177,6 @@ class SoupSection(Soup):
         """Raise SalsaError for options that contradict one another."""
         super().check(where, seeds)
         check_strategy(f"{where}.", self)
-        if self.start_seed is not None:
-            require_seed(f"{where}.start", self.start_seed, seeds)
         require(
             self.strategy not in ("slerp", "model_stock") or len(self.members) > 1,
             f"{where}.strategy: {self.strategy} needs at least two members, but there is one; add one, or use linear",
