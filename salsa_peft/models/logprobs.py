@@ -262,8 +262,17 @@ def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor | None, head: H
         part = slice(start, start + CHUNK)
         masked = None if forbidden is None else forbidden[part]
         policy = log_distribution(hidden[part], head, masked)
-        difference = policy - log_distribution(reference[part], reference_head, masked)
-        if masked is not None:  # forbidden tokens add nothing
-            difference.masked_fill_(policy == -torch.inf, 0.0)
-        kl[part] = (policy.exp_() * difference).sum(-1)
+        other = log_distribution(reference[part], reference_head, masked)
+        kl[part] = distribution_kl(policy, other, masked=masked is not None)
     return kl
+
+
+def distribution_kl(policy: Tensor, reference: Tensor, *, masked: bool) -> Tensor:
+    """KL (n,) of a policy to a reference from their log-probs (n, V); the policy's are overwritten.
+
+    masked: whether there are tokens with log-probs of −∞ in both, which add nothing.
+    """
+    difference = policy - reference
+    if masked:
+        difference.masked_fill_(policy == -torch.inf, 0.0)
+    return (policy.exp_() * difference).sum(-1)

@@ -24,6 +24,7 @@ from salsa_peft.recipe.parallel import room
 from salsa_peft.recipe.parallel.pool import Task, run_together
 from salsa_peft.recipe.processes import StageError
 from salsa_peft.recipe.results.files import REPORT, show_headline
+from salsa_peft.recipe.units import in_order
 from salsa_peft.utils.console import say, wrapped
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
@@ -48,7 +49,8 @@ ONE_SEED = ("toy", "synthetic", "ppo", *ALGORITHMS)
 def replicate(recipe: Recipe, number: int) -> Recipe:
     """The recipe of one replicate. Replicate 0 has the recipe's own seeds; the others have larger ones."""
     sections = {name: section for name in ONE_SEED if (section := getattr(recipe, name)) is not None}
-    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *(section.seed for section in sections.values())])
+    own = [policy.overrides["seed"] for policy in recipe.policies.values() if "seed" in policy.overrides]
+    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *own, *(section.seed for section in sections.values())])
     shift = number * STRIDE * (1 + largest // STRIDE)
 
     def moved(seed: int) -> int:
@@ -60,6 +62,12 @@ def replicate(recipe: Recipe, number: int) -> Recipe:
     for name in ("sft", "reward"):
         section = getattr(recipe, name)
         changed[name] = dataclasses.replace(section, seeds=[moved(seed) for seed in section.seeds])
+    changed["policies"] = {
+        name: dataclasses.replace(policy, overrides={**policy.overrides, "seed": moved(policy.overrides["seed"])})
+        if "seed" in policy.overrides
+        else policy
+        for name, policy in recipe.policies.items()
+    }
     return dataclasses.replace(recipe, replicates=1, **changed)
 
 
@@ -179,7 +187,7 @@ def cost(recipe: Recipe, folder: Path, stages: dict[str, run.Stage], gpu: Gpu | 
     unknown: dict[str, None] = {}
     for number in range(recipe.replicates):
         one = replicate(recipe, number)
-        units = [unit for stage in stages.values() for unit in stage.units(one, stage.run)]
+        units = in_order(unit for stage in stages.values() for unit in stage.units(one, stage.run))
         for planned in cache.plan(units, replicate_folder(folder, number)).values():
             known = measured.get(planned.unit.stage)
             seconds = sum(known) / len(known) if known else hours.seconds(one, planned.unit, gpu)

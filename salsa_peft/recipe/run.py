@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from salsa_peft.config.job import Job, Unit
+from salsa_peft.config.job import Job, Unit, recipe_of_unit
 from salsa_peft.config.judge import check_ready
 from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.paths import is_local
@@ -51,6 +51,7 @@ STAGES = {
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, resumes=True, trains=True),
     "reward_quality": Stage("salsa_peft.evaluation.reward_quality:run", units.reward_quality_units),
     "soup": Stage("salsa_peft.recipe.small_stages:soup", units.soup_units),
+    "soups": Stage("salsa_peft.recipe.small_stages:soup", units.further_soup_units),
     "ppo": Stage("salsa_peft.training.ppo_stage:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
     "dpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["dpo"], resumes=True),
     "kto": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["kto"], resumes=True),
@@ -87,7 +88,7 @@ def run(
     finished. report_of: the command of the run that `salsa report` reports; its results may be outdated by an upgrade.
     """
     recipe = loaded.recipe
-    work = [unit for stage in stages.values() for unit in stage.units(recipe, stage.run)]
+    work = units.in_order(unit for stage in stages.values() for unit in stage.units(recipe, stage.run))
     asked = {unit.id for unit in work} if only is None else selected(work, only, "--stages")
     forced = selected(work, force, "--force")
 
@@ -186,7 +187,9 @@ def _run_unit(
         say(f"{unit.id} … {planned.why}: {'starting again' if earlier is None else 'resuming'}")
     started = timestamp()
     inputs = {name: plan[name].folder for name in unit.inputs}
-    job = Job(recipe=recipe, unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml)
+    job = Job(
+        recipe=recipe_of_unit(recipe, unit), unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml
+    )
     withdraw_names(folder, planned.folder)
     log = folder / "logs" / f"{unit.id.replace('/', '-')}.log"
     result, job, halved = _run_job(job, planned, plan, earlier, log, debug)

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from salsa_peft.config.fields import Count, NonNegative, Positive, require_multiple
 from salsa_peft.config.options.guards import parse_guards
+from salsa_peft.config.options.mixture import ReferenceMixture
 from salsa_peft.config.options.rollout import check_rollout_options
 from salsa_peft.utils.errors import require
 
@@ -28,7 +29,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(kw_only=True)
-class PPOOptions:
+class PPOOptions(ReferenceMixture):
     """Options of PPO. Those that TRL's PPOConfig (1.12) has too are named as there.
 
     A plain dataclass, from which the recipe's `ppo` section and `SalsaPPOConfig` inherit.
@@ -210,6 +211,7 @@ class PPOOptions:
         """Raise SalsaError for options that contradict one another. `prefix` starts the keys in messages."""
         parse_guards(self.guards, f"{prefix}guards")
         self._check_critic(prefix)
+        self.check_mixture(prefix)
         require(
             not self.log_completions or self.shown_every is not None,
             f"{prefix}log_completions: has no effect with shown_every null; set shown_every to a number of updates",

@@ -23,6 +23,7 @@ TITLES = {
     "sft": "SFT seeds",
     "reward": "reward model",
     "soup": "soup of the seeds",
+    "soups": "other soups",
     "evaluate": "answers of all models, and their scores",
 }
 """Stage → what its results are. The results of all other stages are policies."""

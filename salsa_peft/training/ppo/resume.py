@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from array import array
@@ -20,12 +21,14 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from salsa_peft.config.options.mixture import ReferenceMixture
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo.guards.monitor import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles
+from salsa_peft.training.ppo.mixture.weights import ReferenceWeights
 from salsa_peft.training.ppo.rollout import Rollout, on_cpu
 from salsa_peft.training.ppo.state import PPOState
 from salsa_peft.training.references import FrozenReference
@@ -53,6 +56,8 @@ CHANGEABLE = (
     "importance_sampling_clip_min", "bf16",
 )  # fmt: skip
 """Options that may change on resume; changes are printed."""
+LATER = {field.name: field.default for field in dataclasses.fields(ReferenceMixture)}
+"""Options that must match on resume and that older checkpoints lack → the default, which they had."""
 LORA_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 """Options of the policy's LoraConfig that must match on resume."""
 SAMPLE = 4096
@@ -79,6 +84,7 @@ class RunCheckpoints:
     """How weights are sharded, which must match on resume because the optimizer's files depend on it."""
     state: PPOState
     scale: RunningScale
+    weights: ReferenceWeights
     guards: GuardMonitor
     logs: LogFiles
     partial: Path | None = None
@@ -147,6 +153,7 @@ class RunCheckpoints:
             "options": changeable_options(self.args, self.reward),
             **self.state.state_dict(),
             "scale": [self.scale.count, self.scale.mean, self.scale.squares],
+            "reference_weights": self.weights.learned,
             "watch": self.guards.state_dict(),
             "logs": self.logs.sync(),
         }
@@ -208,6 +215,7 @@ class RunCheckpoints:
         if (checkpoint / REFERENCES).is_file():
             reference_sync.load_state_dict(self.policy, self.references, lora.read_tensors(checkpoint / REFERENCES))
         self.scale.count, self.scale.mean, self.scale.squares = saved["scale"]
+        self.weights.learned = saved.get("reference_weights", self.weights.learned)  # earlier versions had none
         self.guards.load_state_dict(saved["watch"])
         if self.accelerator.is_main_process:
             self._restore_logs(checkpoint, saved["logs"])
@@ -236,13 +244,14 @@ class RunCheckpoints:
 def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
     """The REQUIRED options as name → value, and whether value_head_learning_rate is set.
 
-    With that option the value head has its own parameter group in the optimizer's state. num_generations and
-    value_warmup_updates count only where they have an effect, because older checkpoints lack them.
+    With that option the value head has its own parameter group in the optimizer's state. Options that older checkpoints
+    lack count only where they have an effect.
     """
     own = args.value_head_learning_rate is not None
     found = {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
     found["num_generations"] = args.num_generations if args.value == "group" else None
-    return found | {"value_warmup_updates": args.value_warmup_updates or None}
+    found["value_warmup_updates"] = args.value_warmup_updates or None
+    return found | {key: value if (value := vars(args)[key]) != default else None for key, default in LATER.items()}
 
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:

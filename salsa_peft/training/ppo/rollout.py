@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, packs_rows
 from salsa_peft.models.batches import tokens_per_pass
 from salsa_peft.models.generation import Recording, row_seeds
-from salsa_peft.models.logprobs import Head, full_kl, head_of
+from salsa_peft.models.logprobs import Head, head_of
 from salsa_peft.models.precision import autocast_as
 from salsa_peft.models.responses import (
     ForwardBatch,
@@ -39,7 +40,8 @@ from salsa_peft.models.sharding import engine_of, gather_weights, gathered
 from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import Backend
-from salsa_peft.training.ppo.losses import KL_ESTIMATORS
+from salsa_peft.training.ppo.mixture.kl import ReferenceKL
+from salsa_peft.training.ppo.mixture.weights import ReferenceWeights, score_gradient
 from salsa_peft.training.ppo.prompts import Prompt
 from salsa_peft.training.references import FrozenReference, place_frozen_models
 from salsa_peft.training.stopping import Interrupted
@@ -70,6 +72,8 @@ class Rollout(NamedTuple):
     """Log-probs that the sampler reported; None without importance_sampling_correction."""
     importance_weights: Tensor | None = None
     """Weights of the policy loss; None without importance_sampling_correction."""
+    reference_gradient: Tensor | None = None
+    """Gradient (K,) of the references' weights; None unless they are learned."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the batch by name, including those of the responses."""
@@ -107,6 +111,7 @@ class RolloutMaker:
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
         self.device_contexts = place_frozen_models(references, reward, args)
+        self.weights = ReferenceWeights(args, [reference.label for reference in self.references])
         world = accelerator.num_processes
         rows = args.rollout_batch_size or -(-args.batch_size // world)
         # two, because an out-of-memory error in scoring, whose batches have few rows, does not limit sampling
@@ -142,9 +147,9 @@ class RolloutMaker:
             sequences = Sequences(responses, args.min_new_tokens)
             given = recorded if args.old_logprobs == "rollout" else None
             largest = max(map(len, self._score_batches(sequences)))
-            logprobs, entropy, *found, kl = self.scoring_limit.run(lambda: self._score(sequences, given), largest)
+            tables = self.scoring_limit.run(lambda: self._score(sequences, given, self.weights.at(update)), largest)
             scores = self._reward_scores(responses, sequences, [prompt.row for prompt in prompts])
-        values = found[0] if found else None  # None without a critic
+        logprobs, entropy, kl, values, reference_logprobs = tables
         made = {"scores": scores, "logprobs": logprobs, **({} if values is None else {"values": values}), "kl": kl}
         numbers = torch.stack([first_not_finite(tensor) for tensor in made.values()]).tolist()
         named = {NAMES[name]: number for name, number in zip(made, numbers, strict=True)}
@@ -161,6 +166,9 @@ class RolloutMaker:
         self.model.train()
         advantages = losses.whiten(credit.advantages, mask)
         rollout = Rollout(responses, logprobs, credit.values, kl, entropy, scores, advantages, credit.returns)
+        if reference_logprobs is not None:
+            gradient = score_gradient(shaped, reference_logprobs, mask, args.responses_per_prompt)
+            rollout = rollout._replace(reference_gradient=gradient)
         return with_importance_weights(rollout, recorded[0], args) if args.corrects_sampling and recorded else rollout
 
     def _start_value_bias(self, values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
@@ -220,11 +228,10 @@ class RolloutMaker:
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
 
-    def _score(self, sequences: Sequences, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Log-probs, entropies, the critic's values and KL of responses, (B, T) each.
-
-        recorded: what _score_part is given.
-        """
+    def _score(
+        self, sequences: Sequences, recorded: tuple[Tensor, ...] | None, weights: Sequence[float]
+    ) -> ScoredTables:
+        """Score responses with policy, critic and references. recorded: what _score_part is given."""
         packed, parts = packs_rows(self.model.policy), self._score_batches(sequences)
         head, states, columns, cells = self.head(), [], [], []
         for rows in parts:
@@ -235,11 +242,14 @@ class RolloutMaker:
             states.append(kept)
             columns.append(own)
             cells.append(batch.cells)
-        kls = self._kl(sequences, parts, states, [logprobs for logprobs, *_ in columns])
-        mine = [(cell, torch.stack([*own, kl])) for cell, own, kl in zip(cells, columns, kls, strict=True)]
+        kls = self._kl(sequences, parts, states, [logprobs for logprobs, *_ in columns], weights)
+        mine = [(cell, torch.stack([*own, *kl])) for cell, own, kl in zip(cells, columns, kls, strict=True)]
         found = self._gathered(mine)
         cell, table = torch.cat([cell for cell, _ in found]), torch.cat([columns for _, columns in found], dim=1)
-        return tuple(sequences.table(cell, column) for column in table)
+        logprobs, entropy, *rest = (sequences.table(cell, column) for column in table)
+        values = rest.pop(0) if self.args.has_critic else None
+        kl, *references = rest
+        return ScoredTables(logprobs, entropy, kl, values, torch.stack(references) if references else None)
 
     def _score_batches(self, sequences: Sequences) -> list[list[int]]:
         """Row indices of each forward pass in which this process scores."""
@@ -278,26 +288,35 @@ class RolloutMaker:
 
     def _kl(
         self, sequences: Sequences, parts: Sequence[list[int]], states: Sequence[Tensor | None],
-        logprobs: Sequence[Tensor],
-    ) -> list[Tensor]:  # fmt: skip
-        """KL averaged over the references (paper eq. 5), (n,) for each batch of rows in `parts`.
+        logprobs: Sequence[Tensor], weights: Sequence[float],
+    ) -> list[list[Tensor]]:  # fmt: skip
+        """KL to the references (mixture/kl.py), (n,) for each batch of rows in `parts`.
 
-        Each reference scores all batches before the next one does, so that at most one offloaded reference is on the
-        device.
+        With learned weights, the references' log-probs (n,) follow it. Each reference scores all batches before the next
+        one does, so that at most one offloaded reference is on the device.
         """
-        args, head, totals = self.args, self.head(), [torch.zeros_like(own) for own in logprobs]
+        args, head, learned = self.args, self.head(), self.args.reference_weights_step is not None
+        kls = [
+            ReferenceKL(args, weights, head, own, policy, keeps_logprobs=learned)
+            for own, policy in zip(logprobs, states, strict=True)
+        ]
         for reference, on_device in zip(self.references, self.device_contexts, strict=True):
             model, reference_head = self.model.policy, head
-            computed = autocast_as(self.model.policy, reference.model)
-            with on_device(), self.accelerator.autocast(), computed, lora.active(self.model.policy, reference.adapter):
+            precision = partial(autocast_as, self.model.policy, reference.model)
+            with (
+                on_device(),
+                self.accelerator.autocast(),
+                precision(),
+                lora.active(self.model.policy, reference.adapter),
+            ):
                 if reference.model is not None:
                     model, reference_head = reference.model, self.head(reference.model)
                 packed = packs_rows(model)
-                for total, rows, own, policy in zip(totals, parts, logprobs, states, strict=True):
+                for kl, rows in zip(kls, parts, strict=True):
                     batch = sequences.forward_batch(rows, packed=packed)
-                    found = response_states(model, batch)
-                    total += kl_to_reference(policy, own, found, batch, head, reference_head, args.kl_estimator)
-        return [total / len(self.references) for total in totals]
+                    kl.add(response_states(model, batch), batch, reference_head, precision)
+        with self.accelerator.autocast():
+            return [[kl.kl(), *(kl.logprobs_of if learned else [])] for kl in kls]
 
     def reward_metrics(self) -> dict[str, float]:
         """Metrics other than scores that the reward recorded for the last batch, averaged over all processes."""
@@ -351,6 +370,18 @@ class RolloutMaker:
         save_file(on_cpu(batch), folder / "batch.safetensors")
 
 
+class ScoredTables(NamedTuple):
+    """What policy, critic and references say of the responses, (B, T) each and 0 outside the mask."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+    values: Tensor | None
+    """The critic's values; None without a critic."""
+    reference_logprobs: Tensor | None
+    """Log-probs of the K references, (K, B, T); None unless their weights are learned."""
+
+
 def first_not_finite(tensor: Tensor) -> Tensor:
     """The first number of a tensor that is NaN or infinite, as a tensor (); its first number if all are finite."""
     return tensor.take((~tensor.isfinite()).flatten().int().argmax())
@@ -401,15 +432,3 @@ def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConf
     if args.missing_eos_penalty is not None:
         scores = scores - args.missing_eos_penalty * (~responses.finished).float()
     return scores
-
-
-def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, batch: ForwardBatch,
-                    head: Head, reference_head: Head, estimator: str) -> Tensor:  # fmt: skip
-    """KL to a reference at each response token, (n,). reference: the reference's response_states (n, H).
-
-    policy: the policy's response_states (n, H), which only the estimator `full` needs.
-    """
-    if estimator == "full":
-        assert policy is not None
-        return full_kl(policy, reference, batch.forbidden, head, reference_head)
-    return KL_ESTIMATORS[estimator](policy_logprobs, response_logprobs(reference, batch, reference_head).logprobs)

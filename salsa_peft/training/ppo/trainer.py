@@ -80,8 +80,8 @@ class SalsaPPOTrainer(HubTrainer):
       or messages for the chat template) or `input_ids`; whole rows are passed to reward functions.
     - processing_class: the tokenizer; None for that of the model's name.
     - quantization_config, peft_config: to load the model in 4 bits, and to train a new adapter on it.
-    - references: see `references.as_references`; the KLs to them are averaged (paper eq. 5). None: the policy at its
-      start. ref_model: the same for a single reference.
+    - references: see `references.as_references`; of several, args.reference_mean and reference_weights make one KL. None:
+      the policy at its start. ref_model: the same for a single reference.
 
     Raises SalsaError if arguments do not fit together.
     """
@@ -114,6 +114,7 @@ class SalsaPPOTrainer(HubTrainer):
             model, one_reward(reward_funcs, reward), args, processing_class, reward_processing_classes,
             quantization_config, peft_config, references, ref_model,
         )  # fmt: skip
+        args.check_references("", "", len(self.references))
         self.policy_name = str(model.active_adapter) if isinstance(model, PeftModel) else None
         for part in self.reward.components():
             part.micro_batch_tokens = args.micro_batch_tokens
@@ -173,7 +174,7 @@ class SalsaPPOTrainer(HubTrainer):
         self.checkpoints = RunCheckpoints(
             args, self.accelerator, policy.policy, self.policy_name, self.references, self.reward, self.train_dataset,
             f"by ZeRO-3 over {args.world_size}" if self.is_deepspeed_enabled else self.sharded,
-            self.ppo, self.rollout_maker.scale, self.guards, self.logs,
+            self.ppo, self.rollout_maker.scale, self.rollout_maker.weights, self.guards, self.logs,
         )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
@@ -367,12 +368,14 @@ class SalsaPPOTrainer(HubTrainer):
         return exceeds or ppo.stopped_early
 
     def end_update(self) -> None:
-        """End an update: sync references, write logs, check the guards, and adapt β to the KL."""
+        """End an update: sync references, write logs, check the guards, adapt β to the KL, and learn references' weights."""
         args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
         assert rollout is not None
         row = metrics(rollout, ppo, args.batch_size) | sampling_metrics(rollout, args) | ppo.reward_metrics
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
+        weights = self.rollout_maker.weights
+        row |= weights.metrics(ppo.update, rollout.reference_gradient)
         row["lr"] = self._get_learning_rate()
         if self.is_world_process_zero():
             written = self.logs.write(row, rollout, args, self.processing_class)
@@ -391,6 +394,8 @@ class SalsaPPOTrainer(HubTrainer):
         seconds = time.perf_counter() - ppo.started
         tokens = row["objective/response_length"] * args.batch_size
         self.log({**row, "seconds": seconds, "tokens_per_second": tokens / seconds})  # these two differ in every run
+        if rollout.reference_gradient is not None and not ppo.trains_critic_only(args):
+            weights.learn(rollout.reference_gradient)
         if args.kl_control == "adaptive" and not ppo.trains_critic_only(args):
             ppo.kl_coef = losses.adapt_kl_coef(
                 ppo.kl_coef, row["objective/kl"], target=args.kl_target, horizon=args.kl_horizon,

@@ -113,11 +113,12 @@ def test_every_checkpoint_leads_to_the_same_end(make_run: Any, tmp_path: Path, f
         {"value": "group", "num_train_epochs": 0.25},
         {"value_warmup_updates": 1, "num_train_epochs": 1},
         {"value": "adapter", "num_train_epochs": 1},
+        {"references": ["seed-0", "soup"], "reference_mean": "geometric", "reference_weights_step": 1.0},
     ],
     ids=str,
 )
-def test_other_critics(make_run: Any, tmp_path: Path, options: dict[str, Any]) -> None:
-    """From within an update and from its end; another size of the groups is refused."""
+def test_other_critics_and_references(make_run: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    """From within an update and from its end; another size of the groups, and another step of the weights, is refused."""
     first = make_run("a", save_steps=1, save_total_limit=None, **options)
     first.train()
     expected, last = digests(first), first.state.global_step
@@ -136,6 +137,11 @@ def test_other_critics(make_run: Any, tmp_path: Path, options: dict[str, Any]) -
     if options.get("value") == "group":
         with pytest.raises(SalsaError, match="num_generations was 4 and is 2 now, so this run cannot be resumed"):
             make_run("a", **options, num_generations=2).train(resume_from_checkpoint=True)
+    if "references" in options:
+        with pytest.raises(
+            SalsaError, match=r"reference_weights_step was 1\.0 and is 0\.5 now, so this run cannot be resumed"
+        ):
+            make_run("a", **options | {"reference_weights_step": 0.5}).train(resume_from_checkpoint=True)
 
 
 def test_another_micro_batch_goes_on_with_the_same_global_batches(

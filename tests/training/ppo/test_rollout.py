@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from salsa_peft.config.options.ppo import Sampling
+from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import hidden_states
 from salsa_peft.models.generation import generate, generate_batches, row_seeds
@@ -23,7 +24,7 @@ from salsa_peft.models.responses import (
     response_states,
 )
 from salsa_peft.training.ppo import losses
-from salsa_peft.training.ppo.rollout import kl_to_reference
+from salsa_peft.training.ppo.mixture.kl import ReferenceKL
 
 SAMPLING = Sampling(max_new_tokens=8)
 PAD, BOS, EOS = 0, 1, 2
@@ -302,8 +303,11 @@ class TestLogprobs:
         logp = {name: response_logprobs(hidden, batch, head).logprobs for name, hidden in states.items()}
 
         def kl(name: str, estimator: str) -> Tensor:
-            own = states["policy"]
-            return kl_to_reference(own, logp["policy"], states[name], batch, head, head, estimator).detach()
+            options = PPOOptions(kl_estimator=estimator)  # type: ignore[arg-type]
+            with torch.no_grad():
+                found = ReferenceKL(options, [1.0], head, logp["policy"], states["policy"])
+                found.add(states[name], batch, head, contextlib.nullcontext)
+                return found.kl()
 
         for estimator, estimate in losses.KL_ESTIMATORS.items():
             torch.testing.assert_close(kl("a", estimator), estimate(logp["policy"], logp["a"]))

@@ -55,6 +55,8 @@ def test_each_optimizer_step_waits_once_and_each_epoch_shuffles_once(update: Any
     "options",
     [
         {"kl_estimator": "full", "references": ["soup", "seed-0", "base"]},
+        {"reference_mean": "geometric", "references": ["soup", "seed-0", "base"]},
+        {"reference_mean": "arithmetic", "reference_weights_step": 0.1, "references": ["soup", "seed-0", "base"]},
         {"value": "adapter", "reward": "reward"},
         {"full": True},
         {"value": "none"},
