@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import STRICT, NonNegative
-from salsa_peft.config.options.warp import with_made
+from salsa_peft.config.options.warp import section_of, with_made
 from salsa_peft.utils.messages import number_in_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -55,10 +55,7 @@ def expand_rewarded_soups(data: dict[str, Any]) -> dict[str, Any]:
 
     Values of the wrong type are left for the schema to report.
     """
-    try:
-        section = TypeAdapter(RewardedSoups | None).validate_python(data.get("rewarded_soups"), strict=True)
-    except ValidationError:
-        return data
+    section = section_of(data, "rewarded_soups", RewardedSoups)
     if section is None:
         return data
     first, second = section.rewards

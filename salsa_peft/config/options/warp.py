@@ -1,7 +1,8 @@
 """The section `warp`, and the policies and soups that it stands for (WARP, Ramé et al., 2024, arXiv 2406.16768)."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -9,6 +10,8 @@ from pydantic.dataclasses import dataclass
 from salsa_peft.config.fields import STRICT, Count, NonNegative
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import number_in_name
+
+Section = TypeVar("Section")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -49,10 +52,7 @@ def expand_warp(data: dict[str, Any]) -> dict[str, Any]:
 
     Values of the wrong type are left for the schema to report.
     """
-    try:
-        warp = TypeAdapter(Warp | None).validate_python(data.get("warp"), strict=True)
-    except ValidationError:
-        return data
+    warp = section_of(data, "warp", Warp)
     if warp is None:
         return data
     adapter, ppo = data.get("adapter"), data.get("ppo")
@@ -83,6 +83,14 @@ def expand_warp(data: dict[str, Any]) -> dict[str, Any]:
         name = f"warp-eta-{number_in_name(eta)}"
         soups[name] = {"members": [warp.start, "warp"], "weights": [round(1 - eta, 12), eta]}
     return with_made(data, "warp", policies, soups)
+
+
+def section_of(data: dict[str, Any], key: str, kind: type[Section]) -> Section | None:
+    """A section of a recipe's settings; None if there is none, or if a value has the wrong type."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(data.get(key)), strict=True)
+    except (ValidationError, TypeError, ValueError):
+        return None
 
 
 def with_made(data: dict[str, Any], section: str, policies: dict[str, Any], soups: dict[str, Any]) -> dict[str, Any]:
