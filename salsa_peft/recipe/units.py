@@ -279,8 +279,9 @@ def _soup(recipe: Recipe, run: str, stage: str, section: SoupSection, name: str 
         fields["order"] = [int("/" in name) for name in section.names]
     if section.strategy != "linear" or section.rank is not None:
         fields |= {"strategy": section.strategy, "rank": section.rank}
-    found = {"per": section.per, "start": builder.path(section.start), "scale": section.scale}
-    fields |= found if found != {"per": "model", "start": "base", "scale": 1.0} else {}
+    defaults = {"per": "model", "start": "base", "scale": 1.0, "density": None, "drop_seed": None}
+    given = {option: getattr(section, option) for option in defaults} | {"start": builder.path(section.start)}
+    fields |= given if given != defaults else {}
     inputs = _models(recipe, section.reads)
     if not section.uses_measure:
         full = recipe.adapter is None  # a soup of checkpoints reads the base, to measure the members' distance from it
