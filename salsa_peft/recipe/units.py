@@ -6,7 +6,6 @@ unit again: `evaluate` is in no policy's key (except the prompts that ppo.eval_p
 versions of the libraries that the unit uses, and of no others.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import Any
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.job import Unit, policy_id, unit_of
-from salsa_peft.config.options.mixture import ReferenceMixture
+from salsa_peft.config.options.ppo import LATER_OPTIONS
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
@@ -38,8 +37,6 @@ STAGE_LIBRARIES = {
     "evaluate": (*LIBRARIES, *TEXT),
 }
 """Stage → libraries whose versions are in the keys of all its units; for other stages LIBRARIES."""
-LATER_OPTIONS = {field.name: field.default for field in dataclasses.fields(ReferenceMixture)}
-"""Options of ppo that are in a policy's key only if they are set → default, so that older versions' keys stay the same."""
 DEMONSTRATIONS, PREFERENCES = "data/demonstrations", "data/preferences"
 """Ids of the units that tokenize training data."""
 
