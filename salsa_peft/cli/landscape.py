@@ -109,8 +109,8 @@ def measure_all(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[
     measure, name = command_measure(args, folders, kind), args.measure.rsplit(":", 1)[-1]
     accepted()
 
-    def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
-        value = measure([weights.get(position, 0.0) for position in range(len(folders))])
+    def score(weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        value = measure([weights.get(member, 0.0) for member in names])
         return {name: {"mean": value, "low": value, "high": value}}  # a measure gives one number without an interval
 
     found = measure_points(points(section, names), score, "landscape")

@@ -3,6 +3,7 @@
 The pages are made in report/page.py and report/joined.py.
 """
 
+import math
 import os
 import shlex
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from salsa_peft.config.load import bundled_names
 from salsa_peft.recipe.__main__ import main as run_recipe
+from salsa_peft.recipe.results.files import show_headline
 from salsa_peft.utils.console import complain
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.manifests import replicate_folders
@@ -20,11 +22,12 @@ from salsa_peft.utils.messages import one_line
 if TYPE_CHECKING:
     from salsa_peft.report.replicates.runs import Run
 
-HELP = """usage: salsa report RUN [RUN …] [--claims] | --paper
+HELP = """usage: salsa report RUN [RUN …] [--claims | --difference D] | --paper
 
   salsa report RUN                             write the report of a finished run again, given its folder
   salsa report RUN RUN … [--output-dir DIR]    write one report of several runs (default: joined/ beside the first run)
   salsa report RUN [RUN …] --claims            print the paper's claims over the runs' replicates, as a Markdown table
+  salsa report RUN [RUN …] --difference D      print how many replicates a difference D of two models needs
   salsa report RECIPE --lora …                 write the report of a finished run again, given `salsa run`'s arguments
   salsa report --paper                         show the paper's Tables 1 to 5, with intervals and contradictions"""
 NO_RUN = "not the folder of a run, since it has no recipe.yaml; check the path"
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--paper" in words:
             require(words == ["--paper"], "--paper: takes no other arguments")
             return _paper()
+        if "--difference" in words:
+            return _difference(words)
         if "--claims" in words:
             return _claims([word for word in words if word != "--claims"])
         names = _names(words)
@@ -113,7 +118,7 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SalsaError(f"--output-dir: {out} cannot be created ({error.strerror}); choose another folder") from error
-    write_joined(out, found)
+    show_headline(write_joined(out, found))
     print(out / "report.html", flush=True)
     return 0
 
@@ -131,6 +136,32 @@ def _claims(names: Sequence[str]) -> int:
     for name, runs in replicates(_read(names)):
         table = rows(claims([Replicate.of(run.report) for run in runs]))
         print(f"## {name}: {len(runs)} replicate{'s' * (len(runs) > 1)}\n\n{as_markdown(table)}\n", flush=True)
+    return 0
+
+
+def _difference(words: Sequence[str]) -> int:
+    """Print how many replicates a given difference of the headline's comparisons needs."""
+    at = words.index("--difference")
+    names, value = [*words[:at], *words[at + 2 :]], next(iter(words[at + 1 : at + 2]), "")
+    wrong = next((name for name in names if name.startswith("-")), None)
+    require(wrong is None, f"--difference: does not work with {wrong}; give a number and the folders of runs only")
+    try:
+        difference = float(value)
+    except ValueError:
+        difference = math.nan
+    require(
+        0 < difference < math.inf, f"--difference: {value or 'nothing'} is no positive number; give one such as 0.02"
+    )
+    require(bool(names), "--difference: give the folder of a run with replicates, or of several runs of one recipe")
+    from salsa_peft.report import findings
+    from salsa_peft.report.joined import replicates
+    from salsa_peft.report.replicates import power
+    from salsa_peft.report.replicates.scored import scored
+
+    for name, runs in replicates(_read(names)):
+        require(len(runs) > 1, f"{name}: a spread over replicates needs at least 2 finished ones, and there is 1")
+        rows = power.table(findings.comparisons(scored([run.report for run in runs])))
+        print("\n".join([f"{name}: {len(runs)} replicates", *power.given_difference(rows, difference)]), flush=True)
     return 0
 
 

@@ -1,16 +1,18 @@
 """Field types of the recipe's sections, and small checks that they share."""
 
+import dataclasses
 import functools
+import json
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import describe, short
+from salsa_peft.utils.messages import describe, explain_validation_error, short
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
@@ -78,3 +80,19 @@ def join_keys(where: str, key: str) -> str:
 def require_seed(key: str, position: int, seeds: int) -> None:
     """Raise SalsaError unless `position` is a position in sft.seeds. seeds: length of sft.seeds."""
     require(position < seeds, f"{key}: there is no seed-{position}; sft.seeds has seed-0 to seed-{seeds - 1}")
+
+
+def with_overrides(section: Any, overrides: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """A section with those of its settings that `overrides` names changed, and the overrides of other names.
+
+    Raises SalsaError, with the key in `where`, for a value of the wrong type.
+    """
+    names = {field.name for field in dataclasses.fields(section)}
+    own = {name: value for name, value in overrides.items() if name in names}
+    content = {**dataclasses.asdict(section), **own}
+    try:
+        changed = TypeAdapter(type(section)).validate_json(json.dumps(content), strict=True) if own else section
+    except ValidationError as error:
+        key, message = explain_validation_error(dict(error.errors(include_url=False)[0]))
+        raise SalsaError(f"{where}.{key}: {message}") from None
+    return changed, {name: value for name, value in overrides.items() if name not in names}

@@ -1,11 +1,14 @@
 """Unit, Job (the argument of a stage's function), and the names of a run's results. Imports no torch."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from salsa_peft.config.fields import with_overrides
+from salsa_peft.config.rewards import reweighted
 from salsa_peft.config.schema import Recipe
-from salsa_peft.utils.errors import require
+from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, short
 
 
@@ -41,7 +44,7 @@ class Job:
     """Argument of the function that does the work of a unit."""
 
     recipe: Recipe
-    """The resolved recipe."""
+    """The resolved recipe, as `recipe_of_unit` returns it."""
     unit: Unit
     """The work to do."""
     folder: Path
@@ -69,13 +72,13 @@ OWN_FILES = (
 def result_units(recipe: Recipe) -> dict[str, str]:
     """Name of each of a run's results → id of its unit.
 
-    The names are toy (the embedded world: its base and data), seed-N, reward, soup, those of the policies, answers (all
-    models' answers to the questions) and report.
+    The names are toy (the embedded world: its base and data), seed-N, reward, soup, those of the other soups and of the
+    policies, answers (all models' answers to the questions) and report.
     """
     found = {"toy": "toy"} if recipe.toy is not None else {}
     found |= {f"seed-{position}": f"sft/seed-{position}" for position in range(len(recipe.sft.seeds))}
     found |= {"reward": "reward"} if recipe.reward.trained else {}
-    found |= {"soup": "soup"}
+    found |= {"soup": "soup", **{name: f"soups/{name}" for name in recipe.soups}}
     found |= {name: policy_id(recipe, name) for name in recipe.policies}
     return found | {"answers": "evaluate", "report": "report"}
 
@@ -85,11 +88,42 @@ def policy_id(recipe: Recipe, name: str) -> str:
     return f"{recipe.policies[name].algorithm}/{name}"
 
 
+def recipe_of_unit(recipe: Recipe, unit: Unit) -> Recipe:
+    """The recipe with a unit's own settings in its sections: those of a policy, or in `soup` those of one of `soups`."""
+    if unit.stage == "soups":
+        return dataclasses.replace(recipe, soup=recipe.soups[unit.name])
+    return recipe_of_policy(recipe, unit.name) if unit.multi_unit and unit.name in recipe.policies else recipe
+
+
+def recipe_of_policy(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the settings of one policy in its sections: kl_coef, reward and overrides.
+
+    Raises SalsaError for an override that is unknown or has the wrong type, and for a reward that reward.model lacks.
+    """
+    policy, where = recipe.policies[name], f"policies.{name}"
+    changed: dict[str, Any] = {}
+    section, rest = with_overrides(getattr(recipe, policy.algorithm), policy.overrides, f"{where}.overrides")
+    if policy.kl_coef is not None:
+        section = dataclasses.replace(section, kl_coef=policy.kl_coef)
+    changed[policy.algorithm] = section
+    if policy.algorithm == "ppo":
+        changed["generation"], rest = with_overrides(recipe.generation, rest, f"{where}.overrides")
+    known = [field.name for part in changed.values() for field in dataclasses.fields(part)]
+    for key in rest:
+        raise SalsaError(f"{where}.overrides.{key}: unknown key; {did_you_mean(key, known)}")
+    if policy.reward is not None:
+        model = reweighted(recipe.reward.parts, policy.reward, f"{where}.reward")
+        changed["reward"] = dataclasses.replace(recipe.reward, model=model)
+    return dataclasses.replace(recipe, **changed)
+
+
 def unit_of(recipe: Recipe, name: str) -> tuple[str, str]:
     """Kind of a result (soup, policy, seed, reward) and id of its unit. Raises SalsaError if unknown."""
     if name in recipe.policies:
         return "policy", policy_id(recipe, name)
+    if name in recipe.soups:
+        return "soup", f"soups/{name}"
     seeds = [f"seed-{position}" for position in range(len(recipe.sft.seeds))]
-    known = ["soup", *recipe.policies, *seeds, *(["reward"] if recipe.reward.trained else [])]
+    known = ["soup", *recipe.soups, *recipe.policies, *seeds, *(["reward"] if recipe.reward.trained else [])]
     require(name in known, f"this recipe has no result {short(name)}; {did_you_mean(name, known, 'results')}")
     return ("seed", f"sft/{name}") if name in seeds else (name, name)

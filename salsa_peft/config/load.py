@@ -24,6 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 from salsa_peft.config import paths, sweeps, validate
 from salsa_peft.config.keys.problems import Layer, Problems
 from salsa_peft.config.keys.unknown import split_unknown
+from salsa_peft.config.options.rewarded_soups import expand_rewarded_soups
+from salsa_peft.config.options.warp import expand_warp
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
@@ -32,7 +34,7 @@ from salsa_peft.utils.messages import IS_REQUIRED, did_you_mean, explain_validat
 
 ATOMIC = {"reference", "controls"}
 """Keys whose value a later layer replaces as a whole: {soup: …} merged with {shrunk: …} would be no valid reference."""
-NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"), ("evaluate", "controls"), ("revisions",))
+NAMED = (("policies",), ("soups",), ("sweep",), ("evaluate", "prompts"), ("evaluate", "controls"), ("revisions",))
 """Keys of mappings from names to values. A null in a later layer removes the name from the mapping."""
 SOURCE_KEYS = {field.name for field in dataclasses.fields(Source)}
 RECIPE_TYPE = TypeAdapter(Recipe)
@@ -123,7 +125,7 @@ def _checked(
     Raises SalsaError for the mistakes in `problems` and those found here.
     """
     with problems.collecting():
-        data = sweeps.expand_search(sweeps.expand_sweeps(data))
+        data = sweeps.expand_search(expand_rewarded_soups(expand_warp(sweeps.expand_sweeps(data))))
     recipe = _typed({key: value for key, value in data.items() if key != "sweep"}, problems)
     problems.report()
     assert recipe is not None

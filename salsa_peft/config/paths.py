@@ -6,11 +6,10 @@ Repositories on the Hub are not checked here. Imports no torch.
 import contextlib
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config.fields import NAME, SEED
+from salsa_peft.config.fields import NAME
 from salsa_peft.config.rewards import function_with_folder, has_template
 from salsa_peft.config.schema import OWN_TEMPLATE, Recipe
 from salsa_peft.utils.errors import SalsaError, require
@@ -95,11 +94,18 @@ def _template(value: Any, folder: str) -> Any:
     return _path(value, folder)
 
 
-def _references(value: Any, folder: str, bare: bool = True) -> Any:
-    """References with absolute paths. bare=False: a word without a slash is a policy's name, not a path."""
+NESTED = ("soup", "stretched", "members")
+"""Keys of a reference that is a mapping, whose values may hold local paths."""
+
+
+def _references(value: Any, folder: str) -> Any:
+    """References with absolute paths. A word without a slash is the name of a model of the run, not a path."""
     if isinstance(value, list):
-        return [_references(entry, folder, bare) for entry in value]
-    named = isinstance(value, str) and (value in ("base", "soup") or SEED.match(value) or not (bare or "/" in value))
+        return [_references(entry, folder) for entry in value]
+    if isinstance(value, dict):  # {soup: {members: […]}}
+        inside = {key: _references(entry, folder) for key, entry in value.items() if key in NESTED}
+        return {**value, **inside}
+    named = isinstance(value, str) and "/" not in value
     return value if named else _model_path(value, folder)
 
 
@@ -132,16 +138,23 @@ PATHS: dict[str, Callable[[Any, str], Any]] = {
     "reward": _reward_section,
     "sft.from_": _model_paths,
     "synthetic.function": function_with_folder,
-    "soup.measure": function_with_folder,
+    **{f"{soup}.measure": function_with_folder for soup in ("soup", "soups.*")},
+    **{f"{soup}.{key}": _references for soup in ("soup", "soups.*") for key in ("members", "start")},
+    "policies.*.start": _references,
+    "warp.start": _references,
+    "rewarded_soups.start": _references,
+    "rewarded_soups.reference": _references,
+    "landscape.line": _references,
+    "landscape.plane": _references,
     "model.base": _model_path,
     "model.chat_template": _template,
     "data.*": _source,
     "policies.*.reference": _references,
     "sweep.*.reference": _references,
     "evaluate.prompts.*": _source,
-    "evaluate.models": partial(_references, bare=False),
+    "evaluate.models": _references,
     "evaluate.controls.*": _references,
-    "evaluate.pairs": partial(_references, bare=False),
+    "evaluate.pairs": _references,
     "evaluate.judge": _judge,
 }
 """Key that may hold local paths (* stands for any name) → function that makes the paths absolute."""

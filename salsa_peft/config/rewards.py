@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from salsa_peft.config.fields import NAME, is_number
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import read_json
-from salsa_peft.utils.messages import one_line, short_path
+from salsa_peft.utils.messages import did_you_mean, one_line, short_path
 
 ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -66,6 +66,23 @@ def parse_reward(where: str, value: Any) -> list[RewardPart]:
     name, times = Counter(part.name for part in parts).most_common(1)[0]
     require(times == 1, f"{where}: {times} parts have the name {name}; give each its own name: {{model: …, name: …}}")
     return parts
+
+
+def reweighted(parts: Collection[RewardPart], weights: Mapping[str, float], where: str) -> list[dict[str, Any]]:
+    """A value of `reward.model` with other weights of its parts, given by name; parts of weight 0 stay as they are.
+
+    Raises SalsaError for a name that no part has.
+    """
+    names = [part.name for part in parts]
+    for name in weights:
+        require(
+            name in names, f"{where}.{name}: reward.model has no such part; {did_you_mean(name, names, 'its parts')}"
+        )
+    return [
+        {"model": part.value, "weight": weights.get(part.name, part.weight), "name": part.name}
+        for part in parts
+        if part.name in weights or part.weight == 0
+    ]
 
 
 def _weighted_part(where: str, value: Any) -> RewardPart:

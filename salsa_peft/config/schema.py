@@ -14,14 +14,16 @@ from pydantic_core import PydanticCustomError
 from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, Seed, require_multiple
 from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
+from salsa_peft.config.options.policy import Policy
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
+from salsa_peft.config.options.rewarded_soups import RewardedSoups
 from salsa_peft.config.options.search import Search
-from salsa_peft.config.options.soup import SoupSection
+from salsa_peft.config.options.soup import Member, SoupSection, named
 from salsa_peft.config.options.synthetic import Synthetic
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import DPO, GRPO, KTO, PREFERENCE_ALGORITHMS, RLOO
-from salsa_peft.config.references import Reference, parse_reference
+from salsa_peft.config.options.warp import Warp
 from salsa_peft.config.rewards import RewardPart, parse_reward
 from salsa_peft.utils.errors import require
 
@@ -244,25 +246,6 @@ class PPO(PPOOptions, Training):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Policy:
-    """A policy, whose training starts from seed-0."""
-
-    reference: Any
-    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} |
-    {stretched: {soup, seed}} | path of an adapter (full weights: of a checkpoint) | a list of these, whose KLs are
-    averaged."""
-    kl_coef: NonNegative | None = None
-    """Initial KL coefficient β. None: kl_coef of the algorithm's section."""
-    algorithm: Literal["ppo", "dpo", "kto", "rloo", "grpo"] = "ppo"
-    """ppo: SalsaPPOTrainer. The others: TRL's trainers with this reference. dpo and kto learn from `data.preferences`;
-    ppo, rloo and grpo from `data.prompts` and `reward`. The section of the same name has the settings."""
-
-    def references(self, where: str) -> list[Reference]:
-        """The parsed references. `where` is the policy's key, for messages."""
-        return parse_reference(f"{where}.reference", self.reference)
-
-
-@dataclass(config=STRICT, kw_only=True)
 class Generation(Sampling):
     """Sampling in PPO, landscape and evaluation."""
 
@@ -274,8 +257,9 @@ class Generation(Sampling):
 class Landscape:
     """Mean score along a line and on a plane through the seeds' weights (paper, Figure 2)."""
 
-    line: list[int] | None = dataclasses.field(default_factory=lambda: [0, 1])
-    """Two positions a and b in sft.seeds, of the line θ = (1 − α) θ_a + α θ_b. None: no line."""
+    line: list[Member] | None = dataclasses.field(default_factory=lambda: list[Member]([0, 1]))
+    """Two models a and b of the line θ = (1 − α) θ_a + α θ_b: positions in sft.seeds, or names of models of the run. None:
+    no line. Example: [ppo, salsa]."""
     alphas: list[float] = dataclasses.field(default_factory=lambda: [-0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
     """Values of α on the line."""
     scales: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
@@ -283,8 +267,8 @@ class Landscape:
     norm_controls: bool = False
     """Measure two more control models: the first seed's delta scaled to the norm of the midpoint's, which joins the
     values of λ, and the midpoint's delta scaled to the norm of the first seed's."""
-    plane: list[int] | None = None
-    """Three positions in sft.seeds, whose weights span the plane. None: no plane."""
+    plane: list[Member] | None = None
+    """Three models whose weights span the plane, given as in `line`. None: no plane."""
     resolution: Count = 4
     """Number of grid steps along an edge of the seeds' triangle. The grid extends one step beyond the triangle."""
     prompts: str | None = None
@@ -293,6 +277,11 @@ class Landscape:
     """Number of prompts at each point. None: all prompts."""
     seed: Seed = 0
     """Sampling seed, the same at each point."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the models on the line and the plane, each once."""
+        return list(dict.fromkeys([*named(self.line), *named(self.plane)]))
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -368,6 +357,9 @@ class Recipe:
     """Reward of PPO, RLOO and GRPO."""
     soup: SoupSection = dataclasses.field(default_factory=SoupSection)
     """Members and weights of the soup."""
+    soups: dict[str, SoupSection] = dataclasses.field(default_factory=dict)
+    """Name of each further soup → its settings, which are those of `soup`. They are evaluated, and can be references,
+    starts and members of other soups. Example: {mixed: {members: [ppo, salsa]}}."""
     ppo: PPO = dataclasses.field(default_factory=PPO)
     """Settings of policies with algorithm ppo."""
     dpo: DPO = dataclasses.field(default_factory=DPO)
@@ -380,6 +372,11 @@ class Recipe:
     """Settings of policies with algorithm grpo."""
     policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
     """Name of each policy → the policy."""
+    warp: Warp | None = None
+    """WARP: policies and soups of them, written into `policies` and `soups` when the recipe is read. None: no such."""
+    rewarded_soups: RewardedSoups | None = None
+    """Rewarded soups: policies and soups of them, written into `policies` and `soups` when the recipe is read. None: no
+    such."""
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
     """Scores on a line and a plane through the SFT models. None: no landscape stage."""
     generation: Generation = dataclasses.field(default_factory=Generation)
@@ -423,6 +420,11 @@ class Recipe:
         """Hub id → revision of all models of this recipe whose revision is known, the base included."""
         base, revision = self.model.base, self.model.revision
         return {**self.revisions, **({base: revision} if base is not None and revision is not None else {})}
+
+    @property
+    def measures_parts(self) -> bool:
+        """Whether each part of reward.model is a measure of its own, because a policy has a reward of its own."""
+        return any(policy.reward is not None for policy in self.policies.values())
 
     @property
     def sharded(self) -> bool:

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.config.fields import MAX_POLICIES, is_number, join_keys, require_seed, require_unique
+from salsa_peft.config.fields import MAX_POLICIES, SEED, is_number, join_keys, require_seed, require_unique
 from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import SFT
@@ -56,8 +56,8 @@ def members(where: str, values: list[float], seeds: int) -> ReferenceValues:
 def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup") -> ReferenceValues:
     """Yield the same reference once for each KL coefficient in `values` (paper, A.4)."""
     for parsed in parse_reference(f"{where}.reference", reference):
-        for member in parsed.seeds:
-            require_seed(f"{where}.reference", member, seeds)
+        for seed in filter(None, map(SEED.match, parsed.reads)):
+            require_seed(f"{where}.reference", int(seed[1]), seeds)
     for value in values:
         require(value >= 0, f"{where}.values: must be at least 0, not {value:g}")
         yield reference

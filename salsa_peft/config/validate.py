@@ -11,13 +11,15 @@ from pathlib import Path
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_seed, require_unique
-from salsa_peft.config.job import OWN_FILES, unit_of
+from salsa_peft.config.job import OWN_FILES, recipe_of_policy, unit_of
 from salsa_peft.config.options.guards import parse_guards
+from salsa_peft.config.options.policy import Policy
 from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
+from salsa_peft.config.options.soup import named
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
-from salsa_peft.config.references import Reference, parse_reference
+from salsa_peft.config.references import ACCEPTED_REFERENCES, START, Reference, parse_reference
 from salsa_peft.config.rewards import (
     RewardPart,
     check_classifier_folder,
@@ -25,7 +27,7 @@ from salsa_peft.config.rewards import (
     check_function,
     check_signature,
 )
-from salsa_peft.config.schema import Policy, Recipe
+from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.errors import SalsaError, require, run_checks
 from salsa_peft.utils.manifests import REPLICATE
 from salsa_peft.utils.messages import short
@@ -39,7 +41,6 @@ def check(recipe: Recipe) -> None:
         partial(require_unique, "sft.seeds", recipe.sft.seeds),
         *(partial(section.check, name, recipe.num_processes) for name, section in zip(TRAINED, sections, strict=True)),
         *(partial(getattr(recipe, algorithm).check, algorithm) for algorithm in ALGORITHMS),
-        partial(recipe.soup.check, "soup", len(recipe.sft.seeds)),
         partial(require_unique, "reward.seeds", recipe.reward.seeds),
         partial(_check_prompt_set, recipe, "ppo.eval_prompts", recipe.ppo.eval_prompts),
         *(partial(check_one, recipe) for check_one in CHECKS),
@@ -61,14 +62,104 @@ def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
     _check_name("policies", name)
     _check_result_name(f"policies.{name}", name)
     references = policy.references(f"policies.{name}")
+    _check_model(f"policies.{name}.start", policy.start, recipe)
     for reference in references:
         _check_reference(f"policies.{name}.reference", reference, recipe)
-    _check_algorithm(f"policies.{name}", policy, references, recipe)
+    _check_own_settings(name, policy, recipe)
+    _check_algorithm(f"policies.{name}", policy, references, recipe_of_policy(recipe, name))
+
+
+def _check_own_settings(name: str, policy: Policy, recipe: Recipe) -> None:
+    """Raise SalsaError for a policy's reward and overrides that the recipe would not accept in its sections."""
+    where = f"policies.{name}"
+    require(
+        "kl_coef" not in policy.overrides, f"{where}.overrides.kl_coef: must be {where}.kl_coef, outside of overrides"
+    )
+    require(
+        policy.reward is None or policy.algorithm not in PREFERENCE_ALGORITHMS,
+        f"{where}.reward: has no effect with algorithm {policy.algorithm}, which learns from pairs; remove it",
+    )
+    own = recipe_of_policy(recipe, name)
+    require(
+        policy.reward is None or any(part.weight for part in own.reward.parts),
+        f"{where}.reward: all weights are 0, so that nothing is optimized; give one part another weight",
+    )
+    if not policy.overrides:
+        return
+    section = getattr(own, policy.algorithm)
+    checks = [partial(section.check, policy.algorithm, *([own.num_processes] if policy.algorithm == "ppo" else []))]
+    for check_one in (
+        *checks,
+        *(partial(check_one, own) for check_one in (_check_lengths, _check_mode, _check_sharded)),
+    ):
+        try:
+            check_one()
+        except SalsaError as error:
+            raise SalsaError(f"{where}.overrides: {error}") from error
+
+
+def _check_soups(recipe: Recipe) -> None:
+    """Raise SalsaError for names of soups that are taken, for unknown members, and for circles."""
+    for name in recipe.soups:
+        _check_name("soups", name)
+        _check_result_name(f"soups.{name}", name)
+        require(name not in recipe.policies, f"soups.{name}: is the name of a policy too; rename one of them")
+    sections = {"soup": recipe.soup, **{f"soups.{name}": section for name, section in recipe.soups.items()}}
+    for where, section in sections.items():
+        section.check(where, len(recipe.sft.seeds))
+        for name in section.names:
+            _check_model(f"{where}.members", name, recipe)
+        if section.start != "base":
+            _check_model(f"{where}.start", section.start, recipe)
+    _check_circles(recipe)
+
+
+def _check_circles(recipe: Recipe) -> None:
+    """Raise SalsaError if a soup or policy is made from itself, directly or through others."""
+    made_from = {"soup": recipe.soup.reads, **{name: section.reads for name, section in recipe.soups.items()}}
+    for name, policy in recipe.policies.items():
+        references = [read for one in policy.references(f"policies.{name}") for read in one.reads]
+        made_from[name] = [policy.start, *references]
+    finished: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            key = f"policies.{name}" if name in recipe.policies else "soup" if name == "soup" else f"soups.{name}"
+            circle = " ← ".join([*above[above.index(name) :], name])
+            raise SalsaError(f"{key}: is made from itself ({circle}); take one of these models out of the circle")
+        if name not in finished:
+            for other in made_from.get(name, []):
+                visit(other, (*above, name))
+            finished.add(name)
+
+    for name in made_from:
+        visit(name, ())
+
+
+def _check_model(where: str, name: str, recipe: Recipe) -> None:
+    """Raise SalsaError unless `name` is a model that this run makes, or the folder or Hub id of one."""
+    if "/" in name:
+        _check_weights(where, name, recipe)
+        return
+    if seed := SEED.match(name):
+        require_seed(where, int(seed[1]), len(recipe.sft.seeds))
+        return
+    models = ["soup", *recipe.soups, *recipe.policies]
+    what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
+    require(
+        name in models,
+        f"{where}: must be seed-N, soup, a soup of `soups`, a policy, or the folder or Hub id (namespace/name) of {what},"
+        f" not {short(name)}{_suggestion(name, [*models, *_seed_names(recipe)])}",
+    )
+
+
+def _seed_names(recipe: Recipe) -> list[str]:
+    return [f"seed-{position}" for position in range(len(recipe.sft.seeds))]
 
 
 def _check_result_name(where: str, name: str) -> None:
     """Raise SalsaError if another result or file in the run's folder has the name of a policy, in any case of letters."""
-    model = name.lower() in ("base", "soup", "reward") or SEED.match(name.lower())
+    model = name.lower() in ("base", "soup", "soups", "reward") or SEED.match(name.lower())
     require(not model, f"{where}: is the name of another model of the run; rename the policy")
     own = name.lower() in (*OWN_FILES, "toy", "answers", "report") or REPLICATE.fullmatch(name.lower())
     require(not own, f"{where}: is the name of a file or folder of the run; rename the policy")
@@ -263,18 +354,23 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
-    seeds = len(recipe.sft.seeds)
-    for member in reference.seeds:
-        require_seed(where, member, seeds)
-    if reference.path is not None:
-        what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
-        hint = _suggestion(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
+    models = ["soup", *recipe.soups, *recipe.policies]
+    what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
+    require(
+        START not in reference.reads,
+        f"{where}: only a policy's reference can be an EMA of the policy; name another model",
+    )
+    for name in reference.reads:
+        if seed := SEED.match(name):
+            require_seed(where, int(seed[1]), len(recipe.sft.seeds))
+            continue
         require(
-            "/" in reference.path,
-            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, {{stretched: …}}, or the folder or Hub id"
-            f" (namespace/name) of {what}, not {short(reference.path)}{hint}",
+            name in models,
+            f"{where}: must be {ACCEPTED_REFERENCES}, or the folder or Hub id (namespace/name) of {what}, not"
+            f" {short(name)}{_suggestion(name, ['base', *models, *_seed_names(recipe)])}",
         )
-        _check_weights(where, reference.path, recipe)
+    for path in reference.paths:
+        _check_weights(where, path, recipe)
 
 
 def _check_reward(recipe: Recipe) -> None:
@@ -296,7 +392,8 @@ def _check_reward(recipe: Recipe) -> None:
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
         require(
-            part.weight != 0 or part.name not in ("reward", "gold" if recipe.toy is not None else "reward"),
+            (part.weight != 0 and not recipe.measures_parts)
+            or part.name not in ("reward", "gold" if recipe.toy is not None else "reward"),
             f"reward.model: a part of weight 0 is a measure of its own in the evaluation, which has another measure named"
             f" {part.name}; give the part another name: {{model: …, weight: 0, name: …}}",
         )
@@ -346,11 +443,15 @@ def _check_landscape(recipe: Recipe) -> None:
         return
     seeds = len(recipe.sft.seeds)
     for key, found, count in (("line", landscape.line, 2), ("plane", landscape.plane, 3)):
-        fits = found is None or (len(found) == len(set(found)) == count and all(0 <= n < seeds for n in found))
+        names = named(found)
+        positions = all(0 <= one < seeds for one in found or () if isinstance(one, int))
         require(
-            fits,
-            f"landscape.{key}: must be {count} different positions 0 to {seeds - 1} of sft.seeds, not {short(found)}",
+            found is None or (len(names) == len(set(names)) == count and positions),
+            f"landscape.{key}: must be {count} different models: positions 0 to {seeds - 1} of sft.seeds, or names, not"
+            f" {short(found)}",
         )
+        for name in names:
+            _check_model(f"landscape.{key}", name, recipe)
     _check_prompt_set(recipe, "landscape.prompts", landscape.prompts)
 
 
@@ -367,9 +468,9 @@ def _check_evaluate(recipe: Recipe) -> None:
         _check_name("evaluate.prompts", name)
     for index, model in enumerate(recipe.evaluate.models):
         where = f"evaluate.models[{index}]"
-        for reference in [] if model in recipe.policies else parse_reference(where, model):
+        for reference in parse_reference(where, model):
             _check_reference(where, reference, recipe)
-    evaluated = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
+    evaluated = list(dict.fromkeys(["seed-0", "soup", *recipe.soups, *recipe.policies, *recipe.evaluate.models]))
     for name, control in recipe.evaluate.controls.items():
         where = f"evaluate.controls.{name}"
         _check_name("evaluate.controls", name)
@@ -440,7 +541,7 @@ def _check_required(recipe: Recipe) -> None:
 
 TRAINED = ("sft", "reward", "ppo")
 CHECKS: tuple[Callable[[Recipe], None], ...] = (
-    _check_existing_seeds, _check_reward, _check_synthetic, _check_lengths, _check_policies, _check_landscape, _check_evaluate,
+    _check_existing_seeds, _check_reward, _check_synthetic, _check_lengths, _check_policies, _check_soups, _check_landscape, _check_evaluate,
     _check_hub, _check_required, check_files, _check_dtype, _check_mode, _check_sharded,
 )  # fmt: skip
 """Checks across sections. They run all, so each must work with a recipe that another one rejects."""

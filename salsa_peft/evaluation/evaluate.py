@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from salsa_peft.config.job import Job, policy_id
+from salsa_peft.config.job import Job
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets
@@ -23,7 +23,7 @@ from salsa_peft.evaluation.answers import Rows, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.evaluation.landscape import PARTIAL, measures
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.stage_context import StageContext, seed_folders
+from salsa_peft.models.stage_context import StageContext, result_folders
 from salsa_peft.training.references import attach_reference, load_reference
 from salsa_peft.utils.console import progress_bar, say
 from salsa_peft.utils.files import append_checked_lines, read_checked_lines, write_atomic
@@ -31,26 +31,22 @@ from salsa_peft.utils.statistics import mean_interval
 
 
 def model_names(recipe: Recipe) -> list[str]:
-    """Names of the evaluated models: seed-0, soup, evaluate.models, evaluate.controls, and every policy."""
+    """Names of the evaluated models: seed-0, all soups, evaluate.models, evaluate.controls, and every policy."""
     section = recipe.evaluate
-    return list(dict.fromkeys(["seed-0", "soup", *section.models, *section.controls, *recipe.policies]))
+    return list(dict.fromkeys(["seed-0", "soup", *recipe.soups, *section.models, *section.controls, *recipe.policies]))
 
 
 def reference_of(recipe: Recipe, name: str) -> Reference:
-    """The reference that an evaluated model other than a policy stands for."""
+    """The reference that an evaluated model stands for."""
     controls = recipe.evaluate.controls
     (reference,) = parse_reference("evaluate.controls" if name in controls else "evaluate.models", controls.get(name, name))  # fmt: skip
     return reference
 
 
 def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Path]) -> str | None:
-    """Attach the policy or reference called `name`; returns the adapter's name, or None for the base."""
+    """Attach the model called `name`; returns the adapter's name, or None for the base."""
     adapter = f"model-{len(model.peft_config)}"
-    if name in recipe.policies:
-        lora.attach(model, inputs[policy_id(recipe, name)], adapter)
-        return adapter
-    reference = reference_of(recipe, name)
-    return attach_reference(model, reference, seed_folders(inputs), inputs.get("soup"), adapter).adapter
+    return attach_reference(model, reference_of(recipe, name), result_folders(inputs), adapter).adapter
 
 
 def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[str, Callable[[], str | None]]]:
@@ -61,17 +57,13 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
     """
     recipe, inputs, names = job.recipe, job.inputs, model_names(job.recipe)
     if recipe.adapter is not None:
-        shared = lora.attach(context.load_base(), seed_folders(inputs)[0], "start")
+        shared = lora.attach(context.load_base(), inputs["sft/seed-0"], "start")
         adapters = {name: attach(shared, name, recipe, inputs) for name in names}
         return shared, {name: functools.partial(adapters.get, name) for name in names}
     model = context.load_base()
 
     def load(name: str) -> None:
-        if name in recipe.policies:
-            reference = Reference(label=name, path=str(inputs[policy_id(recipe, name)]))
-        else:
-            reference = reference_of(recipe, name)
-        load_reference(model, reference, context, inputs)
+        load_reference(model, reference_of(recipe, name), context, inputs)
 
     return model, {name: functools.partial(load, name) for name in names}
 
@@ -117,8 +109,7 @@ def answer_all(
     """Generate all answers; returns set of questions → model → rows, and the names of the measures."""
     recipe = job.recipe
     # 1. one model, on which each name's adapter or weights are activated in turn
-    others = [name for name in model_names(recipe) if name not in recipe.policies]
-    context.check(job.inputs, [reference_of(recipe, name) for name in others])
+    context.check(job.inputs, [reference_of(recipe, name) for name in model_names(recipe)])
     model, loaders = adapter_loaders(job, context)
     rewards = measures(job, model, context)
     # 2. every model answers every set of questions

@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from salsa_peft.config.job import Job
+from salsa_peft.config.options.soup import named
+from salsa_peft.config.references import Reference
 from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
@@ -27,7 +29,7 @@ from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.rewards.reward import WeightedReward, recipe_reward
-from salsa_peft.models.stage_context import StageContext, seed_folders
+from salsa_peft.models.stage_context import StageContext, model_folder
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
@@ -43,13 +45,17 @@ PARTIAL = "partial"
 
 
 def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward | HeldOut]:
-    """Name of a measure → its reward: `reward`, each part of weight 0 by its own name, and the toy data's `gold`."""
+    """Name of a measure → its reward: `reward`, each part of weight 0 by its own name, and the toy data's `gold`.
+
+    If a policy has a reward of its own, all parts are measured.
+    """
     recipe = job.recipe
     reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)
     rewards: dict[str, Reward | HeldOut] = {"reward": reward}
     if isinstance(reward, WeightedReward) and any(part.weight for part in reward.parts):
         rewards["reward"] = WeightedReward([part for part in reward.parts if part.weight])
-        rewards |= {part.name: HeldOut(part.reward) for part in reward.parts if not part.weight}
+        own = [part for part in reward.parts if recipe.measures_parts or not part.weight]
+        rewards |= {part.name: HeldOut(part.reward) for part in own}
     if recipe.toy is not None:
         from salsa_peft.data.toy_language import gold
 
@@ -85,31 +91,32 @@ def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
 def points(section: Landscape, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Labels and points of each figure: `line`, `shrunk` (the control line) and `plane`.
 
-    A point is a tuple of a position on the x axis (None in the plane) and the members' weights. names: names of the
-    members by position (default: seed-0, seed-1 …).
+    A point is a tuple of a position on the x axis (None in the plane) and the weight of each member by its name. names:
+    names of the members by position (default: their names in the recipe).
     """
     found: dict[str, dict[str, Any]] = {}
-    name_of: Callable[[int], str] = "seed-{}".format if names is None else names.__getitem__
-    if section.line is not None:
-        a, b = section.line
+    called = [[names[int(one)] for one in of] for of in (section.line or [], section.plane or [])] if names else None
+    line, plane = called or (named(section.line), named(section.plane))
+    if line:
+        a, b = line
         found["line"] = {
-            "name": f"{name_of(a)} – {name_of(b)}",
+            "name": f"{a} – {b}",
             "parameter": "alpha",
-            "ends": [name_of(a), name_of(b)],
+            "ends": [a, b],
             "kind": "line",
             "points": [(alpha, {a: 1 - alpha, b: alpha}) for alpha in section.alphas],
         }
         if section.scales:
             found["shrunk"] = {
-                "name": f"base – {name_of(a)} (shrunk, the control)",
+                "name": f"base – {a} (shrunk, the control)",
                 "parameter": "scale",
-                "ends": ["base", name_of(a)],
+                "ends": ["base", a],
                 "kind": "shrunk",
                 "points": [(scale, {a: scale}) for scale in section.scales],
             }
-    if section.plane is not None:
-        grid = [(None, dict(zip(section.plane, weights, strict=True))) for weights in plane_weights(section.resolution)]
-        found["plane"] = {"members": [name_of(member) for member in section.plane], "points": grid}
+    if plane:
+        grid = [(None, dict(zip(plane, weights, strict=True))) for weights in plane_weights(section.resolution)]
+        found["plane"] = {"members": plane, "points": grid}
     return found
 
 
@@ -126,13 +133,14 @@ def run(job: Job) -> dict[str, Any]:
         job, context, questions(sources[chosen], columns=columns, tokenizer=context.tokenizer)[: section.limit]
     )
     # 2. one model whose weights are set for each point
-    context.check(job.inputs)
-    seeds = seed_folders(job.inputs)
-    model, adapter, set_weights, norm = adjustable_model(context, seeds)
+    names = section.names
+    context.check(job.inputs, [Reference(label="landscape", members=names)])
+    folders = [model_folder(job.recipe, job.inputs, name) for name in names]
+    model, adapter, set_weights, norm = adjustable_model(context, folders, names)
     rewards = measures(job, model, context)
 
-    def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
-        set_weights([weights.get(position, 0.0) for position in sorted(seeds)])
+    def score(weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        set_weights([weights.get(name, 0.0) for name in names])
         return mean_scores(model, adapter, asked, rewards, context, section.seed)
 
     # 3. every point; a point that two figures share is measured once
@@ -144,7 +152,7 @@ def run(job: Job) -> dict[str, Any]:
     keep = functools.partial(append_checked_lines, partial)
     figures = points(section)
     if section.norm_controls:
-        add_norm_controls(figures, section, lambda weights: norm([weights.get(seed, 0.0) for seed in sorted(seeds)]))
+        add_norm_controls(figures, section, lambda weights: norm([weights.get(name, 0.0) for name in names]))
     result = measure_points(figures, score, job.unit.id, known, keep)
     measured = [
         point["scores"] for line in [*result["lines"], result["plane"] or {}] for point in line.get("points", [])
@@ -156,30 +164,30 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def add_norm_controls(
-    figures: dict[str, dict[str, Any]], section: Landscape, norm: Callable[[Mapping[int, float]], float]
+    figures: dict[str, dict[str, Any]], section: Landscape, norm: Callable[[Mapping[str, float]], float]
 ) -> None:
-    """Add the points of `norm_controls`: the line's first seed and its midpoint, each with the other's norm.
+    """Add the points of `norm_controls`: the line's first model and its midpoint, each with the other's norm.
 
-    norm: the norm of Σ w δ, given seed → w. The scaled seed joins the control line `shrunk`; the scaled midpoint is the
-    only point of the line `stretched`, at its scale.
+    norm: the norm of Σ w δ, given model → w. The scaled model joins the control line `shrunk`; the scaled midpoint is
+    the only point of the line `stretched`, at its scale.
     """
     if section.line is None:
         return
-    a, b = section.line
+    a, b = section.names[:2]
     of_seed, of_midpoint = norm({a: 1.0}), norm({a: 0.5, b: 0.5})
     require(
         of_seed > 0 and of_midpoint > 0,
-        f"landscape.norm_controls: the delta of seed-{a} or of the midpoint is 0, which no scale changes; set"
+        f"landscape.norm_controls: the delta of {a} or of the midpoint is 0, which no scale changes; set"
         " landscape.norm_controls=false",
     )
     shrink, stretch = of_midpoint / of_seed, of_seed / of_midpoint
-    ends = ["base", f"seed-{a}"]
-    shrunk = {"name": f"base – seed-{a} (shrunk, the control)", "parameter": "scale", "ends": ends, "kind": "shrunk"}
+    ends = ["base", a]
+    shrunk = {"name": f"base – {a} (shrunk, the control)", "parameter": "scale", "ends": ends, "kind": "shrunk"}
     line = figures.setdefault("shrunk", {**shrunk, "points": []})
     line["points"] = sorted([*line["points"], (shrink, {a: shrink})], key=lambda point: point[0])
     line["soup_norm"] = shrink
     figures["stretched"] = {
-        "name": f"base – midpoint of seed-{a} and seed-{b} (stretched, a control)",
+        "name": f"base – midpoint of {a} and {b} (stretched, a control)",
         "parameter": "scale",
         "ends": ["base", "soup"],
         "kind": "stretched",
@@ -188,40 +196,38 @@ def add_norm_controls(
 
 
 def adjustable_model(
-    context: StageContext, seeds: Mapping[int, Path]
+    context: StageContext, folders: list[Path], names: list[str]
 ) -> tuple[Any, str | None, Callable[[list[float]], None], Callable[[list[float]], float]]:
-    """A model, its adapter's name or None, and two functions of the seeds' weights.
+    """A model, its adapter's name or None, and two functions of the members' weights.
 
-    The first sets the model to base + Σ w δ, the second returns the norm of Σ w δ.
+    The first sets the model to base + Σ w δ, the second returns the norm of Σ w δ. folders, names: the members'.
     """
-    positions = sorted(seeds)
     if context.recipe.adapter is None:
         model: Any = context.load_base()
-        folders = [*(seeds[position] for position in positions), context.folder]
-        live = LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders])
+        live = LiveCheckpoints(model, [read_checkpoint(folder) for folder in (*folders, context.folder)])
         return (
             model,
             None,
             lambda weights: live.set([*weights, round(1 - math.fsum(weights), 12)]),
             lambda weights: live.norm([*weights, -math.fsum(weights)]),
         )
-    stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])
-    model = lora.attach(context.load_base(), seeds[positions[0]], "start")
-    stacked.attach(model, POINT, [0.0] * len(positions))
+    stacked = StackedAdapter.load(folders, names)
+    model = lora.attach(context.load_base(), folders[0], "start")
+    stacked.attach(model, POINT, [0.0] * len(folders))
     return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights), stacked.norm
 
 
-Point = tuple[tuple[int, float], ...]
+Point = tuple[tuple[Any, float], ...]
 """A point's members and their weights, without members of weight 0."""
 
 
-def _point(weights: Mapping[int, float]) -> Point:
-    return tuple(sorted((seed, round(weight, 9)) for seed, weight in weights.items() if weight))
+def _point(weights: Mapping[Any, float]) -> Point:
+    return tuple(sorted((member, round(weight, 9)) for member, weight in weights.items() if weight))
 
 
 def measure_points(
     figures: dict[str, dict[str, Any]],
-    score: Callable[[Mapping[int, float]], Any],
+    score: Callable[[Mapping[Any, float]], Any],
     description: str,
     known: Mapping[Point, Any] | None = None,
     keep: Callable[[list[Any]], None] = lambda rows: None,

@@ -158,9 +158,7 @@ class StageContext:
         """
         base = base_fingerprints(self.folder)
         made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
-        given = [
-            reference_folder(self.recipe, reference.path) for reference in references if reference.path is not None
-        ]
+        given = [reference_folder(self.recipe, path) for reference in references for path in reference.paths]
         for folder in [*made, *given]:
             bases.require_same_base(folder, base, self.name)
         for folder in given:
@@ -172,9 +170,14 @@ class StageContext:
         write_atomic(folder / FINGERPRINT, json.dumps(content))
 
 
-def seed_folders(inputs: Mapping[str, Path]) -> dict[int, Path]:
-    """Position in `sft.seeds` → folder of that SFT model, for the SFT models among a job's inputs."""
-    return {int(unit.rsplit("-", 1)[1]): folder for unit, folder in inputs.items() if unit.startswith("sft/")}
+def result_folders(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Name of each result among a job's inputs, such as seed-0, soup or a policy's → its folder."""
+    return {unit.rpartition("/")[2]: folder for unit, folder in inputs.items()}
+
+
+def model_folder(recipe: Recipe, inputs: Mapping[str, Path], name: str) -> Path:
+    """The folder of a model: a result among a job's inputs, or a folder or Hub id, which has a slash."""
+    return reference_folder(recipe, name) if "/" in name else result_folders(inputs)[name]
 
 
 SAME_NAMES = ("learning_rate", "num_train_epochs", "max_steps", "weight_decay", "lr_scheduler_type", "max_grad_norm", "gradient_checkpointing")  # fmt: skip

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from salsa_peft.config.load import bundled_names, load_recipe
@@ -19,13 +20,13 @@ from salsa_peft.data.check import check_local
 from salsa_peft.models.architectures.checks import check
 from salsa_peft.recipe.commits import check_revisions, found_commits, with_commits
 from salsa_peft.recipe.estimates.hardware import GPUS, Gpu
-from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
+from salsa_peft.recipe.parallel.outcome import EXPECTED, outcome
+from salsa_peft.recipe.processes import Terminated, raise_on_sigterm
 from salsa_peft.recipe.replicates import kept_commits, run_replicates
 from salsa_peft.recipe.results.files import show_results
 from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
 from salsa_peft.utils.console import Parser, complain, no_echo_of_control_characters
-from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.files import disk_full_message
+from salsa_peft.utils.errors import require
 from salsa_peft.utils.hub import pinned
 from salsa_peft.utils.messages import one_line
 
@@ -49,11 +50,14 @@ def main(
             sets = [*args.set, *([] if args.replicates is None else [f"replicates={args.replicates}"])]
             checks = (check_local, check, check_revisions)
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=sets, more=checks)
+            check_jobs(args.jobs, loaded.recipe.replicates)
             folder = run_folder(loaded, args.output_dir)
             kept = kept_commits(folder, loaded.recipe, report_of is not None)
             recipe = with_commits(loaded.recipe, record=not args.dry_run, kept=kept)
             commits = found_commits(loaded.recipe, recipe)
-            run_all: Callable[..., None] = run if loaded.recipe.replicates == 1 else run_replicates
+            run_all: Callable[..., None] = (
+                run if loaded.recipe.replicates == 1 else partial(run_replicates, jobs=args.jobs)
+            )
             with pinned(recipe.model_revisions):
                 run_all(
                     replace(loaded, recipe=recipe), folder, stages=stages, only=args.stages, force=args.force,
@@ -63,23 +67,23 @@ def main(
             if not args.dry_run and report_of is None:
                 show_results(folder, recipe)
             return 0
-    except (SalsaError, StageError) as error:
-        code, lines = (2, error.problems) if isinstance(error, SalsaError) else (1, [str(error)])
-    except OSError as error:
-        line = (
-            f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are kept;"
-            " correct this, and run the same command again"
-        )
-        code, lines = 1, [disk_full_message(error, folder) or line]
-    except KeyboardInterrupt:
-        code, lines, args.debug = 130, ["stopped; run the same command again to continue"], False
-    except Terminated:
-        code, lines, args.debug = 143, ["terminated; run the same command again to continue"], False
+    except EXPECTED as error:
+        code, lines = outcome(error, folder)
+        args.debug &= not isinstance(error, KeyboardInterrupt | Terminated)
     if args.debug:
         traceback.print_exc()
     for line in lines:
         complain(one_line(line))
     return code
+
+
+def check_jobs(jobs: int, replicates: int) -> None:
+    """Raise SalsaError for a number of jobs that is not positive, or that would have no effect."""
+    require(jobs >= 1, f"--jobs: must be at least 1, not {jobs}")
+    require(
+        jobs == 1 or replicates > 1,
+        f"--jobs {jobs}: runs replicates at the same time, and this recipe has none; add --replicates N, or leave out --jobs",
+    )
 
 
 def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespace:
@@ -107,6 +111,7 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
         help="set keys: ppo.learning_rate=1e-6 sft.seeds=[0,1]",
     )
     add("--replicates", type=int, metavar="N", help="train everything N times with other seeds, and join the reports")
+    add("--jobs", type=int, default=1, metavar="N", help="run N replicates at the same time (default: 1)")
     add("--dry-run", action="store_true", help="print the plan and write nothing")
     gpus = ", ".join(GPUS)
     add("--gpu", type=_gpu, metavar="GPU", help=f"with --dry-run: {gpus}, or GiB of memory (default: this machine's)")

@@ -6,8 +6,10 @@ elsewhere (sft.from, data, questions) and the sampling seeds of landscape and ev
 """
 
 import dataclasses
+import functools
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +19,16 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import cache, commits, run
 from salsa_peft.recipe.estimates import hours
 from salsa_peft.recipe.estimates.hardware import Gpu
-from salsa_peft.recipe.results.files import REPORT
+from salsa_peft.recipe.estimates.hardware import gpus as gpus_here
+from salsa_peft.recipe.parallel import room
+from salsa_peft.recipe.parallel.pool import Task, run_together
+from salsa_peft.recipe.processes import StageError
+from salsa_peft.recipe.results.files import REPORT, show_headline
+from salsa_peft.recipe.units import in_order
 from salsa_peft.utils.console import say, wrapped
+from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
-from salsa_peft.utils.hub import Repository
+from salsa_peft.utils.hub import Repository, pinned
 from salsa_peft.utils.manifests import (
     MANIFEST,
     latest_report,
@@ -29,7 +37,7 @@ from salsa_peft.utils.manifests import (
     replicate_folders,
     stages_folder,
 )
-from salsa_peft.utils.messages import duration
+from salsa_peft.utils.messages import duration, one_line
 
 STRIDE = 1000
 """Difference between the seeds of two replicates; a multiple of it if the recipe's own seeds are larger."""
@@ -41,7 +49,8 @@ ONE_SEED = ("toy", "synthetic", "ppo", *ALGORITHMS)
 def replicate(recipe: Recipe, number: int) -> Recipe:
     """The recipe of one replicate. Replicate 0 has the recipe's own seeds; the others have larger ones."""
     sections = {name: section for name in ONE_SEED if (section := getattr(recipe, name)) is not None}
-    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *(section.seed for section in sections.values())])
+    own = [policy.overrides["seed"] for policy in recipe.policies.values() if "seed" in policy.overrides]
+    largest = max([*recipe.sft.seeds, *recipe.reward.seeds, *own, *(section.seed for section in sections.values())])
     shift = number * STRIDE * (1 + largest // STRIDE)
 
     def moved(seed: int) -> int:
@@ -53,6 +62,12 @@ def replicate(recipe: Recipe, number: int) -> Recipe:
     for name in ("sft", "reward"):
         section = getattr(recipe, name)
         changed[name] = dataclasses.replace(section, seeds=[moved(seed) for seed in section.seeds])
+    changed["policies"] = {
+        name: dataclasses.replace(policy, overrides={**policy.overrides, "seed": moved(policy.overrides["seed"])})
+        if "seed" in policy.overrides
+        else policy
+        for name, policy in recipe.policies.items()
+    }
     return dataclasses.replace(recipe, replicates=1, **changed)
 
 
@@ -65,11 +80,19 @@ def kept_commits(folder: Path, recipe: Recipe, report: bool) -> dict[Repository,
 
 
 def run_replicates(
-    loaded: LoadedRecipe, folder: Path, *, only: list[str] | None, dry_run: bool, gpu: Gpu | None, **options: Any
+    loaded: LoadedRecipe,
+    folder: Path,
+    *,
+    only: list[str] | None,
+    dry_run: bool,
+    gpu: Gpu | None,
+    jobs: int = 1,
+    **options: Any,
 ) -> None:
-    """Run the replicates of a recipe one after the other, and join their reports; or print their plan (`dry_run`).
+    """Run the replicates of a recipe, and join their reports; or print their plan (`dry_run`).
 
-    The arguments are those of `run.run`. Raises its errors; the replicates that are finished are kept.
+    jobs: number of replicates that run at the same time. The other arguments are those of `run.run`. Raises its errors; the
+    replicates that are finished are kept.
     """
     count = loaded.recipe.replicates
     of = [dataclasses.replace(loaded, recipe=replicate(loaded.recipe, number)) for number in range(count)]
@@ -78,20 +101,66 @@ def run_replicates(
         line = cost_line(loaded.recipe, folder, options.get("stages", run.STAGES), gpu)
         print(wrapped(line, sys.stdout, 0), flush=True)
         return
-    for number, one in enumerate(of):
-        say(f"replicate {number + 1} of {count}")
-        run.run(one, replicate_folder(folder, number), only=only, **options)
-        write_atomic(folder / "recipe.yaml", run.resolved_yaml(loaded))
+    if jobs > 1:
+        _run_together(loaded, of, folder, min(jobs, count), only=only, **options)
+    else:
+        for number, one in enumerate(of):
+            say(f"replicate {number + 1} of {count}")
+            run.run(one, replicate_folder(folder, number), only=only, **options)
+            write_atomic(folder / "recipe.yaml", run.resolved_yaml(loaded))
     if only is None or "report" in only:
         join(folder)
 
 
+def _run_together(loaded: LoadedRecipe, of: Sequence[LoadedRecipe], folder: Path, jobs: int, **options: Any) -> None:
+    """Run replicates, `jobs` of them at a time. Raises SalsaError or StageError at the end if some of them failed."""
+    gpus, folders = gpus_here(), [replicate_folder(folder, number) for number in range(len(of))]
+    tasks = [
+        Task(path.name, functools.partial(_run_one, one, path, options), path, options.get("debug", False))
+        for one, path in zip(of, folders, strict=True)
+    ]
+    places = room.slots(loaded.recipe, jobs, gpus)
+    threads = places[0].get(room.THREADS)
+    say(f"{len(of)} replicates, {jobs} at the same time" + (f", with {threads} CPU threads each" if threads else ""))
+    said = _say_memory(folders, jobs, gpus)
+
+    def finished(task: Task) -> None:
+        nonlocal said
+        say(f"{task.name} … finished", "green")
+        write_atomic(folder / "recipe.yaml", run.resolved_yaml(loaded))
+        said = said or _say_memory([task.folder], jobs, gpus)
+
+    failed = run_together(tasks, places, finished)
+    if failed:
+        names = [f"{name} ({one_line(one.lines[0])})" for name, one in failed.items()]
+        line = (
+            f"{len(failed)} of {len(of)} replicates failed: {'; '.join(names)}. The others are finished and kept; run the"
+            " same command again to continue"
+        )
+        raise SalsaError(line) if all(one.code == 2 for one in failed.values()) else StageError(line)
+
+
+def _run_one(loaded: LoadedRecipe, folder: Path, options: Mapping[str, Any]) -> None:
+    with pinned(loaded.recipe.model_revisions):
+        run.run(loaded, folder, **options)
+
+
+def _say_memory(folders: Sequence[Path], jobs: int, gpus: Sequence[Gpu]) -> bool:
+    """Print how much memory the replicates need together, if a unit of these folders is finished; returns whether it is."""
+    peak = room.peak(folders)
+    if peak is None:
+        return False
+    line, short = room.memory_line(peak, jobs, gpus, room.ram_mb())
+    say(f"warning: {line}" if short else line, "yellow" if short else "dim")
+    return True
+
+
 def join(folder: Path) -> None:
-    """Write the joined report of a run's finished replicates into its folder, and print the report's path."""
+    """Write the joined report of a run's finished replicates into its folder, and print its headline and its path."""
     from salsa_peft.report.joined import write_joined
     from salsa_peft.report.replicates.runs import read_runs
 
-    write_joined(folder, read_runs([folder]))
+    show_headline(write_joined(folder, read_runs([folder])))
     print(folder / REPORT, flush=True)
 
 
@@ -118,7 +187,7 @@ def cost(recipe: Recipe, folder: Path, stages: dict[str, run.Stage], gpu: Gpu | 
     unknown: dict[str, None] = {}
     for number in range(recipe.replicates):
         one = replicate(recipe, number)
-        units = [unit for stage in stages.values() for unit in stage.units(one, stage.run)]
+        units = in_order(unit for stage in stages.values() for unit in stage.units(one, stage.run))
         for planned in cache.plan(units, replicate_folder(folder, number)).values():
             known = measured.get(planned.unit.stage)
             seconds = sum(known) / len(known) if known else hours.seconds(one, planned.unit, gpu)

@@ -6,12 +6,11 @@ The command is recipe/__main__.py. torch is not imported.
 import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from salsa_peft.config.job import Job, Unit
+from salsa_peft.config.job import Job, Unit, recipe_of_unit
 from salsa_peft.config.judge import check_ready
 from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.paths import is_local
@@ -21,9 +20,9 @@ from salsa_peft.data.check import check_every_row
 from salsa_peft.recipe import cache, processes, units
 from salsa_peft.recipe.commits import keep_commits, unknown_commits
 from salsa_peft.recipe.estimates import disk, hardware, hours
-from salsa_peft.recipe.results.files import REPORT, copy_report
+from salsa_peft.recipe.results.files import REPORT, copy_report, show_headline
 from salsa_peft.recipe.results.names import check_names, forget_removed, move_old_stages, update_names, withdraw_names
-from salsa_peft.utils.console import columns, say
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import locked, read_json, timestamp, write_atomic
 from salsa_peft.utils.hub import Repository
@@ -52,6 +51,7 @@ STAGES = {
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, resumes=True, trains=True),
     "reward_quality": Stage("salsa_peft.evaluation.reward_quality:run", units.reward_quality_units),
     "soup": Stage("salsa_peft.recipe.small_stages:soup", units.soup_units),
+    "soups": Stage("salsa_peft.recipe.small_stages:soup", units.further_soup_units),
     "ppo": Stage("salsa_peft.training.ppo_stage:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
     "dpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["dpo"], resumes=True),
     "kto": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["kto"], resumes=True),
@@ -88,7 +88,7 @@ def run(
     finished. report_of: the command of the run that `salsa report` reports; its results may be outdated by an upgrade.
     """
     recipe = loaded.recipe
-    work = [unit for stage in stages.values() for unit in stage.units(recipe, stage.run)]
+    work = units.in_order(unit for stage in stages.values() for unit in stage.units(recipe, stage.run))
     asked = {unit.id for unit in work} if only is None else selected(work, only, "--stages")
     forced = selected(work, force, "--force")
 
@@ -169,12 +169,7 @@ def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str
 def _show_report(report: Path, run: Path) -> None:
     """Copy the report's files into the run's folder, and print its headline and the path of report.html."""
     copy_report(report, run)
-    summary = read_json(report / "summary.json")
-    lines: list[str] = summary.get("console", [])  # a report of an earlier version has no such lines
-    if sys.stderr.isatty() and columns(sys.stderr) < max(map(len, lines), default=0):
-        lines = summary.get("narrow_console", lines)
-    for line in lines:
-        say(line)
+    show_headline(read_json(report / "summary.json"))
     print(run / REPORT, flush=True)
 
 
@@ -192,7 +187,9 @@ def _run_unit(
         say(f"{unit.id} … {planned.why}: {'starting again' if earlier is None else 'resuming'}")
     started = timestamp()
     inputs = {name: plan[name].folder for name in unit.inputs}
-    job = Job(recipe=recipe, unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml)
+    job = Job(
+        recipe=recipe_of_unit(recipe, unit), unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml
+    )
     withdraw_names(folder, planned.folder)
     log = folder / "logs" / f"{unit.id.replace('/', '-')}.log"
     result, job, halved = _run_job(job, planned, plan, earlier, log, debug)

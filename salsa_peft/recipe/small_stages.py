@@ -46,25 +46,29 @@ def data(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """Average the models of the seeds in soup.members into one ordinary PEFT adapter or checkpoint."""
-    from salsa_peft.models.stage_context import StageContext
+    """Average the members of the soup that the unit names into one ordinary PEFT adapter or checkpoint."""
+    from salsa_peft.models.stage_context import StageContext, model_folder
     from salsa_peft.soup.average import soup as average
     from salsa_peft.soup.measures import recipe_measure
 
     section, full = job.recipe.soup, job.recipe.adapter is None
-    names = [f"seed-{member}" for member in section.members]
-    folders, partial = [job.inputs[f"sft/{name}"] for name in names], job.folder / "partial"
+    names = section.names
+    folders, partial = [model_folder(job.recipe, job.inputs, name) for name in names], job.folder / "partial"
+    start = section.start if section.start == "base" else model_folder(job.recipe, job.inputs, section.start)
     summary = average(
         partial,
         folders,
         section.resolved_weights,
         names=names,
         strategy=section.strategy,
+        per=section.per,
+        start=start,
+        scale=section.scale,
         measure=recipe_measure(job, folders) if section.uses_measure else None,
         steps=section.steps,
         step_size=section.step_size,
         rank=section.rank,
-        base=StageContext.of_job(job).folder if full else None,
+        base=StageContext.of_job(job).folder if full and section.start == "base" else None,
     )
     bases = {read_fingerprint(folder) for folder in folders}
     if full and len(bases) == 1 and None not in bases:  # a soup of adapters already has a fingerprint

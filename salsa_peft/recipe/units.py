@@ -7,13 +7,16 @@ versions of the libraries that the unit uses, and of no others.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
 from salsa_peft.config import sweeps
-from salsa_peft.config.job import Unit, policy_id, unit_of
+from salsa_peft.config.fields import SEED
+from salsa_peft.config.job import Unit, recipe_of_policy, unit_of
 from salsa_peft.config.options.ppo import LATER_OPTIONS
+from salsa_peft.config.options.search import SEED_0
+from salsa_peft.config.options.soup import SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
@@ -105,7 +108,13 @@ class _UnitBuilder:
         unused = {"sync_every", "mixup_alpha"} if reference.sync_every is None else set()
         unused |= {"norm_of"} if reference.norm_of is None else set()
         fields = {name: value for name, value in asdict(reference).items() if name not in unused}
-        return {**fields, "label": None, "path": self.path(reference.path)}
+        members = [self.member(member) for member in reference.members]
+        return {**fields, "label": None, "members": members, "path": self.path(reference.path)}
+
+    def member(self, name: str) -> int | str | None:
+        """The key field of a model in a sum: a seed's position, the name of another model of the run, or a path."""
+        seed = SEED.match(name)
+        return int(seed[1]) if seed else self.path(name)
 
     def reward(self) -> list[dict[str, Any]]:
         """The key field of the reward: a list of the reward's parts."""
@@ -146,10 +155,14 @@ def _reward(recipe: Recipe) -> list[str]:
     return ["reward"] if recipe.reward.trained else []
 
 
-def _of_references(references: list[Reference]) -> list[str]:
-    """Ids of the SFT and soup units whose results the references use."""
-    soup = ["soup"] if any(reference.reads_soup for reference in references) else []
-    return [_seed(member) for reference in references for member in reference.seeds] + soup
+def _models(recipe: Recipe, names: Iterable[str]) -> list[str]:
+    """Ids of the units that make the models called `names`; folders and Hub ids have none."""
+    return [unit_of(recipe, name)[1] for name in names if "/" not in name]
+
+
+def _of_references(recipe: Recipe, references: list[Reference]) -> list[str]:
+    """Ids of the units whose results the references use."""
+    return _models(recipe, (name for reference in references for name in reference.reads))
 
 
 def _comparisons(recipe: Recipe) -> dict[str, Any]:
@@ -245,15 +258,30 @@ def reward_quality_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The unit of the recipe's soup of seeds."""
-    section, builder = recipe.soup, _UnitBuilder(recipe, run)
-    members = [_seed(member) for member in section.members]
-    fields: dict[str, Any] = {"members": members, "weights": section.resolved_weights}
+    """The unit of the recipe's section `soup`."""
+    return [_soup(recipe, run, "soup", recipe.soup)]
+
+
+def further_soup_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The units of the recipe's section `soups`."""
+    return [_soup(recipe, run, "soups", section, name) for name, section in recipe.soups.items()]
+
+
+def _soup(recipe: Recipe, run: str, stage: str, section: SoupSection, name: str = "") -> Unit:
+    builder = _UnitBuilder(recipe, run)
+    members = _models(recipe, section.names)
+    paths = [builder.path(name) for name in section.names if "/" in name]
+    fields: dict[str, Any] = {"members": members + paths, "weights": section.resolved_weights}
+    if members and paths:  # the weights are in the members' order
+        fields["order"] = [int("/" in name) for name in section.names]
     if section.strategy != "linear" or section.rank is not None:
         fields |= {"strategy": section.strategy, "rank": section.rank}
+    found = {"per": section.per, "start": builder.path(section.start), "scale": section.scale}
+    fields |= found if found != {"per": "model", "start": "base", "scale": 1.0} else {}
+    inputs = _models(recipe, section.reads)
     if not section.uses_measure:
         full = recipe.adapter is None  # a soup of checkpoints reads the base, to measure the members' distance from it
-        return [builder.unit("soup", fields | ({"model": builder.model()} if full else {}), *members, toy=full)]
+        return builder.unit(stage, fields | ({"model": builder.model()} if full else {}), *inputs, name=name, toy=full)
     fields |= {
         "measure": builder.function(section.measure) if ":" in section.measure else section.measure,
         "settings": [section.limit, section.steps, section.step_size],
@@ -263,26 +291,28 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
     builder.libraries |= {*TEXT}
     if section.measure == "reward":
         fields |= {"reward": builder.reward(), "generation": asdict(recipe.generation)}
-    return [builder.unit("soup", fields, *(_reward(recipe) if section.measure == "reward" else []), *members)]
+    reward = _reward(recipe) if section.measure == "reward" else []
+    return builder.unit(stage, fields, *reward, *inputs, name=name)
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
-    """The units of the policies that an algorithm trains. Each policy's training starts from seed-0."""
+    """The units of the policies that an algorithm trains."""
     return [_policy(recipe, run, name) for name, policy in recipe.policies.items() if policy.algorithm == algorithm]
 
 
 def _policy(recipe: Recipe, run: str, name: str) -> Unit:
-    builder, policy = _UnitBuilder(recipe, run), recipe.policies[name]
+    recipe, policy = recipe_of_policy(recipe, name), recipe.policies[name]
+    builder = _UnitBuilder(recipe, run)
     algorithm, references = policy.algorithm, policy.references(f"policies.{name}")
-    section = getattr(recipe, algorithm)
-    beta = section.kl_coef if policy.kl_coef is None else policy.kl_coef
     fields: dict[str, Any] = {
         "model": builder.model(),
-        algorithm: {**_section(section), "kl_coef": beta},
+        algorithm: _section(getattr(recipe, algorithm)),
         "references": [builder.reference(reference) for reference in references],
         "export": list(recipe.export),
         **builder.training(algorithm),
     }
+    if policy.start != SEED_0:
+        fields["start"] = builder.member(policy.start)
     inputs = [PREFERENCES] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
     if algorithm not in PREFERENCE_ALGORITHMS:
         fields |= {
@@ -300,7 +330,8 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
                 del fields["ppo"][option]
         inputs += ["reward_quality"] if recipe.measures_reward else []  # for a warning
         fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
-    return builder.unit(algorithm, fields, _seed(0), *inputs, *_of_references(references), name=name)
+    start = _models(recipe, [policy.start])
+    return builder.unit(algorithm, fields, *start, *inputs, *_of_references(recipe, references), name=name)
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -320,20 +351,22 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
         "reward": builder.reward(),
         "generation": asdict(recipe.generation),
     }
-    positions = sorted({*(landscape.line or []), *(landscape.plane or [])})
-    return [builder.unit("landscape", fields, *_reward(recipe), *map(_seed, positions))]
+    if recipe.measures_parts:
+        fields["measures_parts"] = True
+    return [builder.unit("landscape", fields, *_reward(recipe), *_models(recipe, landscape.names))]
 
 
 def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     """The unit that evaluates seed-0, the soup, all policies, and evaluate.models: responses and scores."""
     builder, options = _UnitBuilder(recipe, run), recipe.evaluate
-    others = [model for model in options.models if model not in recipe.policies]
+    trained = {*recipe.policies, *recipe.soups}
+    others = [model for model in options.models if model not in trained]
     references = [reference for model in others for reference in parse_reference("evaluate.models", model)]
     controls = {name: parse_reference("evaluate.controls", value)[0] for name, value in options.controls.items()}
     fields = {
         "model": builder.model(),
         "prompts": {name: builder.source(source) for name, source in options.prompts.items()},
-        "models": [model if model in recipe.policies else None for model in options.models],
+        "models": [model if model in trained else None for model in options.models],
         "references": [builder.reference(reference) for reference in references],
         "temperature": options.temperature,
         "reward": builder.reward(),
@@ -343,8 +376,10 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     if controls:
         fields["controls"] = {name: builder.reference(reference) for name, reference in controls.items()}
         references += controls.values()
-    policies = [policy_id(recipe, name) for name in recipe.policies]
-    inputs = [_seed(0), "soup", *_of_references(references), *_reward(recipe), *policies]
+    if recipe.measures_parts:
+        fields["measures_parts"] = True
+    models = _models(recipe, [*recipe.soups, *recipe.policies])
+    inputs = [_seed(0), "soup", *_of_references(recipe, references), *_reward(recipe), *models]
     return [builder.unit("evaluate", fields, *inputs)]
 
 
@@ -375,7 +410,7 @@ POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The unit of the report, which reads the results of all stages before it."""
     before = [toy_units, synthetic_units, data_units, sft_units, reward_units, reward_quality_units, soup_units]
-    stages = [*before, *POLICY_UNITS.values(), landscape_units, evaluate_units, judge_units]
+    stages = [*before, *POLICY_UNITS.values(), further_soup_units, landscape_units, evaluate_units, judge_units]
     search = None if recipe.search is None else asdict(recipe.search)
     fields = {"samples": recipe.evaluate.samples, **_comparisons(recipe), "search": search}
     inputs = (unit.id for units in stages for unit in units(recipe, ""))
@@ -388,3 +423,20 @@ def hub_units(recipe: Recipe, run: str) -> list[Unit]:
         return []
     inputs = (unit_of(recipe, name)[1] for name in recipe.hub.push)
     return [_UnitBuilder(recipe, run).unit("hub", {"hub": asdict(recipe.hub)}, "report", *inputs, toy=False)]
+
+
+def in_order(units: Iterable[Unit]) -> list[Unit]:
+    """The units sorted so that each comes after its inputs; otherwise their order stays."""
+    of = {unit.id: unit for unit in units}
+    found: dict[str, Unit] = {}
+
+    def add(unit: Unit) -> None:
+        for name in unit.inputs:
+            if name in of and name not in found:
+                add(of[name])
+        found[unit.id] = unit
+
+    for unit in of.values():
+        if unit.id not in found:
+            add(unit)
+    return list(found.values())

@@ -177,7 +177,7 @@ def console(
     """
     of_score, of_difference = (_half, lambda row: _half(row, "+")) if width < WIDTH else (estimate, signed)
     score, cell = (len(write(NUMBER)) for write in (of_score, of_difference))
-    lines = _wrapped([f"{name}: {text}" for name, text in names.items()], width)
+    lines = wrapped([f"{name}: {text}" for name, text in names.items()], width)
     for part in tables:
         title, measure = f"{part['dataset']}, {part['n']} prompts", str(part["measure"])
         wide = max(map(len, (title, START, *map(_label, part["rows"]))))
@@ -189,7 +189,7 @@ def console(
             both = [of_difference(row[key]) if row[key] else "–" for key in ("start", "ppo")]
             rows.append((_label(row), [of_score(row["score"]), *both[: len(heads) - 1]]))
         lines += ["", *("  ".join([f"{name:<{wide}}", *map(str.rjust, cells, sizes)]) for name, cells in rows)]
-    return lines + [line for title, text in sentences.items() for line in ("", *_wrapped([f"{title}: {text}"], width))]
+    return lines + [line for title, text in sentences.items() for line in ("", *wrapped([f"{title}: {text}"], width))]
 
 
 def _half(value: Row, sign: str = "") -> str:
@@ -202,7 +202,8 @@ def _plain_head(part: Row) -> list[str]:
     return [f"− {' or '.join(part['against'])}"] if part["against"] else []
 
 
-def _wrapped(texts: Sequence[str], width: int) -> list[str]:
+def wrapped(texts: Sequence[str], width: int) -> list[str]:
+    """Texts as lines of at most `width` characters, without broken words."""
     return [
         line for text in texts for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     ]

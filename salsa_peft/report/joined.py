@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from salsa_peft.evaluation.judge_statistics import NET, Judgment, OverSeeds, counts, over_seeds, seeds_warning
-from salsa_peft.report import findings, judge_tables, page, paper, plots, style
+from salsa_peft.report import findings, headline, judge_tables, page, paper, plots, style
 from salsa_peft.report.format import Row, finite
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.replicates import group
@@ -54,6 +54,8 @@ def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [_run(run, name, folder) for name, of in groups for run in of],
         "scores": [one for _, of in groups for run in of for one in _scores(run)],
         "replicates": together,
+        "console": _console(together, headline.WIDTH),
+        "narrow_console": _console(together, headline.NARROW),
     }
     keys = ("model", "dataset", "by")
     cells = [{key: row[key] for key in keys} | cell for row in rows for cell in row["cells"].values()]
@@ -75,6 +77,20 @@ def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
     for number, (_, of) in enumerate((name, of) for name, of in groups if len(of) > 1):
         drawn |= group.draw(together[number], of[0].report, number)
     return page.write_pages(folder, "joined", context, drawn, finite({**summary, "cells": cells}))
+
+
+def _console(together: Sequence[Row], width: int) -> list[str]:
+    """The headline of each group of replicates, and what each could have shown, as lines for a terminal."""
+    return [
+        line
+        for group in together
+        for line in (
+            *headline.wrapped([f"{group['name']}: {group['n']} replicates"], width),
+            *headline.console(group["headline"], group["screen"]["names"], group["screen"]["sentences"], width),
+            "",
+            *headline.wrapped([f"Power: {text}" for text in group["power"]["sentences"]], width),
+        )
+    ]
 
 
 def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:

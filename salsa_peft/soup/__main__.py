@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.options.soup import MEASURED_STRATEGIES
-from salsa_peft.soup.average import Options, check, soup
+from salsa_peft.soup.average import soup
 from salsa_peft.soup.member_folders import kind_of, local_members, member_names
+from salsa_peft.soup.options import BASE, Options, check
 from salsa_peft.soup.strategies import STRATEGIES
 from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.console import (
@@ -32,6 +33,8 @@ EPILOG = """members are folders or Hub ids of LoRA adapters of one base, or of f
   salsa soup OUT SEED_0 SEED_1 --rank 16             reduced to rank 16; soup.json has the relative error
   salsa soup OUT SEED_0 SEED_1 --merge --base BASE   added to the base, as a full checkpoint
   salsa soup OUT CHECKPOINT_0 CHECKPOINT_1           the mean of two checkpoints
+  salsa soup OUT A B --start SFT --scale 0.5         half way from SFT to the mean of A and B, trained from SFT
+  salsa soup OUT A B C --strategy slerp --per layer --start SFT
   salsa soup OUT A B C --strategy greedy --measure sft_loss --data held_out.jsonl
   salsa soup OUT A B C --strategy greedy --measure reward --reward REWARD --data prompts.jsonl
 """
@@ -79,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="W,W", help="one number per member: 0.25,0.75 or 0.25 0.75 (default: uniform)")
     add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the weights are chosen (default: linear)")
+    add("--per", choices=["model", "layer"], default="model",
+        help="slerp, karcher, model_stock: weights for the whole model, or for each layer (default: model)")  # fmt: skip
+    add("--start", metavar="START", default=BASE,
+        help="measure the members' changes from this model (folder or Hub id; default: base)")  # fmt: skip
+    add("--scale", type=float, default=1.0, metavar="ETA",
+        help="the soup is the start + ETA times the merged change (default: 1)")  # fmt: skip
     add("--rank", type=positive_integer, help="adapters: reduce to this rank (default: the sum of the members' ranks)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the soup (default: the adapters')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")

@@ -20,7 +20,6 @@ from peft.utils.other import ModulesToSaveWrapper
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.soup import arrays
-from salsa_peft.soup.average import requested_weights
 from salsa_peft.soup.live_members import check_model, read_members
 from salsa_peft.soup.lora import non_lora
 from salsa_peft.soup.lora.config import config_fields
@@ -29,6 +28,7 @@ from salsa_peft.soup.lora.read import TARGETS
 from salsa_peft.soup.lora.stacked_adapter import add_adapter, live_factors
 from salsa_peft.soup.lora.svd import moments, squared_norm
 from salsa_peft.soup.lora.write import output_ranks, reduced
+from salsa_peft.soup.options import requested_weights
 from salsa_peft.soup.summary import relative_norm
 from salsa_peft.utils.errors import SalsaError, require
 

@@ -33,12 +33,12 @@ from salsa_peft.models.rewards.function import load_function
 from salsa_peft.models.rewards.reward import as_reward, recipe_reward
 from salsa_peft.models.stage_context import StageContext, prompts_that_fit
 from salsa_peft.models.tokenizers import load_tokenizer
-from salsa_peft.soup.average import base_of, check_family
 from salsa_peft.soup.checkpoints.alignment import align
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveAdapters, LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.member_folders import local
+from salsa_peft.soup.options import base_of, check_family
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:

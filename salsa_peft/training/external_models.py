@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from salsa_peft.config.fields import SEED as SEED_NAME
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.rewards import check_classifier_folder
@@ -47,13 +48,19 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
         if path is not None:
             yield ExternalModel(f"sft.from[{index}]", path, SEED)
     named = [(f"policies.{name}.reference", policy.reference) for name, policy in recipe.policies.items()]
-    models = enumerate(recipe.evaluate.models)
-    named += [(f"evaluate.models[{index}]", model) for index, model in models if model not in recipe.policies]
+    named += [(f"policies.{name}.start", policy.start) for name, policy in recipe.policies.items()]
+    named += [(f"evaluate.models[{index}]", model) for index, model in enumerate(recipe.evaluate.models)]
     named += [(f"evaluate.controls.{name}", control) for name, control in recipe.evaluate.controls.items()]
     for where, value in named:
         for reference in parse_reference(where, value):
-            if reference.path is not None:
-                yield ExternalModel(where, reference.path, REFERENCE)
+            yield from (ExternalModel(where, path, REFERENCE) for path in reference.paths)
+    soups = {"soup": recipe.soup, **{f"soups.{name}": section for name, section in recipe.soups.items()}}
+    for where, section in soups.items():
+        yield from (
+            ExternalModel(f"{where}.{'members' if name in section.names else 'start'}", name, REFERENCE)
+            for name in section.reads
+            if "/" in name
+        )
     for part in recipe.reward.parts:
         if part.kind == "classifier":
             yield ExternalModel("reward.model", part.value, REWARD)
@@ -226,7 +233,7 @@ def _check_soup(recipe: Recipe) -> None:
     """Raise SalsaError if the soup would combine lora_bias with LoRA on embeddings, which PEFT cannot."""
     given = recipe.sft.from_ or []
     biased, odd = None, None
-    for place in recipe.soup.members:
+    for place in (int(seed[1]) for name in recipe.soup.names if (seed := SEED_NAME.match(name))):
         path = given[place] if place < len(given) else None
         if path is None or not is_local(path) or not (Path(path) / WEIGHTS).is_file():
             continue

@@ -14,7 +14,7 @@ from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import resolve_dtype
 from salsa_peft.models.rewards.quality import between_prompt_share
 from salsa_peft.models.rewards.reward import recipe_reward
-from salsa_peft.models.stage_context import ProgressBar, StageContext, seed_folders
+from salsa_peft.models.stage_context import ProgressBar, StageContext, model_folder, result_folders
 from salsa_peft.models.weights import cast_weights
 from salsa_peft.soup.average import soup
 from salsa_peft.training import checkpoints
@@ -24,10 +24,9 @@ from salsa_peft.training.references import FrozenReference, attach_reference, fr
 from salsa_peft.utils.files import write_atomic
 
 
-def ppo_config(context: StageContext, policy: str, folder: Path) -> SalsaPPOConfig:
-    """The SalsaPPOConfig of a policy: the recipe's `ppo` and `generation`, and the policy's own β if set."""
-    recipe = context.recipe
-    section, own = recipe.ppo, recipe.policies[policy].kl_coef
+def ppo_config(context: StageContext, folder: Path) -> SalsaPPOConfig:
+    """The SalsaPPOConfig of a policy's recipe: its `ppo` and `generation`."""
+    recipe, section = context.recipe, context.recipe.ppo
     arguments = context.arguments(section, folder, section.seed)
     for derived in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         del arguments[derived]
@@ -36,7 +35,6 @@ def ppo_config(context: StageContext, policy: str, folder: Path) -> SalsaPPOConf
     arguments |= {
         "batch_size": section.batch_size,
         "micro_batch_size": section.micro_batch_size,
-        "kl_coef": section.kl_coef if own is None else own,
         "max_prompt_length": section.max_prompt_length or recipe.model.max_length - recipe.generation.max_new_tokens,
         "save_strategy": "steps",
         "save_steps": section.save_steps,
@@ -51,23 +49,23 @@ def ppo_config(context: StageContext, policy: str, folder: Path) -> SalsaPPOConf
 
 
 def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple[Any, list[FrozenReference]]:
-    """The policy, which is a trainable copy of seed-0, and its frozen references.
+    """The policy, which is a trainable copy of its start, and its frozen references.
 
     With LoRA, policy and references are adapters on one base, and the policy's adapter is called `name`. With full
     weights, the policy and each reference are separate models.
     """
-    seeds = seed_folders(job.inputs)
+    start = start_folder(job)
     wanted = context.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
     context.check(job.inputs, wanted)
     if context.recipe.adapter is not None:
-        model: Any = lora.attach(context.load_base(), seeds[0], name, trainable=True)
+        model: Any = lora.attach(context.load_base(), start, name, trainable=True)
         references = [
-            attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}")
+            attach_reference(model, reference, result_folders(job.inputs), f"reference-{index}", start)
             for index, reference in enumerate(wanted)
         ]
         forward.install(model)  # also for TRL's trainers
         return model, references
-    model, frozen = context.load_trainable(seeds[0]), []
+    model, frozen = context.load_trainable(start), []
     for reference in wanted:
         own = context.load_base() if reference.sync_every is None else context.load_moving()
         load_reference(own, reference, context, job.inputs)
@@ -76,13 +74,18 @@ def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple
     return model, frozen
 
 
+def start_folder(job: Job) -> Path:
+    """The folder of the model where the training of the unit's policy starts."""
+    return model_folder(job.recipe, job.inputs, job.recipe.policies[job.unit.name].start)
+
+
 def run(job: Job) -> dict[str, Any]:
     """Train the policy that the unit names, and save it as an adapter or checkpoint.
 
     With `export: merged` an adapter is also saved merged into its base.
     """
-    recipe, name = job.recipe, job.unit.name
-    # 1. the policy starts at seed-0; references and reward are frozen
+    recipe = job.recipe
+    # 1. the policy starts from a trained model; references and reward are frozen
     context = StageContext.of_job(job)
     model, references = build_policy(context, job)
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
@@ -92,7 +95,7 @@ def run(job: Job) -> dict[str, Any]:
     prompts = datasets.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
-        args=ppo_config(context, name, job.folder),
+        args=ppo_config(context, job.folder),
         train_dataset=prompts,
         references=references,
         reward_funcs=reward,

@@ -29,14 +29,14 @@ from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.models.rewards.base import Reward
-from salsa_peft.models.stage_context import StageContext, reference_folder, seed_folders
+from salsa_peft.models.stage_context import StageContext, reference_folder, result_folders
 from salsa_peft.soup.attached import AttachedSoup
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
+from salsa_peft.utils.hub import HUB_ID, local_folder, readable_hub_errors
 
 if TYPE_CHECKING:
     from salsa_peft.training.ppo.config import SalsaPPOConfig
@@ -58,22 +58,25 @@ class FrozenReference(NamedTuple):
 
 
 def attach_reference(
-    model: PeftModel, reference: Reference, seeds: Mapping[int, Path], soup: Path | None, name: str
+    model: PeftModel, reference: Reference, folders: Mapping[str, Path], name: str, start: Path | None = None
 ) -> FrozenReference:
     """Attach a recipe's reference to the model as the frozen adapter `name`; `base` needs no adapter.
 
-    seeds: position in sft.seeds → adapter folder. soup: the soup stage's folder.
+    folders: name of each model that the reference reads → its adapter's folder. start: where the policy's training
+    starts, for a reference that is synced with the policy.
     """
     require(
-        soup is not None or not reference.reads_soup,
+        "soup" in folders or "soup" not in reference.reads,
         "reference soup: the result of the soup stage is missing. Run that stage first",
     )
-    members, weights = members_of(reference, seeds, soup)
-    if reference.sync_every is not None:  # seed-0, which has weight 0, adds only the policy's rank
-        StackedAdapter.load([*members, seeds[0]]).attach(model, name, [*weights, 0.0])
+    members, weights = members_of(reference, folders)
+    if reference.sync_every is not None:
+        require(start is not None, f"reference {reference.label}: only a policy's reference can follow the policy")
+        # the policy's start, which has weight 0, adds only the policy's rank
+        StackedAdapter.load([*members, Path(str(start))]).attach(model, name, [*weights, 0.0])
         return FrozenReference(reference.label, name, None, reference.sync_every, reference.mixup_alpha)
     if reference.norm_of is not None:
-        stacked, other = StackedAdapter.load(members), StackedAdapter.load([norm_folder(reference, seeds, soup)])
+        stacked, other = StackedAdapter.load(members), StackedAdapter.load([folders[reference.norm_of]])
         scale = norm_ratio(reference, other.norm([1.0]), stacked.norm(weights))
         stacked.attach(model, name, [scale * weight for weight in weights])
     elif reference.soup:
@@ -89,17 +92,13 @@ def attach_reference(
     return FrozenReference(reference.label, name)
 
 
-def members_of(reference: Reference, seeds: Mapping[int, Path], soup: Path | None) -> tuple[list[Path], list[float]]:
+def members_of(reference: Reference, folders: Mapping[str, Path]) -> tuple[list[Path], list[float]]:
     """The folders whose deltas a reference sums, and their weights; none for `base` and a `path`."""
     if reference.soup:
-        return [Path(str(soup))], [1.0]
-    return [seeds[member] for member in reference.members], list(reference.weights)
-
-
-def norm_folder(reference: Reference, seeds: Mapping[int, Path], soup: Path | None) -> Path:
-    """The folder of the model that `norm_of` names, which is "soup" or seed-N."""
-    name = str(reference.norm_of)
-    return Path(str(soup)) if name == "soup" else seeds[int(name.removeprefix("seed-"))]
+        return [folders["soup"]], [1.0]
+    return [local_folder(member) if "/" in member else folders[member] for member in reference.members], list(
+        reference.weights
+    )
 
 
 def norm_ratio(reference: Reference, wanted: float, own: float) -> float:
@@ -120,12 +119,12 @@ def load_reference(
 
     Such a reference is base + Σ w δ = (1 − Σ w) θ_base + Σ w θ. Raises SalsaError for a checkpoint that does not fit.
     """
-    seeds, soup = seed_folders(inputs), inputs.get("soup")
-    folders, weights = members_of(reference, seeds, soup)
+    made = result_folders(inputs)
+    folders, weights = members_of(reference, made)
     if reference.path is not None:
         folders, weights = [reference_folder(context.recipe, reference.path)], [1.0]
     if reference.norm_of is not None:
-        other = norm_folder(reference, seeds, soup)
+        other = made[reference.norm_of]
         live = LiveCheckpoints(model, [read_checkpoint(folder) for folder in (*folders, other, context.folder)])
         zeros = [0.0] * len(folders)
         own = live.norm([*weights, 0.0, -math.fsum(weights)])

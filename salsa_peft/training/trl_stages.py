@@ -28,9 +28,8 @@ from salsa_peft.models.stage_context import (
     prompts_that_fit,
     remove_printer,
     report_left_out,
-    seed_folders,
 )
-from salsa_peft.training.ppo_stage import build_policy, export_merged
+from salsa_peft.training.ppo_stage import build_policy, export_merged, start_folder
 from salsa_peft.training.reward_model import margin_metrics
 from salsa_peft.training.train import resumable, run_trainer
 from salsa_peft.training.trl_reference import use_reference
@@ -49,14 +48,14 @@ def run(job: Job) -> dict[str, Any]:
     With `export: merged` an adapter is also saved merged into its base.
     """
     algorithm = job.unit.stage
-    # 1. the policy starts at seed-0; references are frozen
+    # 1. the policy starts from a trained model; references are frozen
     context = StageContext.of_job(job)
     model, references = build_policy(context, job, "default")  # TRL expects this adapter name
     # 2. TRL's trainer, with the recipe's references
     trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
     if is_quantised(model):  # TRL has rounded the factors to bfloat16
         precision.make_trained_float32(model)
-        lora.load(model, "default", seed_folders(job.inputs)[0])
+        lora.load(model, "default", start_folder(job))
     use_reference(trainer, references)
     remove_printer(trainer)
     # 3. train, measure, save
@@ -85,10 +84,9 @@ TrainerSetup = tuple[Any, "Dataset | None", dict[str, Any]]
 def arguments(context: StageContext, job: Job) -> dict[str, Any]:
     """The arguments for the config of any of the four TRL trainers."""
     section = getattr(job.recipe, job.unit.stage)
-    own = job.recipe.policies[job.unit.name].kl_coef
     return {
         **context.arguments(section, job.folder, section.seed),
-        "beta": section.kl_coef if own is None else own,
+        "beta": section.kl_coef,
         "disable_dropout": True,
     }
 

@@ -261,7 +261,7 @@ def planned(args: argparse.Namespace, folder: Path, mode: str, compiled: bool) -
 
 def job_of(folder: Path, mode: str, recipe: Any) -> Any:
     """The ppo unit of the recipe's run, its inputs as the stages before it would have left them."""
-    from salsa_peft.config.job import Job, Unit
+    from salsa_peft.config.job import Job, Unit, recipe_of_unit
 
     there = folder / ("full" if mode.startswith("full") else "lora")
     inputs = {"sft/seed-0": there / "seed-0", "sft/seed-1": there / "seed-1", "reward": there / "reward", "soup": there / "soup"}  # fmt: skip
@@ -276,7 +276,7 @@ def job_of(folder: Path, mode: str, recipe: Any) -> Any:
         key_fields={},
         files=(),
     )
-    return Job(recipe=recipe, unit=unit, folder=out, inputs=inputs, recipe_yaml="")
+    return Job(recipe=recipe_of_unit(recipe, unit), unit=unit, folder=out, inputs=inputs, recipe_yaml="")
 
 
 def one(args: argparse.Namespace, mode: str, folder: Path, compiled: bool = False) -> dict[str, Any]:

@@ -140,8 +140,18 @@ REFUSED = [
     ("soup.weights=[0.5,0.6]", ["soup.weights: [0.5, 0.6] sum to 1.1, not 1; scale the weights"]),
     ("soup.weights=[1]", ["soup.weights: found 1 weights for 2 members"]),
     ("soup.weights=[.nan,1]", ["soup.weights[0]: must be a finite number, not nan"]),
+    ("soup.per=layer", ["soup.per: layer has no effect with strategy linear; leave it out, or use one of slerp,"]),
+    ("soup.scale=.inf", ["soup.scale: must be a finite number, not inf"]),
+    ("soup.start=seed-7", ["soup.start: there is no seed-7; sft.seeds has seed-0 to seed-1"]),
+    ("soup.start=nowhere", ["soup.start: 'nowhere' is no folder or Hub id (namespace/name)"]),
+    ("soup={strategy: greedy, scale: 0.5}", ["soup.scale: 0.5 has no effect with strategy greedy, which measures"]),
+    ("soup={strategy: slerp, members: [0]}", ["soup.strategy: slerp needs at least two members, but there is one"]),
+    (
+        "soup={strategy: model_stock, weights: [0.4, 0.6]}",
+        ["soup.weights: strategy model_stock chooses the weights itself; remove the weights [0.4, 0.6]"],
+    ),
     ("soup.members=[0,2]", ["soup.members: there is no seed-2; sft.seeds has seed-0 to seed-1"]),
-    ("soup.members=[0,0]", ["soup.members: [0, 0] has a repeated entry; give each entry only once"]),
+    ("soup.members=[0,0]", ["soup.members: ['seed-0', 'seed-0'] has a repeated entry; give each entry only once"]),
     ("policies.a.reference=seed-2", ["policies.a.reference: there is no seed-2; sft.seeds has seed-0 to seed-1"]),
     ("policies.a.reference=[]", ["policies.a.reference: is an empty list; name at least one reference"]),
     (
@@ -178,7 +188,7 @@ REFUSED = [
     (
         "policies.a.reference=a b",
         [
-            "policies.a.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, {stretched: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'a b'"
+            "policies.a.reference: must be seed-N, base, soup, a policy, {soup: …}, {shrunk: …}, {stretched: …}, {ema: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'a b'"
         ],
     ),
     ("policies.soup.reference=base", ["policies.soup: is the name of another model of the run; rename the policy"]),
@@ -218,8 +228,14 @@ REFUSED = [
     ("adapter.target_modules=3", ["adapter.target_modules: must be text, not 3"]),
     ("soup=3", ["soup: must be a mapping {key: value, …}, not 3"]),
     ("sft=null", ["sft: must be a mapping {key: value, …}, not null"]),
-    ("landscape.line=[0,0]", ["landscape.line: must be 2 different positions 0 to 1 of sft.seeds, not [0, 0]"]),
-    ("landscape.plane=[0,1,2]", ["landscape.plane: must be 3 different positions 0 to 1 of sft.seeds, not [0, 1, 2]"]),
+    (
+        "landscape.line=[0,0]",
+        ["landscape.line: must be 2 different models: positions 0 to 1 of sft.seeds, or names, not [0, 0]"],
+    ),
+    (
+        "landscape.plane=[0,1,2]",
+        ["landscape.plane: must be 3 different models: positions 0 to 1 of sft.seeds, or names, not [0, 1, 2]"],
+    ),
     ("landscape.prompts=inn", ["landscape.prompts: evaluate.prompts has no 'inn'; its sets are in, out"]),
     ("evaluate.temperature=cat", ["evaluate.temperature: must be category, not 'cat'"]),
     (
@@ -555,7 +571,7 @@ def test_references():
         "adapter",
     ]
     [soup] = parse_reference("x", {"soup": {"members": [0, 2], "weights": [0.25, 0.75]}})
-    assert soup.members == [0, 2]
+    assert soup.members == ["seed-0", "seed-2"]
     assert soup.weights == [0.25, 0.75]
     assert not soup.soup
     for wrong in (
@@ -745,7 +761,7 @@ def test_max_steps_of_ppo_are_whole_updates(load):
         ),
         (
             "policies.a25={reference: soups}",
-            "policies.a25.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, {stretched: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'soups'; did you mean soup?",
+            "policies.a25.reference: must be seed-N, base, soup, a policy, {soup: …}, {shrunk: …}, {stretched: …}, {ema: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'soups'; did you mean soup?",
         ),
     ],
 )

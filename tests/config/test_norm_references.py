@@ -32,18 +32,13 @@ def units(recipe: Any) -> dict[str, Any]:
 
 def test_what_each_kind_reads() -> None:
     (shrunk,) = parse_reference("reference", {"shrunk": {"seed": 1, "scale": "soup-norm"}})
-    assert (shrunk.members, shrunk.weights, shrunk.norm_of) == ([1], [1.0], "soup")
-    assert (shrunk.seeds, shrunk.reads_soup, shrunk.soup) == ([1], True, False)
+    assert (shrunk.members, shrunk.weights, shrunk.norm_of) == (["seed-1"], [1.0], "soup")
+    assert (shrunk.reads, shrunk.soup) == (["seed-1", "soup"], False)
     (stretched,) = parse_reference("reference", {"stretched": {"seed": 2}})
-    assert (stretched.soup, stretched.norm_of, stretched.seeds) == (True, "seed-2", [2])
+    assert (stretched.soup, stretched.norm_of, stretched.reads) == (True, "seed-2", ["soup", "seed-2"])
     (of,) = parse_reference("reference", {"stretched": {"soup": {"members": [0, 1], "weights": [0.25, 0.75]}}})
-    assert (of.members, of.weights, of.norm_of, of.seeds, of.reads_soup) == (
-        [0, 1],
-        [0.25, 0.75],
-        "seed-0",
-        [0, 1],
-        False,
-    )
+    assert (of.members, of.weights, of.norm_of) == (["seed-0", "seed-1"], [0.25, 0.75], "seed-0")
+    assert of.reads == ["seed-0", "seed-1"]
     assert len({one.label for one in (shrunk, stretched, of)}) == 3
 
 

@@ -173,7 +173,7 @@ def test_the_recipe_as_it_ran_has_policies_and_no_sweep(load: Any, tmp_path: Pat
         ),
         (
             "{kl_coef: {values: [1], reference: {sop: {}}}}",
-            "sweep.kl_coef.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, {stretched: …}, an adapter's path or a list of these, not {'sop': {}}",
+            "sweep.kl_coef.reference: must be seed-N, base, soup, a policy, {soup: …}, {shrunk: …}, {stretched: …}, {ema: …}, an adapter's path or a list of these, not {'sop': {}}",
         ),
         ("{kl_coef: {values: [1], kl_coef: 2}}", "sweep.kl_coef.kl_coef: unknown key"),
         ("{scale: {values: [1], seed: x}}", "sweep.scale.seed: must be a position 0 to 2 of sft.seeds, not 'x'"),

@@ -52,12 +52,12 @@ class TestPoints:
         found = landscape.points(Landscape(line=[2, 0], alphas=[-0.5, 0.0, 0.25, 1.0], scales=[0.0, 0.6]))
         assert list(found) == ["line", "shrunk"]
         assert found["line"]["points"] == [
-            (-0.5, {2: 1.5, 0: -0.5}),
-            (0.0, {2: 1.0, 0: 0.0}),
-            (0.25, {2: 0.75, 0: 0.25}),
-            (1.0, {2: 0.0, 0: 1.0}),
+            (-0.5, {"seed-2": 1.5, "seed-0": -0.5}),
+            (0.0, {"seed-2": 1.0, "seed-0": 0.0}),
+            (0.25, {"seed-2": 0.75, "seed-0": 0.25}),
+            (1.0, {"seed-2": 0.0, "seed-0": 1.0}),
         ]
-        assert found["shrunk"]["points"] == [(0.0, {2: 0.0}), (0.6, {2: 0.6})]
+        assert found["shrunk"]["points"] == [(0.0, {"seed-2": 0.0}), (0.6, {"seed-2": 0.6})]
         assert (found["line"]["ends"], found["line"]["parameter"]) == (["seed-2", "seed-0"], "alpha")
         assert (found["shrunk"]["ends"], found["shrunk"]["parameter"]) == (["base", "seed-2"], "scale")
 
@@ -66,19 +66,24 @@ class TestPoints:
         assert list(found) == ["plane"]
         assert found["plane"]["members"] == ["seed-2", "seed-0", "seed-1"]
         weights = [weights for _, weights in found["plane"]["points"]]
-        assert [tuple(w[m] for m in (2, 0, 1)) for w in weights] == landscape.plane_weights(3)
+        assert [tuple(w[m] for m in ("seed-2", "seed-0", "seed-1")) for w in weights] == landscape.plane_weights(3)
 
     def test_controls_of_the_same_norm(self) -> None:
         """The seed with the midpoint's norm stands among the control's points, the stretched midpoint on its own line."""
         section = Landscape(line=[2, 0], scales=[0.0, 0.6, 0.8], norm_controls=True)
-        figures, norms = landscape.points(section), {(2, 1.0): 4.0, (2, 0.5): 3.0}
+        figures, norms = landscape.points(section), {("seed-2", 1.0): 4.0, ("seed-2", 0.5): 3.0}
         landscape.add_norm_controls(figures, section, lambda weights: norms[next(iter(weights.items()))])
-        assert figures["shrunk"]["points"] == [(0.0, {2: 0.0}), (0.6, {2: 0.6}), (0.75, {2: 0.75}), (0.8, {2: 0.8})]
+        assert figures["shrunk"]["points"] == [
+            (0.0, {"seed-2": 0.0}),
+            (0.6, {"seed-2": 0.6}),
+            (0.75, {"seed-2": 0.75}),
+            (0.8, {"seed-2": 0.8}),
+        ]
         assert figures["shrunk"]["soup_norm"] == 0.75
-        assert figures["stretched"]["points"] == [(4 / 3, {2: 2 / 3, 0: 2 / 3})]
+        assert figures["stretched"]["points"] == [(4 / 3, {"seed-2": 2 / 3, "seed-0": 2 / 3})]
         alone = landscape.points(Landscape(line=[2, 0], scales=[], norm_controls=True))
         landscape.add_norm_controls(alone, section, lambda weights: norms[next(iter(weights.items()))])
-        assert alone["shrunk"]["points"] == [(0.75, {2: 0.75})] and alone["shrunk"]["ends"] == ["base", "seed-2"]
+        assert alone["shrunk"]["points"] == [(0.75, {"seed-2": 0.75})] and alone["shrunk"]["ends"] == ["base", "seed-2"]
         with pytest.raises(SalsaError, match="the delta of seed-2 or of the midpoint is 0"):
             landscape.add_norm_controls(figures, section, lambda weights: 0.0)
         plane: dict[str, Any] = {}
@@ -94,11 +99,11 @@ class TestMeasure:
     def test_shared_points_are_measured_once(self) -> None:
         """α = 0 is the control at 1 and a vertex of the plane; α = 1 another vertex. Each place keeps its own weights."""
         section = Landscape(line=[0, 1], alphas=[0.0, 0.5, 1.0], scales=[0.0, 1.0], plane=[0, 1, 2], resolution=3)
-        measured: list[dict[int, float]] = []
+        measured: list[dict[str, float]] = []
 
-        def score(weights: Mapping[int, float]) -> float:
+        def score(weights: Mapping[str, float]) -> float:
             measured.append({seed: round(w, 6) for seed, w in weights.items() if w})
-            return sum(10.0**seed * w for seed, w in weights.items())
+            return sum(10.0 ** int(seed[5:]) * w for seed, w in weights.items())
 
         result = landscape.measure_points(landscape.points(section), score, "landscape")
         keys = [tuple(sorted(weights.items())) for weights in measured]

@@ -100,7 +100,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     ):  # fmt: skip
         load_reference(model, parse_reference("reference", said)[0], context, inputs)
         check(weights)
-    model, adapter, move, measure = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
+    model, adapter, move, measure = adjustable_model(context, [inputs["sft/seed-0"], inputs["sft/seed-1"]], ["a", "b"])
     assert adapter is None
     assert measure([0.5, 0.5]) == pytest.approx(norm([0.5, 0.5]), rel=1e-5)
     assert measure([1.0, 0.0]) == pytest.approx(norm([1.0, 0.0]), rel=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from salsa_peft.report.replicates import claims as claims_of
 from salsa_peft.report.replicates.claims import CLAIMS, Claim, claims, verdict
 from salsa_peft.report.replicates.numbers import label_of
-from salsa_peft.report.replicates.summary import Replicate, Trained, detectable, leave_one_out
+from salsa_peft.report.replicates.summary import Replicate, Trained, leave_one_out
 from salsa_peft.report.replicates.table import as_markdown, columns, rows
 from salsa_peft.utils.statistics import Estimate, mean_interval, t_test
 
@@ -200,13 +199,6 @@ def test_one_replicate_claims_nothing() -> None:
         verdict(one.expected, value) for claim in found for one in claim.findings for value in one.values.values()
     } == {"one replicate"}
     assert claims_of.salsa_over_ppo(worlds(True, 1)) is None
-
-
-def test_the_detectable_difference() -> None:
-    """n = 5, s = √2.5: (t(0.975, 4) + t(0.8, 4)) · √½; none from a single value."""
-    estimate = mean_interval([1, 2, 3, 4, 5])
-    assert detectable(estimate) == pytest.approx((2.7764451 + 0.9409646) * math.sqrt(0.5), abs=1e-6)
-    assert detectable(mean_interval([1])) is None
 
 
 def test_t_test() -> None:

@@ -366,4 +366,4 @@ class TestCommand:
 
 
 def test_every_strategy_is_one_row() -> None:
-    assert list(STRATEGIES) == ["linear", "slerp", "greedy", "learned"]
+    assert list(STRATEGIES) == ["linear", "slerp", "karcher", "model_stock", "greedy", "learned"]

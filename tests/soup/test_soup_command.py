@@ -92,7 +92,7 @@ WRONG = {
     "OUT c0 c1 --weights .5,.6": "sum to 1.1, but the weights of checkpoints must sum to 1",
     "OUT saved saved --weights .5,.6": "sum to 1.1, but they must sum to 1",
     "OUT c0 c1 --merge": "merge: True has no effect on checkpoints, only on adapters",
-    "OUT c0 c1 --strategy slerp": "needs the base that they were trained from, because it interpolates between their changes",
+    "OUT c0 c1 --strategy slerp": "needs the base that they were trained from, because it works on their changes from the base",
     "OUT a0 a1 --merge --rank 4": "rank: 4 has no effect with merge, because a merged soup is exact",
     "OUT a0 a1 --untie": "untie: True has an effect only with merge=True (--merge)",
     "OUT a0 a1 --quantized-base nf4": "quantized_base: nf4 has an effect only with merge=True",

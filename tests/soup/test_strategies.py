@@ -66,13 +66,14 @@ def test_slerp_of_one_direction_is_linear() -> None:
 @pytest.mark.parametrize(
     ("gram", "weights", "line"),
     [
+        ([[1]], [1.0], "strategy slerp: there is 1 member, but slerp needs at least two; use strategy linear"),
+        ([[1, 0], [0, 1]], [1.0, -1.0], r"strategy slerp: the first 2 weights, \[1.0, -1.0\], sum to 0"),
         (
-            [[1, 0], [0, 1]],
-            [0.2, 0.3, 0.5],
-            "strategy slerp: there are 3 members, but slerp needs exactly two; use strategy linear",
+            [[0, 0], [0, 1]],
+            [0.5, 0.5],
+            "strategy slerp: a member equals the base or start, so its change has no direction",
         ),
-        ([[0, 0], [0, 1]], [0.5, 0.5], "strategy slerp: a member equals the base, so its change has no direction"),
-        ([[1, -1], [-1, 1]], [0.5, 0.5], "strategy slerp: the members change the base in opposite directions"),
+        ([[1, -1], [-1, 1]], [0.5, 0.5], "strategy slerp: the members change the base or start in opposite directions"),
     ],
 )
 def test_slerp_refuses(gram: list[list[float]], weights: list[float], line: str) -> None:

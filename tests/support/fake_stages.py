@@ -51,7 +51,9 @@ def run(job: Job) -> dict[str, Any]:
     if job.unit.stage == "report":
         write_atomic(job.folder / "report.html", result)
         write_atomic(job.folder / "summary.json", "{}")
-    action = json.loads(job.recipe.description or "{}").get(job.unit.id)
+    actions = json.loads(job.recipe.description or "{}")
+    replicate = next((part for part in job.folder.parts if part.startswith("replicate-")), "")
+    action = actions.get(f"{replicate}/{job.unit.id}", actions.get(job.unit.id))
     if action == "refuse":
         raise SalsaError("data.prompts: found nothing, expected something")
     if str(action).startswith("memory-"):  # room for so many rows
@@ -78,10 +80,14 @@ def run(job: Job) -> dict[str, Any]:
     return {"value": float("nan") if action == "nan" else 1.0, "pid": os.getpid(), "pinned": dict(PINNED)}
 
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # the second is the name in the processes of replicates
     from salsa_peft.recipe import processes
-    from salsa_peft.recipe.__main__ import main as salsa_run
 
     processes.PRELOAD = ["fake_stages"]
     processes.GRACE = 1.0
+
+
+if __name__ == "__main__":
+    from salsa_peft.recipe.__main__ import main as salsa_run
+
     sys.exit(salsa_run(stages={name: stage._replace(run="fake_stages:run") for name, stage in STAGES.items()}))

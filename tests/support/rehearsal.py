@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils.quantization_config import QuantizationMethod
 from trl.kernels import chunked_logprob
 
-from salsa_peft.config.job import Job, Unit
+from salsa_peft.config.job import Job, Unit, recipe_of_unit
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Model, Recipe
 from salsa_peft.data import tokenized
@@ -321,4 +321,4 @@ def job_of(recipe: Recipe, stage: str, folder: Path, inputs: dict[str, Path]) ->
     unit = Unit(stage=stage, name=name, run="", multi_unit=stage != "reward")
     out = folder / "out"
     out.mkdir()
-    return Job(recipe=recipe, unit=unit, folder=out, inputs=inputs, recipe_yaml="")
+    return Job(recipe=recipe_of_unit(recipe, unit), unit=unit, folder=out, inputs=inputs, recipe_yaml="")

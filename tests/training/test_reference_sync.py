@@ -39,11 +39,11 @@ def policy(tmp_path: Path, make_base: Any, make_adapter: Any) -> Any:
         made = make_adapter(make_base(), "default", number + 1, r=rank, lora_alpha=8)
         adapters.save(made, "default", tmp_path / f"seed-{number}")
     model = make_adapter(make_base(), "policy", 3, lora_alpha=6)
-    seeds = {number: tmp_path / f"seed-{number}" for number in (0, 1)}
+    seeds = {name: tmp_path / name for name in ("seed-0", "seed-1")}
     (reference,) = parse_reference(
         "r", {"soup": {"members": [0, 1], "weights": [0.3, 0.7], "sync_every": 2, "mixup_alpha": 0.25}}
     )
-    return model, attach_reference(model, reference, seeds, None, "moving")
+    return model, attach_reference(model, reference, seeds, "moving", seeds["seed-0"])
 
 
 def test_the_first_move_is_exact_and_later_ones_say_what_they_lose(policy: Any) -> None:
@@ -172,7 +172,7 @@ def test_a_recipe_says_how_a_soup_moves() -> None:
     (one,) = parse_reference("p", {"soup": {"sync_every": 10, "mixup_alpha": 0.2}})
     assert (one.soup, one.sync_every, one.mixup_alpha) == (True, 10, 0.2) and "moving (every 10, α 0.2)" in one.label
     (own,) = parse_reference("p", {"soup": {"members": [0, 2], "sync_every": 5}})
-    assert (own.members, own.weights, own.sync_every, own.mixup_alpha) == ([0, 2], [0.5, 0.5], 5, 0.1)
+    assert (own.members, own.weights, own.sync_every, own.mixup_alpha) == (["seed-0", "seed-2"], [0.5, 0.5], 5, 0.1)
 
     def sliced(reference: str) -> str:
         recipe = load_recipe(

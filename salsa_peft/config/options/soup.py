@@ -1,31 +1,79 @@
 """The `soup` section: members, weights, and the strategy that chooses the weights."""
 
 import dataclasses
-from typing import Annotated, Literal
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import STRICT, Count, Positive, require_seed, require_unique
+from salsa_peft.config.fields import SEED, STRICT, Count, Positive, require_seed, require_unique
 from salsa_peft.config.rewards import FUNCTION, check_function
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
+Member = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
+"""A member of a soup: a position in sft.seeds, or a model's name."""
 MEASURES = ("sft_loss", "reward")
 MEASURED_STRATEGIES = ("greedy", "learned")
+"""The strategies that maximize a measure on held-out data."""
+GEOMETRIC_STRATEGIES = ("slerp", "karcher", "model_stock")
+"""The strategies that read the angles between the members' changes from the start."""
+
+
+class StrategyOptions(Protocol):
+    """The options of a strategy that recipes, `salsa soup` and `soup()` share."""
+
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def per(self) -> str: ...
+    @property
+    def start(self) -> str | Path: ...
+    @property
+    def scale(self) -> float: ...
+
+
+def check_strategy(where: str, options: StrategyOptions) -> None:
+    """Raise SalsaError for options that have no effect on the strategy. where: text before an option's name."""
+    strategy = options.strategy
+    require(options.per in ("model", "layer"), f"{where}per: {options.per!r} is unknown; use model or layer")
+    require(
+        options.per == "model" or strategy in GEOMETRIC_STRATEGIES,
+        f"{where}per: layer has no effect with strategy {strategy}; leave it out, or use one of"
+        f" {', '.join(GEOMETRIC_STRATEGIES)}",
+    )
+    require(math.isfinite(options.scale), f"{where}scale: {options.scale} is not a finite number; use one such as 0.5")
+    for name, value, default in (("start", options.start, "base"), ("scale", options.scale, 1.0)):
+        require(
+            value == default or strategy not in MEASURED_STRATEGIES,
+            f"{where}{name}: {value} has no effect with strategy {strategy}, which measures the weighted mean of the"
+            " members; leave it out",
+        )
+
+
+def named(members: Sequence[Member] | None) -> list[str]:
+    """The members' names; a position N in sft.seeds is seed-N."""
+    return [f"seed-{member}" if isinstance(member, int) else member for member in members or ()]
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Soup:
-    """A weighted average of the SFT models of several seeds: θ = Σ w_i θ_i."""
+    """A weighted average of several models: θ = Σ w_i θ_i."""
 
-    members: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = dataclasses.field(
-        default_factory=lambda: [0, 1]
-    )
-    """Positions in sft.seeds of the models to average."""
+    members: Annotated[list[Member], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0, 1])
+    """The models to average: positions in sft.seeds, or names: seed-N, a policy, another soup, the folder or Hub id of
+    an adapter (full weights: of a checkpoint). Example: [ppo, salsa]."""
     weights: list[float] | None = None
     """One weight per member, summing to 1. None: equal weights. Source: the paper's best soup has two
     members of weight ½. Example: [0.25, 0.75]."""
+
+    @property
+    def names(self) -> list[str]:
+        """The members' names; a position N in sft.seeds is seed-N."""
+        return named(self.members)
 
     @property
     def resolved_weights(self) -> list[float]:
@@ -34,9 +82,10 @@ class Soup:
 
     def check(self, where: str, seeds: int) -> None:
         """Raise SalsaError for missing or repeated members, and for weights whose number or sum is wrong."""
-        for member in self.members:
-            require_seed(f"{where}.members", member, seeds)
-        require_unique(f"{where}.members", self.members)
+        for name in self.names:
+            if seed := SEED.match(name):
+                require_seed(f"{where}.members", int(seed[1]), seeds)
+        require_unique(f"{where}.members", self.names)
         require(
             len(self.resolved_weights) == len(self.members),
             f"{where}.weights: found {len(self.resolved_weights)} weights for {len(self.members)} members; give one"
@@ -53,11 +102,21 @@ class Soup:
 class SoupSection(Soup):
     """Settings of the soup. linear and slerp use `weights`; greedy and learned choose them by `measure`."""
 
-    strategy: Literal["linear", "slerp", "greedy", "learned"] = "linear"
-    """linear: Σ w_i θ_i. slerp: spherical interpolation between two members' deltas, with t = the second
-    weight. greedy: a member joins the uniform mean if the measure does not get worse. learned: gradient steps on the
-    measure find the weights. Source: linear is the paper's; greedy and learned are of Wortsman et
-    al. (2022)."""
+    strategy: Literal["linear", "slerp", "karcher", "model_stock", "greedy", "learned"] = "linear"
+    """linear: Σ w_i θ_i. slerp: spherical interpolation of the members' deltas, one member after the other. karcher:
+    the mean direction of the deltas on the sphere, with their mean norm. model_stock: the mean delta, shortened by the
+    angle between the members. greedy: a member joins the uniform mean if the measure does not get worse. learned:
+    gradient steps on the measure find the weights. Source: linear is the paper's; slerp of more than two is of Ramé et
+    al. (2024), model_stock of Jang et al. (2024), greedy and learned are of Wortsman et al. (2022)."""
+    per: Literal["model", "layer"] = "model"
+    """slerp, karcher, model_stock: one set of weights for the whole model, or one for each layer (module with LoRA, or
+    tensor of a checkpoint), by the angles of this layer. Source: layer is WARP's. Example: layer."""
+    start: str = "base"
+    """Model from which the members' deltas are measured: base, or seed-N, a folder or a Hub id. Source: WARP (Ramé et
+    al., 2024). Example: seed-0."""
+    scale: float = 1.0
+    """η of θ = θ_start + η · (merged delta): below 1, the soup is interpolated towards the start (LITI). Source: WARP
+    (Ramé et al., 2024). Example: 0.5."""
     measure: str = "sft_loss"
     """Measure of greedy and learned: sft_loss on data.held_out, reward (mean score of responses to data.prompts), or
     module:name (a Python function of the model, where higher is better). learned supports sft_loss only."""
@@ -72,6 +131,11 @@ class SoupSection(Soup):
     Example: 16."""
 
     @property
+    def reads(self) -> list[str]:
+        """Names of the models that the soup is made from: its members and its start, unless that is the base."""
+        return [*self.names, *([] if self.start == "base" else [self.start])]
+
+    @property
     def uses_measure(self) -> bool:
         """Whether the weights are chosen by a measure."""
         return self.strategy in MEASURED_STRATEGIES
@@ -84,13 +148,14 @@ class SoupSection(Soup):
     def check(self, where: str, seeds: int) -> None:
         """Raise SalsaError for options that contradict one another."""
         super().check(where, seeds)
+        check_strategy(f"{where}.", self)
         require(
-            self.strategy != "slerp" or len(self.members) == 2,
-            f"{where}.strategy: slerp needs two members, but there are {len(self.members)}; give two, or use linear",
+            self.strategy not in ("slerp", "model_stock") or len(self.members) > 1,
+            f"{where}.strategy: {self.strategy} needs at least two members, but there is one; add one, or use linear",
         )
         require(
-            self.strategy != "greedy" or self.weights is None,
-            f"{where}.weights: strategy greedy chooses the weights itself; remove the weights {self.weights}",
+            self.strategy not in ("greedy", "model_stock") or self.weights is None,
+            f"{where}.weights: strategy {self.strategy} chooses the weights itself; remove the weights {self.weights}",
         )
         if not self.uses_measure:
             return

@@ -27,7 +27,7 @@ from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.architectures.checks import POSITIONS, check, text_part
 from salsa_peft.models.stage_context import StageContext
 from salsa_peft.models.tokenizers import load_tokenizer
-from salsa_peft.soup.average import check_family
+from salsa_peft.soup.options import check_family
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import append_checked_lines, read_json
 from salsa_peft.utils.fingerprints import canonical_json, fingerprint, read_fingerprint, sha256, tokenizer_files

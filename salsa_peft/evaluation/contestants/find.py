@@ -13,9 +13,9 @@ from salsa_peft.config.load import saved_recipe
 from salsa_peft.config.rewards import SEQUENCE_CLASSIFIER
 from salsa_peft.evaluation.fastchat import file_stem
 from salsa_peft.models.adapters.bases import local_base
-from salsa_peft.soup.average import base_of
 from salsa_peft.soup.lora.read import WEIGHTS
 from salsa_peft.soup.member_folders import ADAPTERS, CONFIGS, kind_of
+from salsa_peft.soup.options import base_of
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import read_json
 from salsa_peft.utils.hub import HUB_ID, MODEL_FILES, local_folder

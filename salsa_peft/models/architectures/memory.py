@@ -190,8 +190,11 @@ class _Stage:
             model, reward = (float(self.width * (self.size.parameters - head)) for head in (0, self.size.head))
             return [model] * len(members) + [reward] * rewards + classifiers, 0.0 if self.trains else model
         rank = self.recipe.adapter.r if self.recipe.adapter else 0
-        answering = {"evaluate": len(self.recipe.policies) + 2, "reward_quality": 1}.get(self.stage, 0)
-        stacked = len(self.recipe.sft.seeds) if self.stage == "landscape" else 0
+        answering = {"evaluate": len(self.recipe.policies) + len(self.recipe.soups) + 2, "reward_quality": 1}.get(
+            self.stage, 0
+        )
+        landscape = self.recipe.landscape
+        stacked = len(landscape.names) if landscape is not None and self.stage == "landscape" else 0
         ranks = [rank * count for count in (*members, stacked) if count] + [rank] * (rewards + answering)
         return [4.0 * self.adapter(one) for one in ranks] + classifiers, self.base()
 

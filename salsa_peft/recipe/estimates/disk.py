@@ -16,6 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from salsa_peft.config.job import recipe_of_unit
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.data.check import number_of_rows
@@ -61,7 +62,7 @@ def need(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) 
     final = peak = 0.0
     for planned in [planned for name, planned in plan.items() if name in asked and planned.why is not None]:
         there = bytes_in(planned.folder)
-        kept, peak_of_unit = unit_bytes(recipe, planned.unit.stage, size, gpu)
+        kept, peak_of_unit = unit_bytes(recipe_of_unit(recipe, planned.unit), planned.unit.stage, size, gpu)
         peak = max(peak, final - there + peak_of_unit)
         final += kept - there
     place = existing_parent(next(iter(plan.values())).folder)
@@ -87,10 +88,10 @@ def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None
         one = width
     else:
         count = size.adapter(recipe.adapter.r, recipe.adapter.target_modules)
-    kept = {"toy": 4.0 * size.parameters, "sft": one * count, "soup": one * count}.get(stage, 0.0)
+    kept = {"toy": 4.0 * size.parameters}.get(stage, one * count if stage in ("sft", "soup", "soups") else 0.0)
     if stage in ALGORITHMS:
         kept = one * count + (width * size.parameters if recipe.adapter and "merged" in recipe.export else 0.0)
-    if stage == "soup" and recipe.adapter is not None:
+    if stage in ("soup", "soups") and recipe.adapter is not None:
         rank = recipe.soup.rank or recipe.adapter.r * len(recipe.soup.members)
         kept = one * size.adapter(rank, recipe.adapter.target_modules)
     before = 0.0  # members of a reward soup, before the last one is trained

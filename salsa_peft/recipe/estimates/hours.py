@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from salsa_peft.config.job import Unit
+from salsa_peft.config.job import Unit, recipe_of_unit
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
@@ -66,7 +66,7 @@ def unit_work(recipe: Recipe, unit: Unit) -> Planned | None:
     size = architecture_of_recipe(recipe)
     if size is None:
         return None
-    units = _Units(recipe, size)
+    units = _Units(recipe_of_unit(recipe, unit), size)
     if unit.stage in ALGORITHMS:
         return units.trl(unit.stage)
     if unit.stage == "sft":
@@ -278,7 +278,8 @@ class _Units:
     def evaluate(self) -> Planned | None:
         """Answers and scores of every model."""
         section = self.recipe.evaluate
-        models = len({"seed-0", "soup", *section.models, *section.controls, *self.recipe.policies})
+        own = self.recipe
+        models = len({"seed-0", "soup", *own.soups, *section.models, *section.controls, *own.policies})
         asked = [question_turns(source) for source in section.prompts.values()]
         known = [turn for one in asked if one is not None for turn in one]
         return self._answers(known, models) if known and None not in asked else None

@@ -1,13 +1,15 @@
 """The report's files in the run's folder, and the lines with which a run ends."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from salsa_peft.config.job import UNLINKED, result_units
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.sweeps import candidates
-from salsa_peft.utils.console import say
+from salsa_peft.utils.console import columns, say
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.manifests import named_results, replicate_folders
 from salsa_peft.utils.messages import listed
@@ -21,6 +23,7 @@ TITLES = {
     "sft": "SFT seeds",
     "reward": "reward model",
     "soup": "soup of the seeds",
+    "soups": "other soups",
     "evaluate": "answers of all models, and their scores",
 }
 """Stage → what its results are. The results of all other stages are policies."""
@@ -40,6 +43,15 @@ def copy_report(report: Path, run: Path) -> None:
     for path in (run / "figures").glob("*.png"):
         if path.name not in drawn:
             path.unlink()
+
+
+def show_headline(summary: Mapping[str, Any]) -> None:
+    """Print the headline of a report's summary.json, in lines that fit the terminal."""
+    lines: list[str] = summary.get("console", [])  # a report of an earlier version has no such lines
+    if sys.stderr.isatty() and columns(sys.stderr) < max(map(len, lines), default=0):
+        lines = summary.get("narrow_console", lines)
+    for line in lines:
+        say(line)
 
 
 def show_results(run: Path, recipe: Recipe) -> None:

@@ -1,12 +1,14 @@
 """Published files of a result or a soup, and its model card with loading code, lineage and metrics."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from salsa_peft.config.fields import SEED
+from salsa_peft.config.job import recipe_of_policy
 from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import dump_yaml
@@ -133,17 +135,19 @@ def _training(item: Item, recipe: Recipe) -> list[tuple[str, str]]:
         rows.append((f"data: {name}", f"{last_part(source.path)}, split {source.split}{limit}"))
     if recipe.toy is not None:
         rows.append(("data", "salsa_peft's generated toy language"))
-    seeds: Iterable[int] = recipe.soup.members if kind == "soup" else range(len(recipe.sft.seeds))
-    seeds = [int(item.name.removeprefix("seed-"))] if kind == "seed" else seeds
-    rows += [(f"seed-{position}", seed_text(recipe, position)) for position in seeds]
+    names = [f"seed-{position}" for position in range(len(recipe.sft.seeds))]
+    if kind == "soup":
+        names = recipe.soups[item.name].names if item.name in recipe.soups else recipe.soup.names
+    names = [item.name] if kind == "seed" else names
+    rows += [(name, seed_text(recipe, int(seed[1]))) for name in names if (seed := SEED.match(name))]
     if kind == "policy":
         policy = item.metrics
         beta = " → ".join(f"{policy['kl_coef'][end]:g}" for end in ("start", "end") if "kl_coef" in policy)
         rows += [
-            ("algorithm", item.algorithm.upper() + ", from seed-0"),
+            ("algorithm", f"{item.algorithm.upper()}, from {last_part(recipe.policies[item.name].start)}"),
             ("reference", str(policy.get("reference", ""))),
             ("KL coefficient β", beta),
-            ("training", hyperparameters(getattr(recipe, item.algorithm))),
+            ("training", hyperparameters(getattr(recipe_of_policy(recipe, item.name), item.algorithm))),
         ]
     if kind in ("reward", "policy") and recipe.reward.trained:
         rows.append(("reward model", f"from seed-0, {hyperparameters(recipe.reward)}"))

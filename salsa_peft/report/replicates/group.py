@@ -6,7 +6,7 @@ from typing import Any
 from salsa_peft.report import findings, headline, plots, style
 from salsa_peft.report.format import Row
 from salsa_peft.report.gather import ReportInput
-from salsa_peft.report.replicates import scored
+from salsa_peft.report.replicates import power, scored
 from salsa_peft.report.replicates.table import over_replicates
 from salsa_peft.report.sections import first_screen, frontier
 from salsa_peft.report.sections.forest import forests
@@ -24,11 +24,13 @@ def together(
     tables, judged = headline.table(numbers), _by_the_judge(name, runs, rows)
     policies = {} if numbers is None else dict(numbers.policies)
     models = [] if numbers is None else numbers.models
+    compared = findings.comparisons(numbers)
+    seen = power.table(compared)
     line = first_screen.run_line(policies, tables, len(runs[0].seeds), explained, judged["judge"] if judged else None)
     screen = first_screen.screen(
         line=f"{len(runs)} replicates of {name}: the whole recipe, each time with other random seeds. In each: {line}",
         tables=tables,
-        compared=findings.comparisons(numbers),
+        compared=compared,
         policies=policies,
         models=models,
         explained=explained,
@@ -47,6 +49,7 @@ def together(
             for model in models
         },
         "frontier": frontier.frontier(runs),
+        "power": {"rows": seen, "sentences": power.sentences(seen)},
         **over_replicates(runs, pairs),
     }
 

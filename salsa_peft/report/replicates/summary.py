@@ -13,10 +13,9 @@ from salsa_peft.report import findings
 from salsa_peft.report.format import Row
 from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.report.judge_tables import searched_methods
-from salsa_peft.utils.statistics import Estimate, mean_interval
+from salsa_peft.report.replicates.power import detectable, needed, spread
+from salsa_peft.utils.statistics import mean_interval
 
-POWER = 0.8
-"""Probability with which a run of these replicates would have shown the `detectable` difference."""
 LAST = 0.1
 """Share of a policy's updates, at the end of training, whose mean KL is reported."""
 KL = "objective/kl"
@@ -82,21 +81,6 @@ def _last_kl(policy: PolicyReport) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def detectable(estimate: Estimate) -> float | None:
-    """The true difference that such replicates show with probability POWER; None for fewer than two.
-
-        (t(0.975, n − 1) + t(POWER, n − 1)) · s / √n
-
-    The usual approximation by two quantiles. `estimate` has the half-width t(0.975, n − 1) · s / √n.
-    """
-    from scipy.stats import t
-
-    if estimate.n < 2:
-        return None
-    error = (estimate.high - estimate.mean) / float(t.ppf(0.975, estimate.n - 1))
-    return error * float(t.ppf(0.975, estimate.n - 1) + t.ppf(POWER, estimate.n - 1))
-
-
 def models_table(replicates: Sequence[Replicate], dataset: str) -> list[dict[str, Any]]:
     """Rows {"model", "mean", "low", "high", "n"} of the models that all replicates evaluated."""
     names = [name for name in replicates[0].scores[dataset] if all(name in one.scores[dataset] for one in replicates)]
@@ -106,7 +90,7 @@ def models_table(replicates: Sequence[Replicate], dataset: str) -> list[dict[str
 
 
 def pairs_table(runs: Sequence[ReportInput], dataset: str, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Rows {"a", "b", "mean", "low", "high", "n", "above", "detectable"}: a − b, paired by replicate.
+    """Rows {"a", "b", "mean", "low", "high", "n", "above", "detectable", "needed"}: a − b, paired by replicate.
 
     A searched policy stands for the candidate that each replicate picked. above: number of replicates in which a − b > 0.
     """
@@ -120,9 +104,10 @@ def pairs_table(runs: Sequence[ReportInput], dataset: str, pairs: Sequence[tuple
                 differences.append(models[first]["scores"][measure]["mean"] - models[second]["scores"][measure]["mean"])
         if len(differences) < 2:
             continue
-        found = mean_interval(differences)
+        found = asdict(mean_interval(differences))
         above = sum(difference > 0 for difference in differences)
-        rows.append({"a": a, "b": b, **asdict(found), "above": above, "detectable": detectable(found)})
+        counts = {"detectable": detectable(found), "needed": needed(found["mean"], spread(found))}
+        rows.append({"a": a, "b": b, **found, "above": above, **counts})
     return rows
 
 

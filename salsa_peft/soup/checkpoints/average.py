@@ -14,8 +14,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.checkpoints.alignment import Alignment, align
 from salsa_peft.soup.checkpoints.companions import copy_companions
 from salsa_peft.soup.checkpoints.read import (
@@ -35,15 +38,13 @@ from salsa_peft.soup.checkpoints.streams import stream
 from salsa_peft.soup.checkpoints.write import Output, Progress, byte_counter, open_output
 from salsa_peft.utils.errors import require
 
-if TYPE_CHECKING:
-    import torch
-
 
 def average(
     out: Path | str,
     members: Sequence[Path | str],
     weights: Sequence[float],
     *,
+    layers: Mapping[str, Sequence[float]] | None = None,
     names: Sequence[str] | None = None,
     base: Path | str | None = None,
     strategy: str = "linear",
@@ -52,9 +53,10 @@ def average(
 ) -> dict[str, Any]:
     """Write Σ w_i θ_i into the folder `out` and return the summary, which is also in out/soup.json.
 
-    Weights may have any sum. Of a member of weight 0, only the headers are checked; its values are not used. With
-    `base`, the summary has the norms and cosines of the members' changes from the base; without `base`, only distances.
-    `more` is added to the summary. Raises SalsaError naming file and tensor; then nothing is written.
+    Weights may have any sum. layers: tensor → weights of its own, of which `weights` are the means. Of a member of
+    weight 0, only the headers are checked; its values are not used. With `base`, the summary has the norms and cosines
+    of the members' changes from the base; without `base`, only distances. `more` is added to the summary. Raises
+    SalsaError naming file and tensor; then nothing is written.
     """
     begun = time.perf_counter()
     numbers = check_weights(weights, len(members))
@@ -70,7 +72,7 @@ def average(
     with open_output(Path(out), [row.folder for row in everything], _size_of(aligned)) as output:
         for checkpoint in everything:
             check_manifest(checkpoint)
-        products = _write_shards(output, aligned, numbers, progress)
+        products = _write_shards(output, aligned, numbers, layers, progress)
         _write_index(output, aligned)
         used = [row for row, weight in zip(read, numbers, strict=True) if weight != 0]
         taken = copy_companions(output, used, origin)
@@ -85,35 +87,38 @@ def average(
     return summary
 
 
-def gram(members: Sequence[Path | str], base: Path | str) -> torch.Tensor:
-    """⟨θ_i − θ_base, θ_j − θ_base⟩ with all tensors as one vector: (members, members), float64."""
-    import torch
-
-    read = [read_checkpoint(Path(folder)) for folder in (base, *members)]
+def grams(members: Sequence[Path | str], base: Path | str, by_tensor: bool = False) -> dict[str, Array]:
+    """⟨θ_i − θ_base, θ_j − θ_base⟩ of each tensor, or with all tensors as one vector: (members, members), float64."""
+    read = [read_checkpoint(Path(folder)) for folder in (*members, base)]  # in the order of `average`
     for checkpoint in read:
         check_plain(checkpoint)
-    aligned = align(read)
-    products = stream(list(aligned.rows[0]), aligned.rows, None, pivot=0)
-    return torch.tensor(products, dtype=torch.float64)[1:, 1:]
+    rows, n = align(read).rows, len(members)
+    parts = {name: [name] for name in rows[0]} if by_tensor else {"all tensors": list(rows[0])}
+    return {name: np.array(stream(tensors, rows, None, pivot=n))[:n, :n] for name, tensors in parts.items()}
 
 
 def _write_shards(
-    output: Output, aligned: Alignment, numbers: Sequence[float], progress: Progress | None
-) -> list[list[float]]:
+    output: Output, aligned: Alignment, numbers: Sequence[float], layers: Mapping[str, Sequence[float]] | None,
+    progress: Progress | None,
+) -> list[list[float]]:  # fmt: skip
     """Write all shards. Returns the products of the differences from the member of the largest weight.
 
     The result has a row and a column for each member whose weight is not 0, then for the base, if there is one.
     """
     used = [i for i in range(len(aligned.rows)) if i >= len(numbers) or numbers[i] != 0]
     rows, weights = [aligned.rows[i] for i in used], [weight for weight in numbers if weight != 0]
-    weights += [0.0] * (len(rows) - len(weights))
+    unread = [0.0] * (len(rows) - len(weights))  # of the base, whose differences are measured
+    weights += unread
+    own = layers and {
+        name: [*(row[i] for i in used[: len(used) - len(unread)]), *unread] for name, row in layers.items()
+    }
     pivot = max(range(len(rows)), key=lambda i: abs(weights[i]))
     total = [[0.0] * len(rows) for _ in rows]
     count = byte_counter(progress, _size_of(aligned))
     for name, file in aligned.files.items():
         with output.shard(name, file.header) as write:
             products = stream(
-                file.pieces, rows, weights, pivot=pivot, layout=aligned.layout, write=write, progress=count
+                file.pieces, rows, weights, pivot=pivot, layers=own, layout=aligned.layout, write=write, progress=count
             )
         total = [[a + b for a, b in zip(old, new, strict=True)] for old, new in zip(total, products, strict=True)]
     return total

@@ -40,12 +40,18 @@ class Run:
     """The place of the first tensor in each member."""
     end: list[int]
     """The offset of the end of the last tensor in each member's file."""
+    plan: SumPlan
+    """The weights of the members in these tensors."""
 
-    def follows(self, dtype: str, places: Sequence[Place]) -> bool:
-        """Whether a tensor at `places` continues this run: in the same files and dtypes, without a gap."""
-        return dtype == self.dtype and all(
-            place.file is mine.file and place.entry.dtype == mine.entry.dtype and place.entry.begin == end
-            for place, mine, end in zip(places, self.places, self.end, strict=True)
+    def follows(self, dtype: str, places: Sequence[Place], plan: SumPlan) -> bool:
+        """Whether a tensor at `places` continues this run: in the same files, dtypes and plan, without a gap."""
+        return (
+            dtype == self.dtype
+            and plan is self.plan
+            and all(
+                place.file is mine.file and place.entry.dtype == mine.entry.dtype and place.entry.begin == end
+                for place, mine, end in zip(places, self.places, self.end, strict=True)
+            )
         )
 
     def name_of(self, element: int) -> str:
@@ -54,17 +60,22 @@ class Run:
         return next(name for (name, _), end in zip(self.tensors, ends, strict=True) if element < end)
 
 
-def runs_of(names: Sequence[str], members: Sequence[Mapping[str, Place]], layout: Mapping[str, Place]) -> list[Run]:
-    """Join tensors, in the order in which they are written, into runs. `layout` has the written dtypes."""
+def runs_of(
+    names: Sequence[str], members: Sequence[Mapping[str, Place]], layout: Mapping[str, Place], plans: Sequence[SumPlan]
+) -> list[Run]:
+    """Join tensors, in the order in which they are written, into runs. plans: each tensor's plan.
+
+    `layout` has the written dtypes.
+    """
     runs: list[Run] = []
-    for name in names:
+    for name, plan in zip(names, plans, strict=True):
         places, dtype = [member[name] for member in members], layout[name].entry.dtype
         count, end = math.prod(places[0].entry.shape), [place.entry.begin + place.entry.size for place in places]
-        if runs and runs[-1].follows(dtype, places):
+        if runs and runs[-1].follows(dtype, places, plan):
             runs[-1].tensors.append((name, count))
             runs[-1].end = end
         else:
-            runs.append(Run(dtype, [(name, count)], places, end))
+            runs.append(Run(dtype, [(name, count)], places, end, plan))
     return runs
 
 
@@ -100,19 +111,21 @@ def stream(
     weights: Sequence[float] | None,
     *,
     pivot: int,
+    layers: Mapping[str, Sequence[float]] | None = None,
     layout: Mapping[str, Place] | None = None,
     write: Writer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
     """Write Σ w_i x_i. Returns the products of the differences from member `pivot`, (members, members).
 
-    Without `write`, only the products are computed. The tensors `names` are written in this order and in the dtypes of
+    layers: tensor → weights of its own; None if all tensors have `weights`. Without `write`, only the products are computed. The tensors `names` are written in this order and in the dtypes of
     `layout`. Integer and bool tensors must be equal in all members whose weight is not 0; they add nothing to the
     products. `progress` is called with the size of each piece in bytes. Raises SalsaError naming file and tensor, for
     the first error in the order of the pieces.
     """
     plan = SumPlan(len(members), weights, pivot)
-    runs = runs_of(names, members, members[pivot] if layout is None else layout)
+    plans = [plan if layers is None else SumPlan(len(members), layers[name], pivot) for name in names]
+    runs = runs_of(names, members, members[pivot] if layout is None else layout, plans)
     total = [0.0] * len(plan.pairs)
     local = threading.local()
 
@@ -156,7 +169,8 @@ def _in_order(
 
 def _add_piece(piece: Piece, sums: BlockSums, files: Mapping[Path, int], write: Writer | None) -> list[float]:
     """Read, add and write a piece in blocks. Returns the products of its differences."""
-    run, plan = piece.run, sums.plan
+    run, plan = piece.run, piece.run.plan
+    sums.plan = plan
     total = [0.0] * len(plan.pairs)
     dtypes = BlockDtypes(tuple(place.entry.dtype for place in run.places), run.dtype)
     for first in range(0, piece.elements, BLOCK):

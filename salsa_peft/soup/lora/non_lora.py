@@ -83,6 +83,16 @@ def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
         )
 
 
+def check_frozen(members: Sequence[Member], option: str) -> None:
+    """Raise SalsaError if a member trained a parameter without LoRA, for which `option` has no meaning."""
+    for name in parameter_names(members):
+        require(
+            frozen(members, name),
+            f"{option} works on LoRA deltas, but {members_with(members, name)[0].folder} also trained {name}, which is"
+            " averaged directly; leave this option out",
+        )
+
+
 def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Array:
     """Σ w_i x_i as x_p + Σ w_i (x_i − x_p), exact for equal values. p: member with the largest |w|."""
     have = [i for i, member in enumerate(members) if name in member.non_lora]

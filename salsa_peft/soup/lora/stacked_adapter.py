@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salsa_peft.soup import arrays
+from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.checkpoints.read import check_weights, default_names
 from salsa_peft.soup.lora import non_lora
 from salsa_peft.soup.lora.config import config_fields
@@ -65,30 +66,38 @@ class StackedAdapter:
         non_lora.check_sum(self.members, checked)
         return checked
 
-    def save(self, folder: Path, weights: Sequence[float], *, strategy: str = "linear", rank: int | None = None,
-             dtype: str | torch.dtype | None = None, progress: Callable[[int, int], None] | None = None,
-             more: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    def save(self, folder: Path, weights: Sequence[float], *, layers: Mapping[str, Sequence[float]] | None = None,
+             strategy: str = "linear", rank: int | None = None, dtype: str | torch.dtype | None = None,
+             progress: Callable[[int, int], None] | None = None, more: Mapping[str, Any] | None = None,
+             ) -> dict[str, Any]:  # fmt: skip
         """Write the soup as a PEFT adapter folder. Returns its summary, which is also written to soup.json.
 
-        rank: reduce modules with a higher rank to this rank by SVD; the summary's `error` is the resulting error.
+        layers: module → weights of its own; None if all modules have `weights`. rank: reduce modules with a higher rank to this rank by SVD; the summary's `error` is the resulting error.
         dtype: dtype of the factors (default: one that represents all members' factors). progress: called with the
         number of finished modules and of all modules. more: further entries of the summary.
         """
+        if layers is not None:
+            non_lora.check_frozen(self.members, "per: layer")
+        own = dict.fromkeys(self.stacks, self.check(weights)) if layers is None else layers
         return save(
-            self.members, self.stacks, Path(folder), self.check(weights), strategy=strategy, rank=rank,
-            dtype=None if dtype is None else str(dtype), progress=progress, more=more or {},
+            self.members, self.stacks, Path(folder), check_weights(weights, len(self.members)), own, strategy=strategy,
+            rank=rank, dtype=None if dtype is None else str(dtype), progress=progress, more=more or {},
         )  # fmt: skip
 
     def gram(self) -> torch.Tensor:
         """⟨delta_i, delta_j⟩ summed over the modules with LoRA: (members, members), float64."""
         import torch
 
-        total = torch.zeros(len(self.members), len(self.members), dtype=torch.float64)
+        return torch.from_numpy(sum(self.grams().values()))
+
+    def grams(self) -> dict[str, Array]:
+        """⟨delta_i, delta_j⟩ of each module with LoRA: (members, members), float64."""
+        n = len(self.members)
         with arrays.one_thread():
-            for stack in self.stacks.values():
-                blocks = [moments(A, B) for A, B in stack.each_block()]
-                total += torch.from_numpy(stack.gram(blocks, len(self.members)))
-        return total
+            return {
+                module: stack.gram([moments(A, B) for A, B in stack.each_block()], n)
+                for module, stack in self.stacks.items()
+            }
 
     def norm(self, weights: Sequence[float]) -> float:
         """Norm of the weighted delta, with all modules with LoRA as one vector."""

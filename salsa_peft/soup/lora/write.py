@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,10 +41,11 @@ class TensorGroup(NamedTuple):
 
 
 def save(
-    members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], *, strategy: str,
-    rank: int | None, dtype: str | None, progress: Callable[[int, int], None] | None, more: Mapping[str, Any],
+    members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float],
+    layers: Mapping[str, Sequence[float]], *, strategy: str, rank: int | None, dtype: str | None,
+    progress: Callable[[int, int], None] | None, more: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the folder and return the summary. The arguments are those of StackedAdapter.save.
+    """Write the folder and return the summary. The arguments are those of StackedAdapter.save; `layers` has all modules.
 
     Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder
     that another process is writing. An earlier soup in the folder stays until the new weights are complete.
@@ -61,8 +63,11 @@ def save(
         start = time.perf_counter()
         totals = Totals(np.zeros((len(members), len(members))))
         with arrays.one_thread():
-            write_weights(folder, tensor_groups(members, stacks, weights, stored_dtype, ranks, totals, progress))
+            write_weights(
+                folder, tensor_groups(members, stacks, weights, layers, stored_dtype, ranks, totals, progress)
+            )
         summary = summarise(members, weights, totals.gram, [member.ranks for member in members])
+        summary["norm"] = math.sqrt(sum(totals.norms.values()))
         summary |= {"modules": len(ranks), "ranks": sorted(set(ranks.values()))}
         summary |= {"averaged": non_lora.parameter_names(members)}
         rounding = relative_norm(totals.rounding, sum(totals.norms.values()) - sum(totals.lost.values()))
@@ -136,14 +141,14 @@ def write_weights(folder: Path, parts: list[TensorGroup]) -> None:
 
 
 def tensor_groups(
-    members: Sequence[Member], stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: dict[str, int],
-    totals: Totals, progress: Callable[[int, int], None] | None,
+    members: Sequence[Member], stacks: Stacks, weights: Sequence[float], layers: Mapping[str, Sequence[float]],
+    stored_dtype: str, ranks: dict[str, int], totals: Totals, progress: Callable[[int, int], None] | None,
 ) -> list[TensorGroup]:  # fmt: skip
     """The tensors of the file in groups, wide dtypes first, so that all are aligned to their element size."""
     layout = [
         (name, stored_dtype, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])
     ]
-    found = [TensorGroup(layout, partial(factors, stacks, weights, stored_dtype, ranks, totals, progress))]
+    found = [TensorGroup(layout, partial(factors, stacks, layers, stored_dtype, ranks, totals, progress))]
     for name in non_lora.parameter_names(members):
         entries = [member.file.entries[member.non_lora[name]] for member in non_lora.members_with(members, name)]
         kept = arrays.promote(entry.dtype for entry in entries)
@@ -164,11 +169,11 @@ def factor_layout(stacks: Stacks, module: str, rank: int) -> list[tuple[str, tup
     return [*found, (found[1][0].removesuffix("weight") + "bias", (shape.out,))] if stacks.with_bias else found
 
 
-def factors(stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: dict[str, int], totals: Totals,
-            progress: Callable[[int, int], None] | None) -> Iterator[Array]:  # fmt: skip
+def factors(stacks: Stacks, layers: Mapping[str, Sequence[float]], stored_dtype: str, ranks: dict[str, int],
+            totals: Totals, progress: Callable[[int, int], None] | None) -> Iterator[Array]:  # fmt: skip
     """Compute and yield each module's A, B and, with lora_bias, bias; add their norms to `totals`."""
     for done, (module, shape) in enumerate(stacks.shapes.items(), 1):
-        stack = stacks[module]
+        stack, weights = stacks[module], layers[module]
         blocks = [moments(A, B) for A, B in stack.each_block()]
         gram = stack.gram(blocks, len(weights))
         totals.gram += gram

@@ -345,6 +345,11 @@ def norm_of(members: dict[int, Path], weights: dict[int, float]) -> float:
     return math.sqrt(sum(float(delta.square().sum()) for delta in deltas.values()))
 
 
+def named(members: dict[int, Path], soup: Path | None = None) -> dict[str, Path]:
+    """The folders of the seeds' adapters, and the soup's, by their names in a run."""
+    return {f"seed-{number}": folder for number, folder in members.items()} | ({} if soup is None else {"soup": soup})
+
+
 class TestReferences:
     @pytest.mark.parametrize(
         ("value", "weights"),
@@ -360,7 +365,7 @@ class TestReferences:
         model = adapters.attach(make_base(), members[0], "policy", trainable=True)
         before = trainable(model)
         (reference,) = parse_reference("reference", str(members[1]) if value == "PATH" else value)
-        frozen = references.attach_reference(model, reference, members, tmp_path / "soup", "reference-0")
+        frozen = references.attach_reference(model, reference, named(members, tmp_path / "soup"), "reference-0")
         assert frozen[:4] == (reference.label, None if value == "base" else "reference-0", None, None)
         with adapters.active(model, frozen.adapter):
             close(logits(model), summed(weights))
@@ -384,7 +389,7 @@ class TestReferences:
         model = adapters.attach(make_base(), members[0], "policy", trainable=True)
         before = trainable(model)
         (reference,) = parse_reference("reference", value)
-        frozen = references.attach_reference(model, reference, members, tmp_path / "soup", "reference-0")
+        frozen = references.attach_reference(model, reference, named(members, tmp_path / "soup"), "reference-0")
         with adapters.active(model, frozen.adapter):
             close(logits(model), summed({seed: scale * weight for seed, weight in weights.items()}))
         close(logits(model), summed({0: 1.0}))
@@ -395,12 +400,12 @@ class TestReferences:
         reference = dataclasses.replace(reference, weights=[0.0])
         model = adapters.attach(make_base(), members[0], "policy")
         with pytest.raises(SalsaError, match="its delta is 0, so it cannot be scaled to the norm of seed-0"):
-            references.attach_reference(model, reference, members, None, "x")
+            references.attach_reference(model, reference, named(members), "x")
 
     def test_a_soup_that_is_not_there(self, make_base: Any, members: dict[int, Path]) -> None:
         model = adapters.attach(make_base(), members[0], "policy")
         with pytest.raises(SalsaError, match="reference soup: the result of the soup stage is missing"):
-            references.attach_reference(model, parse_reference("reference", "soup")[0], members, None, "x")
+            references.attach_reference(model, parse_reference("reference", "soup")[0], named(members), "x")
 
     def test_what_a_library_user_passes(self, make_base: Any, members: dict[int, Path], summed: Any) -> None:
         """Names, folders, base and ready ones, in order; a name's adapter is frozen, a folder is attached."""

@@ -27,7 +27,7 @@ from checkpoint_folders import (
 )
 
 from salsa_peft.soup.checkpoints import streams as weight_streams
-from salsa_peft.soup.checkpoints.average import average, gram
+from salsa_peft.soup.checkpoints.average import average, grams
 from salsa_peft.soup.checkpoints.read import CONFIG, SINGLE
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.safetensors_io import as_bytes, make_header, safetensors_dtype, safetensors_writer
@@ -102,9 +102,11 @@ def test_runs_are_as_long_as_the_files_allow(tmp_path: Path) -> None:
 
     one = read_checkpoint(write(tmp_path / "a", values(0)))
     two = read_checkpoint(write(tmp_path / "b", values(1), 2))
-    names = list(one.tensors)
-    assert len(weight_streams.runs_of(names, [one.tensors, one.tensors], one.tensors)) == 1
-    assert len(weight_streams.runs_of(names, [one.tensors, two.tensors], one.tensors)) == len(names)
+    names, plans = list(one.tensors), [weight_streams.SumPlan(2, [0.5, 0.5], 0) for _ in one.tensors]
+    same, own = [plans[0]] * len(names), plans
+    assert len(weight_streams.runs_of(names, [one.tensors, one.tensors], one.tensors, same)) == 1
+    assert len(weight_streams.runs_of(names, [one.tensors, two.tensors], one.tensors, same)) == len(names)
+    assert len(weight_streams.runs_of(names, [one.tensors, one.tensors], one.tensors, own)) == len(names)
 
 
 def test_the_one_weight_and_equal_members_are_to_the_bit(tmp_path: Path) -> None:
@@ -173,10 +175,10 @@ def test_distances_norms_and_cosines(tmp_path: Path) -> None:
         assert pair["cosine"] == pytest.approx(cosine, abs=1e-6)
     total = 0.5 * deltas[0] + 0.75 * deltas[1] - 0.25 * deltas[2]
     assert summary["norm"] == pytest.approx(float(total.norm()), rel=1e-6)
-    found = gram(folders[:3], folders[3])
+    (found,) = grams(folders[:3], folders[3]).values()
     expected = torch.stack(deltas) @ torch.stack(deltas).T
-    assert (found.dtype, found.shape) == (torch.float64, (3, 3))
-    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-4)
+    assert (found.dtype, found.shape) == ("float64", (3, 3))
+    assert torch.allclose(torch.from_numpy(found), expected, rtol=1e-6, atol=1e-4)
     assert {name: json.loads((tmp_path / "based" / "soup.json").read_text())[name] for name in summary} == summary
 
 

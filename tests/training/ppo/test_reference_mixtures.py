@@ -279,7 +279,7 @@ FOR_TWO = [
     ({"reference_weights_step": 1.0, "reference_weights_min": 0.5}, "reference_weights_min: 0.5 must be below 1/2, because"),
 ]  # fmt: skip
 FOR_ONE = [
-    ({"reference_mean": "geometric"}, "reference_mean: geometric has no effect with one reference; remove it, or give"),
+    ({"reference_mean": "geometric"}, "reference_mean: geometric has no effect with one reference"),
     ({"reference_weights": [1.0]}, r"reference_weights: \[1.0\] has no effect with one reference"),
     ({"reference_weights_end": [0.1, 0.9]}, r"reference_weights_end: \[0.1, 0.9\] has no effect with one reference"),
     ({"reference_weights_step": 0.1}, "reference_weights_step: 0.1 has no effect with one reference"),
