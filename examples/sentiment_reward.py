@@ -1,4 +1,4 @@
-"""Two rewards for stories, by the sentiment lexicon of TextBlob: pip install 'salsa-peft[sentiment]'.
+"""Rewards for stories: two by the sentiment lexicon of TextBlob (pip install 'salsa-peft[sentiment]'), and brevity.
 
 A reward function has the signature of TRL's reward functions: it is called with keyword arguments (`prompts`,
 `completions`, the columns of the data …) and returns a number for each completion. In a recipe:
@@ -25,6 +25,11 @@ def gold(completions, **_):
         float(sum(dict(polarities(completion)).values())) - PENALTY * repetition(text_of(completion))
         for completion in completions
     ]
+
+
+def brevity(completions, **_):
+    """5 for an empty text, and 1 less for every 32 characters. It opposes `sentiment`, which grows with every happy word."""
+    return [5 - len(text_of(completion)) / 32 for completion in completions]
 
 
 def polarities(completion):
