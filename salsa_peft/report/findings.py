@@ -152,7 +152,8 @@ def _policy_with(reference: str, name: str, policies: Row, picked: Sequence[str]
     if name in policies:
         return name
     first = [*(other for other in picked if other in policies), *policies]
-    return next((other for other in first if policies[other].reference == reference), "")
+    usual = [other for other in first if policies[other].start == START and policies[other].reward is None]
+    return next((other for other in usual if policies[other].reference == reference), "")
 
 
 def headline(evaluation: Row) -> str:

@@ -303,10 +303,12 @@ LINES = {"line": " between seeds", "shrunk": ", the control"}
 """Kind of a line → the end of its panel's title."""
 
 
-def draw_landscape(landscape: Row, styles: Styles, prefix: str = "", titles: Mapping[str, str] = LINES) -> list[Panel]:
+def draw_landscape(
+    landscape: Row, styles: Styles, prefix: str = "", titles: Mapping[str, str] = LINES, level: float | None = None
+) -> list[Panel]:
     """Panels of the landscape: lines and control lines of each measure, on one scale, then the planes.
 
-    prefix: of the files' names. titles: as LINES.
+    prefix: of the files' names. titles: as LINES. level: height of the dotted line. None: the soup's score.
     """
     drawn, planes = [], []
     lines = [one for one in landscape["lines"] if one["kind"] == "line"]
@@ -319,7 +321,11 @@ def draw_landscape(landscape: Row, styles: Styles, prefix: str = "", titles: Map
         margin = 0.09 * (high - low) or 0.1
         limits = (low - margin, high + margin)
         points = lines[0]["points"] if lines else []
-        soup = next((point["scores"][measure]["mean"] for point in points if abs(point["at"] - 0.5) < 1e-9), None)
+        soup = (
+            level
+            if level is not None
+            else next((point["scores"][measure]["mean"] for point in points if abs(point["at"] - 0.5) < 1e-9), None)
+        )
         for kind, of in (("line", lines), ("shrunk", shrunk)):
             if of:
                 name = f"{prefix}{kind}-{measure}"

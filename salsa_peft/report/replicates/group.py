@@ -8,7 +8,7 @@ from salsa_peft.report.format import Row, file_name
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.replicates import curves, landscape, measures, power, scored
 from salsa_peft.report.replicates.table import over_replicates
-from salsa_peft.report.sections import first_screen, frontier
+from salsa_peft.report.sections import first_screen, frontier, merging
 from salsa_peft.report.sections.forest import forests
 from salsa_peft.report.style import MEASURES, Panel
 
@@ -24,7 +24,7 @@ def together(
     tables, judged = headline.table(numbers), _by_the_judge(name, runs, rows)
     policies = {} if numbers is None else dict(numbers.policies)
     models = [] if numbers is None else numbers.models
-    compared = findings.comparisons(numbers)
+    compared, made_of_policies = findings.comparisons(numbers), merging.merging(runs)
     seen = power.table(compared)
     line = first_screen.run_line(policies, tables, len(runs[0].seeds), explained, judged["judge"] if judged else None)
     screen = first_screen.screen(
@@ -36,6 +36,7 @@ def together(
         explained=explained,
         judged=judged,
         replicates=len(runs),
+        more=merging.first_screen(made_of_policies),
     )
     return {
         "name": name,
@@ -43,12 +44,13 @@ def together(
         "headline": tables,
         "names": {
             model: {
-                "what": first_screen.describe(model, policies, runs[0].controls),
-                "note": first_screen.note(model, policies, runs[0].controls),
+                "what": first_screen.describe(model, policies, runs[0].described),
+                "note": first_screen.note(model, policies, runs[0].described),
             }
             for model in models
         },
         "frontier": frontier.frontier(runs),
+        "merging": made_of_policies,
         "curves": curves.curves(runs),
         "training": curves.ends(runs),
         "landscape": landscape.landscape(runs),
@@ -86,6 +88,7 @@ def draw(group: Row, first: ReportInput, number: int) -> dict[str, list[Panel]]:
     drawn = {
         "headline": forests(group["headline"], styles, notes, prefix=prefix),
         "frontier": [frontier.draw(group["frontier"], styles, prefix)] if group["frontier"] else [],
+        "merging": merging.draw(group["merging"], styles, prefix),
         "scores": _scores(group, styles, prefix),
         "training": curves.draw(group["curves"], styles, prefix),
         "landscape": landscape.draw(group["landscape"], styles, prefix) if group["landscape"] else [],

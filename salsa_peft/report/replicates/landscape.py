@@ -108,7 +108,7 @@ def draw(found: Row, styles: Styles, prefix: str) -> list[Panel]:
     """The panels of the landscape of a run, with bands over replicates, and those of the paired differences of lines."""
     paired = {**found, "lines": [_paired(line) for line in found["lines"] if line["points"][0]["differences"]], "plane": None}  # fmt: skip
     titles = {"line": ", minus the mean of the ends", "shrunk": " of the control, minus the soup"}
-    return draw_landscape(found, styles, prefix) + draw_landscape(paired, styles, f"{prefix}paired-", titles)
+    return draw_landscape(found, styles, prefix) + draw_landscape(paired, styles, f"{prefix}paired-", titles, 0.0)
 
 
 def _paired(line: Row) -> dict[str, Any]:
