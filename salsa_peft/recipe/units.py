@@ -15,11 +15,11 @@ from salsa_peft.config import sweeps
 from salsa_peft.config.fields import SEED
 from salsa_peft.config.job import Unit, recipe_of_policy, unit_of
 from salsa_peft.config.options.ppo import LATER_OPTIONS
-from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.options.soup import SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
+from salsa_peft.config.policies.search import SEED_0
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import find_module, split_function
 from salsa_peft.config.schema import Recipe, Source

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import policy_id
-from salsa_peft.config.options.policy import Policy
-from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.options.soup import SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS, TOY_WORDS
 from salsa_peft.config.options.trl import ALGORITHMS
-from salsa_peft.config.options.warp import Warp
+from salsa_peft.config.policies.policy import Policy
+from salsa_peft.config.policies.search import SEED_0
+from salsa_peft.config.policies.warp import Warp
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from synthetic_run import synthetic
 
-from salsa_peft.config.options.warp import Warp
+from salsa_peft.config.policies.warp import Warp
 from salsa_peft.report import joined, page
 from salsa_peft.report.gather import PolicyReport, ReportInput, SoupReport
 from salsa_peft.report.joined import Run
