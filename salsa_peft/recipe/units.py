@@ -377,6 +377,8 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     if controls:
         fields["controls"] = {name: builder.reference(reference) for name, reference in controls.items()}
         references += controls.values()
+    if recipe.warp is not None and recipe.adapter is not None:
+        fields["kl_from_start"] = True
     if recipe.measures_parts:
         fields["measures_parts"] = True
     models = _models(recipe, [*recipe.soups, *recipe.policies])

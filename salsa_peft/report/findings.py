@@ -169,6 +169,11 @@ def means_for_averaging(one: Row, policies: Row) -> str:
     return said
 
 
+def of_seeds(names: Sequence[str]) -> bool:
+    """Whether all models are SFT seeds, not policies or soups."""
+    return all(name.startswith("seed-") for name in names)
+
+
 def along(landscape: Row) -> list[str]:
     """Sentences on scores at the midpoint and ends of the first line of seeds, and on the best of the control line."""
     measure, text = headline(landscape), []
@@ -186,7 +191,7 @@ def along(landscape: Row) -> list[str]:
             )
         elif {0.0, 0.5, 1.0} <= at.keys():
             text.append(
-                f"Along the line {ends[0]} to {ends[1]}, before PPO, by {MEASURES.get(measure, measure)}: midpoint"
+                f"Along the line {ends[0]} to {ends[1]}{', before PPO' if of_seeds(ends) else ''}, by {MEASURES.get(measure, measure)}: midpoint"
                 f" {estimate(at[0.5])}, ends {estimate(at[0.0])} and {estimate(at[1.0])}."
             )
     return text

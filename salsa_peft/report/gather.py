@@ -145,7 +145,7 @@ class ReportInput:
 def _soup_text(soup: SoupReport) -> str:
     if len(soup.members) == 1:
         start = "the base" if soup.start == "base" else soup.start
-        return f"control: {start} + {soup.scale:g} · (change of {soup.members[0]} from it), averages nothing"
+        return f"control: {soup.members[0]} shrunk to {soup.scale:g} of its change from {start}, averages nothing"
     made = f"soup of {', '.join(soup.members)}"
     if len(set(soup.weights)) > 1:
         made += f" with weights {', '.join(f'{weight:g}' for weight in soup.weights)}"

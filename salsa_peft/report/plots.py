@@ -71,9 +71,15 @@ def line(
             axes.fill_between(at, low, high, color=look.color, alpha=0.18, lw=0)
             axes.plot(at, mean, color=look.color, ls=dash, label=label)
             axes.plot(at, mean, ls="", marker=".", ms=4, color=look.color)
-            marks = {0.0: ends[0], 1.0: ends[1]} | ({} if shrunk else {0.5: "soup"})
+            middle = "soup" if findings.of_seeds(ends) else "½"
+            marks = {0.0: ends[0], 1.0: ends[1]} | ({} if shrunk else {0.5: middle})
             for x, mark in marks.items() if index == 0 else ():
-                _mark(axes, [(a, y) for a, y in zip(at, mean, strict=True) if abs(a - x) < 1e-9], mark, styles[mark])
+                _mark(
+                    axes,
+                    [(a, y) for a, y in zip(at, mean, strict=True) if abs(a - x) < 1e-9],
+                    mark,
+                    styles.get(mark, KNOWN["soup"]),
+                )
         label = f"λ: {ends[0]} + λ · (what {ends[1]} learned)" if shrunk else f"α: 0 is {ends[0]}, 1 is {ends[1]}"
         label = label if len(lines) == 1 or shrunk else "α, from one end to the other"
         axes.set(title=title, xlabel=label, ylim=limits)
@@ -328,10 +334,13 @@ def draw_landscape(
         )
         for kind, of in (("line", lines), ("shrunk", shrunk)):
             if of:
-                name = f"{prefix}{kind}-{measure}"
-                drawn.append(line(name, f"{title}{titles[kind]}", of, measure, styles, limits, soup))
+                name, end = f"{prefix}{kind}-{measure}", titles[kind]
+                if end == LINES["line"] and not findings.of_seeds(of[0]["ends"]):
+                    end = f" between {of[0]['ends'][0]} and {of[0]['ends'][1]}"
+                drawn.append(line(name, f"{title}{end}", of, measure, styles, limits, soup))
         if landscape["plane"] and landscape["plane"]["points"]:
-            planes.append(plane(f"{prefix}plane-{measure}", f"{title}, three seeds", landscape["plane"], measure))
+            three = "three seeds" if findings.of_seeds(landscape["plane"]["members"]) else "three models"
+            planes.append(plane(f"{prefix}plane-{measure}", f"{title}, {three}", landscape["plane"], measure))
     return drawn + planes
 
 

@@ -90,7 +90,7 @@ def test_a_soup_against_its_members() -> None:
         "sft": gain - (of["soup"] - (of["seed-0"] + of["seed-1"]) / 2),
     }
     found = kinds(rows)
-    assert found.keys() == wanted.keys() and found["best"]["against"] == "the best of its members, salsa"
+    assert found.keys() == wanted.keys() and found["best"]["best"] == "salsa"
     for kind, difference in wanted.items():
         estimate = mean_interval(difference)
         assert [found[kind][key] for key in ("mean", "low", "high", "n")] == pytest.approx(
@@ -111,7 +111,7 @@ def test_over_replicates_the_best_member_is_chosen_on_the_others() -> None:
     assert found["best"]["mean"] == pytest.approx(np.mean(np.array(both) - chosen)) and found["best"]["n"] == 3
     worse = kinds(policy_soups.compare(of_replicates(runs[:2]), SOUPS, runs[0].policies))["best"]
     assert worse["mean"] == pytest.approx(((3.0 - 1.0) + (3.0 - 1.0)) / 2)  # salsa for the first, ppo for the second
-    assert worse["against"] == "the best of its members"
+    assert worse["best"] is None and found["best"]["best"] == "ppo"
 
 
 def told(**changes: float) -> str:
@@ -129,12 +129,12 @@ def test_what_is_said_of_a_soup() -> None:
     up = told(both=0.5)
     assert "both, the soup of ppo and salsa, scored higher than the mean of its members on “in” (+0.5" in up
     assert "scored higher than the shrunk policy weak on “in” (+0.5" in up
-    assert "here the gain of both over the mean of its members is larger than that of the soup of SFT models" in up
-    down = told(both=-0.5, soup=0.1)
     assert (
-        "scored lower than the best of its members" in down and "(chosen by the same scores, which favours it)" in down
+        "here, by the gain over the mean of the members, both is better than the soup of SFT models on “in” (+0.5" in up
     )
-    assert "is smaller than that of the soup of SFT models over the mean of its members on “in” (−0.6" in down
+    down = told(both=-0.5, soup=0.1)
+    assert "scored lower than the best of its members (chosen by the same scores, which favours it) on “in” (" in down
+    assert "both is worse than the soup of SFT models on “in” (−0.6" in down
     same = told()
     assert "both, the soup of ppo and salsa, is not distinguishable from the mean of its members on “in”" in same
     run = run_of(gold(**{name: of for name, of in VALUES.items() if name not in ("weak", "seed_1")}), soups=SOUPS)
@@ -230,7 +230,17 @@ def test_warp_by_iteration() -> None:
     assert [one[key]["mean"] for key in ("policies", "merge", "gain")] == pytest.approx([1.5, 1.2, -0.3], abs=0.05)
     assert second["sets"]["in"]["reward"]["gain"]["mean"] == pytest.approx(2.0, abs=0.05)
     assert [point["eta"] for point in found["sweep"]] == [0.0, 0.5, 1.0]
-    assert [point["sets"]["in"]["mean"] for point in found["sweep"]] == pytest.approx([0.0, 2.5, 4.0], abs=0.05)
+    assert [point["sets"]["in"]["score"]["mean"] for point in found["sweep"]] == pytest.approx(
+        [0.0, 2.5, 4.0], abs=0.05
+    )
+    assert all(point["sets"]["in"]["kl"] is None for point in found["sweep"])
+    for row in run.answers:
+        row["scores"]["kl"] = 0.0 if row["model"] == "seed-0" else 3.0
+    measured = warp.table(of_run(run), [run])
+    assert measured is not None and measured["iterations"][0]["sets"]["in"]["kl"]["merge"]["mean"] == 3.0
+    assert [point["sets"]["in"]["kl"]["mean"] for point in measured["sweep"]] == [0.0, 3.0, 3.0]
+    assert [one.name for one in warp.draw(found, "")] == ["warp-eta"]
+    assert [one.name for one in warp.draw(measured, "")] == ["warp-eta", "warp-kl-in"]
     assert merging.merging([replace(run, warp=None, soups={}, policies={})]) is None
 
 

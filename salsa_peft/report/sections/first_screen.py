@@ -4,6 +4,7 @@ HTML, Markdown and summary.json show the same structure, for one run and for rep
 """
 
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from salsa_peft.report.findings import START, is_control, undecided
@@ -20,6 +21,8 @@ IN_BRIEF = {"gold": "a program’s score, on which no policy is trained", "rewar
 """Measure → what it is, where it first stands."""
 CAME_OUT, MEANS, MEANS_NOT = "What came out", "What it means", "What it does not mean"
 NOTHING_ELSE: Mapping[str, str] = {}
+NOTE = 44
+"""Maximum number of characters of a model's description in a figure."""
 MOST = 4
 """Maximum number of cards for the scores, and for the judge."""
 JUDGE = "judge"
@@ -65,7 +68,7 @@ def note(name: str, policies: Mapping[str, PolicyReport], described: Mapping[str
     """The description of a model in the headline's figure."""
     if name in policies:
         return kl_to(policies[name]) + (" (control)" if is_control(name, policies) else "")
-    return describe(name, policies, described)
+    return shorten(describe(name, policies, described).partition(" (")[0], NOTE, placeholder=" …")
 
 
 def brief(explanation: str) -> str:

@@ -38,7 +38,7 @@ def first_screen(found: Row | None) -> dict[str, str]:
     fronts = {"Rewarded soups": " ".join(found["front_sentences"])} if found["front_sentences"] else {}
     of_soups = found["sentences"]
     if len(of_soups) > MOST:
-        kept = [text for text in of_soups if "the mean of its members" in text][:MOST]
+        kept = [text for text in of_soups if "the mean of its members" in text or policy_soups.CLAIM in text][:MOST]
         of_soups = [*kept, "The section on models made of policies has all comparisons."]
     soups = {TITLE: " ".join(of_soups)} if of_soups else {}
     return soups | fronts

@@ -19,6 +19,7 @@ from salsa_peft.report.style import MUTED, PAPER, Look, Panel, panel
 
 SFT_SOUP = "soup"
 """Name of the soup of SFT models, with whose gain over its members that of a soup of policies is compared."""
+GAIN_OF_SFT, GAIN = "the soup of SFT models", ("is better than", "is worse than")
 CLAIM = "RL’d models are said to merge worse than SFT’d ones (arXiv 2606.18521)"
 
 
@@ -34,8 +35,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Rows {"soup", "members", "dataset", "kind", "against", "mean", "low", "high", "n"} of soups of policies.
 
-    kind: "mean" (of the members), "best" (of the members: with replicates the one that is best in the others), "control" (the
-    shrunk policy `against`), and "sft": the gain over the mean of the members minus that of the soup of SFT models.
+    kind: "mean" (of the members), "best" (of the members: with replicates the one that is best in the others; the row's `best`
+    is its name, None if it is not the same in all), "control" (the shrunk policy `against`), and "sft": the gain over the mean
+    of the members minus that of the soup of SFT models.
     """
     rows: list[dict[str, Any]] = []
     for name, soup in soups.items():
@@ -65,9 +67,8 @@ def _of_soup(
     of_members = np.array(others)
     add("mean", "the mean of its members", own - of_members.mean(axis=0), clusters)
     best = paired.best(of_members)
-    chosen = members[best[0]] if len(set(best)) == 1 else ""
-    against = "the best of its members" + (f", {chosen}" if chosen else "")
-    add("best", against, own - of_members[best, np.arange(len(own))], clusters)
+    add("best", "the best of its members", own - of_members[best, np.arange(len(own))], clusters)
+    rows[-1]["best"] = members[best[0]] if len(set(best)) == 1 else None
     for control in controls:
         if (found := scores(name, control)) is not None:
             add("control", control, found[0][0] - found[0][1], found[1])
@@ -80,17 +81,19 @@ def _of_soup(
 
 def sentences(rows: Sequence[Row], replicates: int) -> list[str]:
     """One sentence for each soup and comparison, then what could not be compared."""
-    found = []
     soups = {soup: [row for row in rows if row["soup"] == soup] for soup in dict.fromkeys(row["soup"] for row in rows)}
+    of_sft = {soup: of for soup, own in soups.items() if (of := [row for row in own if row["kind"] == "sft"])}
+    found = []
+    if of_sft:
+        said = [f"{soup} {_said(of, GAIN_OF_SFT, GAIN)}" for soup, of in of_sft.items()]
+        found.append(f"{CLAIM}; here, by the gain over the mean of the members, {'; '.join(said)}.")
     for soup, own in soups.items():
-        of_sft = [row for row in own if row["kind"] == "sft"]
-        found += [_merging(soup, of_sft)] if of_sft else []
         members = listed(own[0]["members"])
         for kind, against in dict.fromkeys((row["kind"], row["against"]) for row in own if row["kind"] != "sft"):
             of = [row for row in own if (row["kind"], row["against"]) == (kind, against)]
             what = {"control": f"the shrunk policy {against}", "best": f"{against} ({_choice(replicates)})"}
             found.append(f"{soup}, the soup of {members}, {_said(of, what.get(kind, against))}.")
-    if alone := [soup for soup, own in soups.items() if not any(row["kind"] == "sft" for row in own)]:
+    if alone := [soup for soup in soups if soup not in of_sft]:
         found.append(
             f"{CLAIM}; this run cannot compare {listed(alone)} with the soup of SFT models, because not all members of that"
             " soup were evaluated: add them to evaluate.models."
@@ -110,29 +113,19 @@ def _choice(replicates: int) -> str:
     return "chosen on the other replicates"
 
 
-def _said(rows: Sequence[Row], against: str) -> str:
+def _said(
+    rows: Sequence[Row], against: str, verbs: tuple[str, str] = ("scored higher than", "scored lower than")
+) -> str:
     """How a soup came out against one model, on each set of questions."""
     by_verdict: dict[str, list[str]] = {}
     for row in rows:
-        up = row["mean"] > 0
-        verdict = "is not distinguishable from" if undecided(row) else f"scored {'higher' if up else 'lower'} than"
-        by_verdict.setdefault(verdict, []).append(f"“{row['dataset']}” ({signed(row)})")
+        verdict = "is not distinguishable from" if undecided(row) else verbs[0 if row["mean"] > 0 else 1]
+        best = f"{row['best']}: " if row.get("best") else ""
+        by_verdict.setdefault(verdict, []).append(f"“{row['dataset']}” ({best}{signed(row)})")
     first, *others = [(verdict, listed(sets)) for verdict, sets in by_verdict.items()]
     return " and ".join(
         [f"{first[0]} {against} on {first[1]}", *(f"{verdict} it on {sets}" for verdict, sets in others)]
     )
-
-
-def _merging(soup: str, rows: Sequence[Row]) -> str:
-    """What the run says about the claim that RL'd models merge worse."""
-    by_verdict: dict[str, list[str]] = {}
-    for row in rows:
-        verdict = "not distinguishable from" if undecided(row) else "larger than" if row["mean"] > 0 else "smaller than"
-        by_verdict.setdefault(verdict, []).append(f"“{row['dataset']}” ({signed(row)})")
-    said = " and ".join(f"{verdict} it on {listed(sets)}" for verdict, sets in by_verdict.items()).replace(
-        " it ", " that of the soup of SFT models over the mean of its members ", 1
-    )
-    return f"{CLAIM}; here the gain of {soup} over the mean of its members is {said}."
 
 
 def draw(rows: Sequence[Row], styles: Mapping[str, Look], prefix: str) -> list[Panel]:
