@@ -64,6 +64,8 @@ def soup(job: Job) -> dict[str, Any]:
         per=section.per,
         start=start,
         scale=section.scale,
+        density=section.density,
+        drop_seed=section.drop_seed,
         measure=recipe_measure(job, folders) if section.uses_measure else None,
         steps=section.steps,
         step_size=section.step_size,

@@ -15,11 +15,11 @@ from salsa_peft.config import sweeps
 from salsa_peft.config.fields import SEED
 from salsa_peft.config.job import Unit, recipe_of_policy, unit_of
 from salsa_peft.config.options.ppo import LATER_OPTIONS
-from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.options.soup import SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
+from salsa_peft.config.policies.search import SEED_0
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import find_module, split_function
 from salsa_peft.config.schema import Recipe, Source
@@ -276,8 +276,9 @@ def _soup(recipe: Recipe, run: str, stage: str, section: SoupSection, name: str 
         fields["order"] = [int("/" in name) for name in section.names]
     if section.strategy != "linear" or section.rank is not None:
         fields |= {"strategy": section.strategy, "rank": section.rank}
-    found = {"per": section.per, "start": builder.path(section.start), "scale": section.scale}
-    fields |= found if found != {"per": "model", "start": "base", "scale": 1.0} else {}
+    defaults = {"per": "model", "start": "base", "scale": 1.0, "density": None, "drop_seed": None}
+    given = {option: getattr(section, option) for option in defaults} | {"start": builder.path(section.start)}
+    fields |= given if given != defaults else {}
     inputs = _models(recipe, section.reads)
     if not section.uses_measure:
         full = recipe.adapter is None  # a soup of checkpoints reads the base, to measure the members' distance from it
@@ -376,6 +377,8 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     if controls:
         fields["controls"] = {name: builder.reference(reference) for name, reference in controls.items()}
         references += controls.values()
+    if recipe.warp is not None and recipe.adapter is not None:
+        fields["kl_from_start"] = True
     if recipe.measures_parts:
         fields["measures_parts"] = True
     models = _models(recipe, [*recipe.soups, *recipe.policies])

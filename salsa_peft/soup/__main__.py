@@ -14,6 +14,7 @@ from salsa_peft.soup.average import soup
 from salsa_peft.soup.member_folders import kind_of, local_members, member_names
 from salsa_peft.soup.options import BASE, Options, check
 from salsa_peft.soup.strategies import STRATEGIES
+from salsa_peft.soup.strategies.elementwise import ELEMENTWISE
 from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.console import (
     Parser,
@@ -81,13 +82,21 @@ def parser() -> argparse.ArgumentParser:
     add("members", metavar="MEMBER", nargs="+", help="adapters, or checkpoints: folders or Hub ids")
     add("--weights", metavar="W,W", help="one number per member: 0.25,0.75 or 0.25 0.75 (default: uniform)")
     add("--normalize", action="store_true", help="divide the weights by their sum")
-    add("--strategy", choices=STRATEGIES, default="linear", help="how the weights are chosen (default: linear)")
+    add(
+        "--strategy",
+        choices=[*STRATEGIES, *ELEMENTWISE],
+        default="linear",
+        help="how the weights are chosen (default: linear)",
+    )
     add("--per", choices=["model", "layer"], default="model",
         help="slerp, karcher, model_stock: weights for the whole model, or for each layer (default: model)")  # fmt: skip
     add("--start", metavar="START", default=BASE,
         help="measure the members' changes from this model (folder or Hub id; default: base)")  # fmt: skip
     add("--scale", type=float, default=1.0, metavar="ETA",
         help="the soup is the start + ETA times the merged change (default: 1)")  # fmt: skip
+    add("--density", type=float, metavar="SHARE",
+        help="ties, dare: share of the elements that is kept (default: 0.2 and 0.1)")  # fmt: skip
+    add("--drop-seed", type=int, metavar="N", help="dare: seed of the random choice (default: 0)")
     add("--rank", type=positive_integer, help="adapters: reduce to this rank (default: the sum of the members' ranks)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the soup (default: the adapters')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
@@ -235,7 +244,8 @@ def print_summary(summary: SoupSummary) -> None:
         _show(f"  soup: norm of delta {summary['norm']:.4g}")
     if error := summary.get("error"):
         worst = f"{error['worst']['error']:.3g} in {error['worst']['module']}"
-        _show(f"  recompressed to rank {summary['rank']}: relative error {error['all']:.3g} overall, at most {worst}")
+        rank = summary["rank"] or rank_range(summary["ranks"])
+        _show(f"  recompressed to rank {rank}: relative error {error['all']:.3g} overall, at most {worst}")
     for point in summary.get("tried", []):
         if "measure" in point:
             _show(f"  tried {', '.join(f'{w:.3f}' for w in point['weights'])}: {point['measure']:.5g}")

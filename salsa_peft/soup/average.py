@@ -19,8 +19,9 @@ from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.member_folders import CHECKPOINTS, kind_of, local, local_members, member_names
 from salsa_peft.soup.options import BASE, Options, check, requested_weights
 from salsa_peft.soup.provenance import provenance
-from salsa_peft.soup.strategies import Measure
+from salsa_peft.soup.strategies import Choice, Measure
 from salsa_peft.soup.strategies.choose import Grams, changes_from_last, choose, scaled
+from salsa_peft.soup.strategies.elementwise import DENSITY, ELEMENTWISE, Elementwise
 from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.errors import require
 
@@ -37,6 +38,8 @@ def soup(
     per: str = "model",
     start: str | Path = BASE,
     scale: float = 1.0,
+    density: float | None = None,
+    drop_seed: int | None = None,
     measure: Measure | None = None,
     steps: int = 20,
     step_size: float = 0.1,
@@ -58,9 +61,9 @@ def soup(
     Options. Raises SalsaError, and writes nothing, for members that cannot be averaged.
     """
     options = Options(
-        strategy=strategy, per=per, start=start, scale=scale, measure=measure, steps=steps, step_size=step_size,
-        normalize=normalize, rank=rank, dtype=dtype, merge=merge, base=base, quantized_base=quantized_base,
-        same_base=same_base, untie=untie,
+        strategy=strategy, per=per, start=start, scale=scale, density=density, drop_seed=drop_seed, measure=measure,
+        steps=steps, step_size=step_size, normalize=normalize, rank=rank, dtype=dtype, merge=merge, base=base,
+        quantized_base=quantized_base, same_base=same_base, untie=untie,
     )  # fmt: skip
     require(bool(members), "members: the list is empty; a soup needs at least one adapter or checkpoint")
     folders = local_members(members)
@@ -99,6 +102,8 @@ class _Chosen(NamedTuple):
     names: list[str]
     weights: list[float]
     layers: dict[str, list[float]] | None
+    merge: Elementwise | None
+    """An element-wise strategy, which merges the models in place of the weighted sum."""
 
 
 class _Request(NamedTuple):
@@ -115,29 +120,51 @@ class _Request(NamedTuple):
     """Entries of the summary that are not statistics."""
     progress: Progress | None
 
-    def choose(self, grams: Grams, keep_zeros: bool = False) -> _Chosen:
+    def choose(self, grams: Grams, checkpoints: bool = False) -> _Chosen:
         """The models of the soup's sum, the start among them, after the strategy has chosen the weights.
 
-        Members of weight 0 would only add rank to a stacked adapter. They are left out unless `keep_zeros`.
+        Members of weight 0 would only add rank to a stacked adapter. They are left out unless `checkpoints`, whose
+        writer gets the start of an element-wise strategy as its base.
         """
         options, n = self.options, len(self.members)
         choice = scaled(choose(options, self.weights, grams), options.scale, self.start is not None)
-        self.more.update({"tried": choice.tried} if choice.tried else {})
-        for name, default in (("per", "model"), ("start", BASE), ("scale", 1.0)):
-            value = getattr(options, name)
-            self.more.update({name: str(value) if name == "start" else value} if value != default else {})
+        self.more.update(self._options(choice))
         models = [*self.members, *([] if self.start is None else [self.start])]
         origins = models if options.start_model is not None else self.members  # the base has an entry of its own
         base = None if self.base is None else (options.base or self.base, self.base)
         self.more["provenance"] = provenance(origins, choice.weights[: len(origins)], base)
         tables = [choice.weights] if choice.layers is None else list(choice.layers.values())
-        used = [i for i in range(len(models)) if any(w[i] for w in tables) or (keep_zeros and i < n)] or list(range(n))
+        used = [i for i in range(len(models)) if any(w[i] for w in tables) or (checkpoints and i < n)] or list(range(n))
+        if options.strategy in ELEMENTWISE:
+            used = [i for i in range(n) if self.weights[i]] + (
+                [n] if self.start is not None and not checkpoints else []
+            )
         if left_out := [model.name for i, model in enumerate(self.members) if i not in used]:
             self.more["left_out"] = left_out
         layers = choice.layers and {name: [own[i] for i in used] for name, own in choice.layers.items()}
         self.more.update({"layers": layers} if layers else {})
-        return _Chosen(
-            [models[i].folder for i in used], [models[i].name for i in used], [choice.weights[i] for i in used], layers
+        folders, names = [models[i].folder for i in used], [models[i].name for i in used]
+        merge = self._elementwise([self.weights[i] for i in used if i < n])
+        return _Chosen(folders, names, [choice.weights[i] for i in used], layers, merge)
+
+    def _options(self, choice: Choice) -> dict[str, Any]:
+        """Entries of the summary: what the strategy tried, and its options that are not at their defaults."""
+        options = self.options
+        found: dict[str, Any] = {"tried": choice.tried} if choice.tried else {}
+        found |= {} if options.per == "model" else {"per": options.per}
+        found |= {} if options.start_model is None else {"start": str(options.start)}
+        found |= {} if options.scale == 1 else {"scale": options.scale}
+        if options.strategy in ELEMENTWISE:
+            found |= {"density": options.density or DENSITY[options.strategy]}
+        return found | ({"drop_seed": options.drop_seed or 0} if options.strategy == "dare" else {})
+
+    def _elementwise(self, weights: list[float]) -> Elementwise | None:
+        options = self.options
+        if options.strategy not in ELEMENTWISE:
+            return None
+        density = options.density or DENSITY[options.strategy]
+        return Elementwise(
+            options.strategy, weights, options.scale, density, options.drop_seed or 0, self.start is not None
         )
 
     def of_adapters(self, stacked: StackedAdapter) -> dict[str, Array]:
@@ -148,12 +175,12 @@ class _Request(NamedTuple):
 
 def _adapters(request: _Request, stacked: StackedAdapter) -> dict[str, Any]:
     options = request.options
-    folders, names, weights, layers = request.choose(partial(request.of_adapters, stacked))
+    folders, names, weights, layers, merge = request.choose(partial(request.of_adapters, stacked))
     if len(folders) < len(stacked.members):
         stacked = StackedAdapter.load(folders, names, same_base=options.same_base)
     return stacked.save(
-        request.out, weights, layers=layers, strategy=options.strategy, rank=options.rank, dtype=options.dtype,
-        progress=request.progress, more=request.more,
+        request.out, weights, layers=layers, merge=merge, strategy=options.strategy, rank=options.rank,
+        dtype=options.dtype, progress=request.progress, more=request.more,
     )  # fmt: skip
 
 
@@ -171,7 +198,7 @@ def _merged(request: _Request) -> dict[str, Any]:
         )
         return request.of_adapters(stacked)
 
-    folders, names, weights, _ = request.choose(grams)
+    folders, names, weights, *_ = request.choose(grams)
     return merge(
         request.out, request.base, folders, weights, names=names, strategy=options.strategy,
         quantized_base=options.quantized_base, same_base=options.same_base, untie=options.untie,
@@ -192,12 +219,12 @@ def _checkpoints(request: _Request) -> dict[str, Any]:
         found.update(checkpoint_soup.grams(members, cast(Path, start), by_tensor=options.per == "layer"))
         return found
 
-    folders, names, weights, layers = request.choose(grams, keep_zeros=True)
+    folders, names, weights, layers, merge = request.choose(grams, checkpoints=True)
     more = {key: value for key, value in request.more.items() if key != "sum"}
     if layers is not None:
         vectors = {name: np.array(own[: len(members)]) for name, own in layers.items()}
         more["norm"] = math.sqrt(max(sum(float(w @ found[name] @ w) for name, w in vectors.items()), 0.0))
     return checkpoint_soup.average(
-        request.out, folders, weights, layers=layers, names=names, base=start, strategy=options.strategy,
+        request.out, folders, weights, layers=layers, merge=merge, names=names, base=start, strategy=options.strategy,
         progress=request.progress, more=more,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.member_folders import ADAPTERS, CHECKPOINTS, kind_of, local
 from salsa_peft.soup.strategies import STRATEGIES, Measure
+from salsa_peft.soup.strategies.elementwise import ELEMENTWISE
 from salsa_peft.utils.errors import require
 
 BASE = "base"
@@ -34,6 +35,10 @@ class Options:
     """The model from which task vectors are measured: base, or the folder or Hub id of a model like the members."""
     scale: float = 1.0
     """The soup is start + scale · (merged task vector)."""
+    density: float | None = None
+    """ties, dare: share of each matrix's elements that is kept, in (0, 1]. None: DENSITY (strategies/elementwise.py)."""
+    drop_seed: int | None = None
+    """dare: seed of the random choice of the elements that are dropped. None: 0."""
     measure: Measure | None = None
     """The measure that greedy and learned maximize (soup/measures.py)."""
     steps: int = 20
@@ -91,18 +96,16 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
     for name in ("steps", "step_size", "rank"):
         value = getattr(options, name)
         require(value is None or value > 0, f"{name}: {value} is not positive; use a number above 0")
-    strategies = ", ".join(STRATEGIES)
-    require(options.strategy in STRATEGIES, f"strategy: {options.strategy!r} is unknown; use one of {strategies}")
+    known = (*STRATEGIES, *ELEMENTWISE)
+    require(options.strategy in known, f"strategy: {options.strategy!r} is unknown; use one of {', '.join(known)}")
     check_strategy("", options)
     if kind_of(folders) == CHECKPOINTS:
         names = ("rank", "dtype", "merge", "quantized_base", "same_base", "untie")
         _reject(options, names, "has no effect on checkpoints, only on adapters; leave it out")
-        needed = options.strategy in GEOMETRIC_STRATEGIES or options.scale != 1
-        what = (
-            f"strategy {options.strategy}" if options.strategy in GEOMETRIC_STRATEGIES else f"scale {options.scale:g}"
-        )
+        of_changes = options.strategy in (*GEOMETRIC_STRATEGIES, *ELEMENTWISE)
+        what = f"strategy {options.strategy}" if of_changes else f"scale {options.scale:g}"
         require(
-            not needed or options.base is not None or options.start_model is not None,
+            (not of_changes and options.scale == 1) or options.base is not None or options.start_model is not None,
             f"{what} of checkpoints needs the base that they were trained from, because it works on their changes from"
             " the base; name the base with --base, or another model with --start",
         )
@@ -120,8 +123,8 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
     for name, why in (("rank", "is exact"), ("dtype", "has the dtype of the base")):
         _reject(options, (name,), f"has no effect with merge, because a merged soup {why}; leave it out")
     require(
-        options.per == "model",
-        "per: layer cannot be combined with merge; make the soup as an adapter first, then merge this adapter with"
+        options.per == "model" and options.strategy not in ELEMENTWISE,
+        f"{'per: layer' if options.per == 'layer' else f'strategy {options.strategy}'} cannot be combined with merge; make the soup as an adapter first, then merge this adapter with"
         " `salsa soup OUT SOUP --merge`",
     )
     check_free(out, folders)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import typing
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,18 @@ from soup_members import (
 )
 from transformers import LlamaForCausalLM
 
+from salsa_peft.config.options.soup import (
+    ELEMENTWISE_STRATEGIES,
+    GEOMETRIC_STRATEGIES,
+    MEASURED_STRATEGIES,
+    SoupSection,
+)
 from salsa_peft.soup import arrays
 from salsa_peft.soup.__main__ import main
 from salsa_peft.soup.average import soup
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.strategies import STRATEGIES
+from salsa_peft.soup.strategies.elementwise import ELEMENTWISE
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -367,3 +375,7 @@ class TestCommand:
 
 def test_every_strategy_is_one_row() -> None:
     assert list(STRATEGIES) == ["linear", "slerp", "karcher", "model_stock", "greedy", "learned"]
+    assert list(ELEMENTWISE) == ["ties", "dare"]
+    named = typing.get_args(typing.get_type_hints(SoupSection)["strategy"])
+    assert {*named} == {*STRATEGIES, *ELEMENTWISE}
+    assert {*MEASURED_STRATEGIES, *GEOMETRIC_STRATEGIES, *ELEMENTWISE_STRATEGIES} == {*named} - {"linear"}

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import SEED, STRICT, Count, Positive, require_seed, require_unique
+from salsa_peft.config.fields import SEED, STRICT, Count, Positive, Seed, require_seed, require_unique
 from salsa_peft.config.rewards import FUNCTION, check_function
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
@@ -21,6 +21,8 @@ MEASURED_STRATEGIES = ("greedy", "learned")
 """The strategies that maximize a measure on held-out data."""
 GEOMETRIC_STRATEGIES = ("slerp", "karcher", "model_stock")
 """The strategies that read the angles between the members' changes from the start."""
+ELEMENTWISE_STRATEGIES = ("ties", "dare")
+"""The strategies that drop a part of the elements of the members' changes."""
 
 
 class StrategyOptions(Protocol):
@@ -34,6 +36,10 @@ class StrategyOptions(Protocol):
     def start(self) -> str | Path: ...
     @property
     def scale(self) -> float: ...
+    @property
+    def density(self) -> float | None: ...
+    @property
+    def drop_seed(self) -> int | None: ...
 
 
 def check_strategy(where: str, options: StrategyOptions) -> None:
@@ -52,6 +58,22 @@ def check_strategy(where: str, options: StrategyOptions) -> None:
             f"{where}{name}: {value} has no effect with strategy {strategy}, which measures the weighted mean of the"
             " members; leave it out",
         )
+    require(
+        options.density is None or strategy in ELEMENTWISE_STRATEGIES,
+        f"{where}density: {options.density} has no effect with strategy {strategy}; leave it out, or use ties or dare",
+    )
+    require(
+        options.density is None or 0 < options.density <= 1,
+        f"{where}density: {options.density} is not a share above 0 and at most 1; use one such as 0.2",
+    )
+    require(
+        options.scale != 0 or strategy not in ELEMENTWISE_STRATEGIES,
+        f"{where}scale: 0 leaves nothing of what strategy {strategy} merges; use strategy linear, or another scale",
+    )
+    require(
+        options.drop_seed is None or strategy == "dare",
+        f"{where}drop_seed: {options.drop_seed} has no effect with strategy {strategy}; leave it out, or use dare",
+    )
 
 
 def named(members: Sequence[Member] | None) -> list[str]:
@@ -102,12 +124,13 @@ class Soup:
 class SoupSection(Soup):
     """Settings of the soup. linear and slerp use `weights`; greedy and learned choose them by `measure`."""
 
-    strategy: Literal["linear", "slerp", "karcher", "model_stock", "greedy", "learned"] = "linear"
+    strategy: Literal["linear", "slerp", "karcher", "model_stock", "ties", "dare", "greedy", "learned"] = "linear"
     """linear: Σ w_i θ_i. slerp: spherical interpolation of the members' deltas, one member after the other. karcher:
     the mean direction of the deltas on the sphere, with their mean norm. model_stock: the mean delta, shortened by the
-    angle between the members. greedy: a member joins the uniform mean if the measure does not get worse. learned:
+    angle between the members. ties: of each matrix the largest elements, where the members agree in sign. dare: random
+    elements, scaled up. greedy: a member joins the uniform mean if the measure does not get worse. learned:
     gradient steps on the measure find the weights. Source: linear is the paper's; slerp of more than two is of Ramé et
-    al. (2024), model_stock of Jang et al. (2024), greedy and learned are of Wortsman et al. (2022)."""
+    al. (2024), model_stock of Jang et al. (2024), ties of Yadav et al. (2023), dare of Yu et al. (2024), greedy and learned are of Wortsman et al. (2022)."""
     per: Literal["model", "layer"] = "model"
     """slerp, karcher, model_stock: one set of weights for the whole model, or one for each layer (module with LoRA, or
     tensor of a checkpoint), by the angles of this layer. Source: layer is WARP's. Example: layer."""
@@ -117,6 +140,11 @@ class SoupSection(Soup):
     scale: float = 1.0
     """η of θ = θ_start + η · (merged delta): below 1, the soup is interpolated towards the start (LITI). Source: WARP
     (Ramé et al., 2024). Example: 0.5."""
+    density: float | None = None
+    """ties, dare: share of the elements of each matrix that is kept, above 0 and at most 1. None: 0.2 for ties, 0.1 for
+    dare. Source: TIES (Yadav et al., 2023); DARE (Yu et al., 2024). Example: 0.5."""
+    drop_seed: Seed | None = None
+    """Seed of the random choice in strategy dare. None: 0. Example: 1."""
     measure: str = "sft_loss"
     """Measure of greedy and learned: sft_loss on data.held_out, reward (mean score of responses to data.prompts), or
     module:name (a Python function of the model, where higher is better). learned supports sft_loss only."""

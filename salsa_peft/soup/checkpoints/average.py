@@ -21,6 +21,7 @@ import numpy as np
 from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.checkpoints.alignment import Alignment, align
 from salsa_peft.soup.checkpoints.companions import copy_companions
+from salsa_peft.soup.checkpoints.elementwise import write_merged
 from salsa_peft.soup.checkpoints.read import (
     CONFIG,
     INDEX,
@@ -36,6 +37,7 @@ from salsa_peft.soup.checkpoints.read import (
 )
 from salsa_peft.soup.checkpoints.streams import stream
 from salsa_peft.soup.checkpoints.write import Output, Progress, byte_counter, open_output
+from salsa_peft.soup.strategies.elementwise import Elementwise
 from salsa_peft.utils.errors import require
 
 
@@ -45,6 +47,7 @@ def average(
     weights: Sequence[float],
     *,
     layers: Mapping[str, Sequence[float]] | None = None,
+    merge: Elementwise | None = None,
     names: Sequence[str] | None = None,
     base: Path | str | None = None,
     strategy: str = "linear",
@@ -53,8 +56,8 @@ def average(
 ) -> dict[str, Any]:
     """Write Σ w_i θ_i into the folder `out` and return the summary, which is also in out/soup.json.
 
-    Weights may have any sum. layers: tensor → weights of its own, of which `weights` are the means. Of a member of
-    weight 0, only the headers are checked; its values are not used. With `base`, the summary has the norms and cosines
+    Weights may have any sum. layers: tensor → weights of its own, of which `weights` are the means. merge: an
+    element-wise strategy, which replaces the sum; its start is `base`. Of a member of weight 0, only the headers are checked; its values are not used. With `base`, the summary has the norms and cosines
     of the members' changes from the base; without `base`, only distances. `more` is added to the summary. Raises
     SalsaError naming file and tensor; then nothing is written.
     """
@@ -72,7 +75,11 @@ def average(
     with open_output(Path(out), [row.folder for row in everything], _size_of(aligned)) as output:
         for checkpoint in everything:
             check_manifest(checkpoint)
-        products = _write_shards(output, aligned, numbers, layers, progress)
+        if merge is None:
+            products = _write_shards(output, aligned, numbers, layers, progress)
+        else:
+            write_merged(output, aligned, merge, byte_counter(progress, _size_of(aligned)))
+            products = stream(list(aligned.rows[0]), aligned.rows, None, pivot=0)
         _write_index(output, aligned)
         used = [row for row, weight in zip(read, numbers, strict=True) if weight != 0]
         taken = copy_companions(output, used, origin)

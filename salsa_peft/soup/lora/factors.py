@@ -55,6 +55,11 @@ class Stack(NamedTuple):
         """Yield A (R, in) and B (out, R) of each expert or group, or of the module if it has no blocks."""
         yield from zip(self.A, self.B, strict=True) if self.A.ndim == 3 else [(self.A, self.B)]
 
+    def delta(self, member: int) -> Array:
+        """The dense delta of one member, (out, in) or (blocks, out, in), in float64."""
+        own = np.flatnonzero(self.member == member)
+        return np.asarray((self.B[..., own] * self.scaling[own]) @ self.A[..., own, :].astype(np.float64))
+
     def gram(self, blocks: Sequence[Moments], n: int) -> Array:
         """⟨delta_i, delta_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), summed over the module's blocks: (n, n), float64."""
         of_member = np.eye(n)[self.member] * self.scaling[:, None]
@@ -115,6 +120,14 @@ class Stacks(Mapping[str, Stack]):
             not self.with_bias or not odd,
             f"{self.members[0].folder}: PEFT has no adapter with lora_bias and LoRA on {odd[0] if odd else ''}, which"
             f" this soup would need; {MERGES}",
+        )
+
+    def check_no_bias(self, what: str) -> None:
+        """Raise SalsaError for lora_bias, which `what` (a strategy) does not merge."""
+        require(
+            not self.with_bias,
+            f"{what} merges weight matrices, but {self.members[0].folder} or another member has lora_bias; use linear,"
+            " or train the members without lora_bias",
         )
 
     def check_not_alora(self) -> None:

@@ -25,6 +25,7 @@ from salsa_peft.soup.lora.members import check_one_base, unify_layouts
 from salsa_peft.soup.lora.svd import moments
 from salsa_peft.soup.lora.tensors import Member, read_member
 from salsa_peft.soup.lora.write import save
+from salsa_peft.soup.strategies.elementwise import Elementwise
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -67,20 +68,23 @@ class StackedAdapter:
         return checked
 
     def save(self, folder: Path, weights: Sequence[float], *, layers: Mapping[str, Sequence[float]] | None = None,
-             strategy: str = "linear", rank: int | None = None, dtype: str | torch.dtype | None = None,
-             progress: Callable[[int, int], None] | None = None, more: Mapping[str, Any] | None = None,
-             ) -> dict[str, Any]:  # fmt: skip
+             merge: Elementwise | None = None, strategy: str = "linear", rank: int | None = None, dtype: str | torch.dtype | None = None,
+             progress: Callable[[int, int], None] | None = None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
         """Write the soup as a PEFT adapter folder. Returns its summary, which is also written to soup.json.
 
-        layers: module → weights of its own; None if all modules have `weights`. rank: reduce modules with a higher rank to this rank by SVD; the summary's `error` is the resulting error.
+        layers: module → weights of its own; None if all modules have `weights`. merge: an element-wise
+        strategy, whose dense result is reduced to `rank`, by default Σ r_i. rank: reduce modules with a higher rank to this rank by SVD; the summary's `error` is the resulting error.
         dtype: dtype of the factors (default: one that represents all members' factors). progress: called with the
         number of finished modules and of all modules. more: further entries of the summary.
         """
         if layers is not None:
             non_lora.check_frozen(self.members, "per: layer")
-        own = dict.fromkeys(self.stacks, self.check(weights)) if layers is None else layers
+        if merge is not None:
+            non_lora.check_frozen(self.members, f"strategy {strategy}")
+            self.stacks.check_no_bias(f"strategy {strategy}")
+        given = check_weights(weights, len(self.members)) if layers or merge else self.check(weights)
         return save(
-            self.members, self.stacks, Path(folder), check_weights(weights, len(self.members)), own, strategy=strategy,
+            self.members, self.stacks, Path(folder), given, layers or dict.fromkeys(self.stacks, given), merge=merge, strategy=strategy,
             rank=rank, dtype=None if dtype is None else str(dtype), progress=progress, more=more or {},
         )  # fmt: skip
 

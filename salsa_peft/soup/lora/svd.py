@@ -60,6 +60,13 @@ def recompress(given: Moments, coefficients: Array, rank: int) -> Recompressed:
     return Recompressed(along_A(V[:rank].T * root).T, along_B(U[:, :rank] * root), lost, norm)
 
 
+def factorize(dense: Array, rank: int) -> Recompressed:
+    """A and B of the best approximation of a dense delta (out, in) with a rank of at most min(out, in)."""
+    U, S, V = np.linalg.svd(dense.astype(np.float64, copy=False), full_matrices=False)
+    root, energy = np.sqrt(S[:rank]), S**2
+    return Recompressed((V[:rank].T * root).T, U[:, :rank] * root, float(energy[rank:].sum()), float(energy.sum()))
+
+
 def basis(X: Array, gram: Array) -> tuple[Array, Callable[[Array], Array]]:
     """R of X = Q·R with orthonormal Q, and the function Y → Q·Y. X: (n, k), gram = XᵀX: (k, k), float64."""
     try:

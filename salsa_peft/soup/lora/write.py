@@ -21,9 +21,10 @@ from salsa_peft.soup.lora.config import config_fields
 from salsa_peft.soup.lora.factors import Stack, Stacks
 from salsa_peft.soup.lora.members import tokenizer_of, write_tokenizer
 from salsa_peft.soup.lora.read import CONFIG, MORE_TEMPLATES, SUMMARY, TOKENIZER, WEIGHTS
-from salsa_peft.soup.lora.svd import Moments, moments, recompress, squared_norm
+from salsa_peft.soup.lora.svd import Moments, Recompressed, factorize, moments, recompress, squared_norm
 from salsa_peft.soup.lora.targets import Shape
 from salsa_peft.soup.lora.tensors import Member
+from salsa_peft.soup.strategies.elementwise import Elementwise
 from salsa_peft.soup.summary import Totals, recompression_errors, relative_norm, summarise
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import sync_folder, write_atomic
@@ -42,15 +43,16 @@ class TensorGroup(NamedTuple):
 
 def save(
     members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float],
-    layers: Mapping[str, Sequence[float]], *, strategy: str, rank: int | None, dtype: str | None,
-    progress: Callable[[int, int], None] | None, more: Mapping[str, Any],
+    layers: Mapping[str, Sequence[float]], *, merge: Elementwise | None, strategy: str, rank: int | None,
+    dtype: str | None, progress: Callable[[int, int], None] | None, more: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Write the folder and return the summary. The arguments are those of StackedAdapter.save; `layers` has all modules.
 
     Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder
     that another process is writing. An earlier soup in the folder stays until the new weights are complete.
     """
-    stored_dtype, ranks = safetensors_dtype(dtype, stacks.dtype), output_ranks(stacks.shapes, rank)
+    stored_dtype = safetensors_dtype(dtype, stacks.dtype)
+    ranks = output_ranks(stacks.shapes, rank) if merge is None else dense_ranks(stacks.shapes, rank)
     stacks.check_saveable()
     sources = [member.folder for member in members]
     check_free(folder, sources, adapter=True)
@@ -64,7 +66,7 @@ def save(
         totals = Totals(np.zeros((len(members), len(members))))
         with arrays.one_thread():
             write_weights(
-                folder, tensor_groups(members, stacks, weights, layers, stored_dtype, ranks, totals, progress)
+                folder, tensor_groups(members, stacks, weights, layers, merge, stored_dtype, ranks, totals, progress)
             )
         summary = summarise(members, weights, totals.gram, [member.ranks for member in members])
         summary["norm"] = math.sqrt(sum(totals.norms.values()))
@@ -73,7 +75,7 @@ def save(
         rounding = relative_norm(totals.rounding, sum(totals.norms.values()) - sum(totals.lost.values()))
         summary |= {"strategy": strategy, "dtype": NAMES[stored_dtype], "rounding": rounding, "rank": rank}
         summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary()}
-        summary |= {"error": recompression_errors(totals) if rank else None, **more}
+        summary |= {"error": recompression_errors(totals) if rank or merge else None, **more}
         summary |= {"bytes": (folder / WEIGHTS).stat().st_size, "seconds": round(time.perf_counter() - start, 3)}
         write_json(folder / SUMMARY, summary)  # marks the other files of the folder as those of a soup
         if tokenizer is not None:
@@ -118,6 +120,14 @@ def output_ranks(shapes: dict[str, Shape], rank: int | None, warn: bool = True) 
     }
 
 
+def dense_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
+    """Module → rank of a soup of dense deltas: `rank`, by default the stacked rank, at most what the shape allows."""
+    return {
+        module: min(max((rank or shape.rank) // shape.groups, 1) * shape.groups, shape.limit)
+        for module, shape in shapes.items()
+    }
+
+
 def write_weights(folder: Path, parts: list[TensorGroup]) -> None:
     """Write the weights. When they are complete, remove the files of an earlier soup.
 
@@ -142,13 +152,14 @@ def write_weights(folder: Path, parts: list[TensorGroup]) -> None:
 
 def tensor_groups(
     members: Sequence[Member], stacks: Stacks, weights: Sequence[float], layers: Mapping[str, Sequence[float]],
-    stored_dtype: str, ranks: dict[str, int], totals: Totals, progress: Callable[[int, int], None] | None,
+    merge: Elementwise | None, stored_dtype: str, ranks: dict[str, int], totals: Totals,
+    progress: Callable[[int, int], None] | None,
 ) -> list[TensorGroup]:  # fmt: skip
     """The tensors of the file in groups, wide dtypes first, so that all are aligned to their element size."""
     layout = [
         (name, stored_dtype, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])
     ]
-    found = [TensorGroup(layout, partial(factors, stacks, layers, stored_dtype, ranks, totals, progress))]
+    found = [TensorGroup(layout, partial(factors, stacks, layers, merge, stored_dtype, ranks, totals, progress))]
     for name in non_lora.parameter_names(members):
         entries = [member.file.entries[member.non_lora[name]] for member in non_lora.members_with(members, name)]
         kept = arrays.promote(entry.dtype for entry in entries)
@@ -169,8 +180,8 @@ def factor_layout(stacks: Stacks, module: str, rank: int) -> list[tuple[str, tup
     return [*found, (found[1][0].removesuffix("weight") + "bias", (shape.out,))] if stacks.with_bias else found
 
 
-def factors(stacks: Stacks, layers: Mapping[str, Sequence[float]], stored_dtype: str, ranks: dict[str, int],
-            totals: Totals, progress: Callable[[int, int], None] | None) -> Iterator[Array]:  # fmt: skip
+def factors(stacks: Stacks, layers: Mapping[str, Sequence[float]], merge: Elementwise | None, stored_dtype: str,
+            ranks: dict[str, int], totals: Totals, progress: Callable[[int, int], None] | None) -> Iterator[Array]:  # fmt: skip
     """Compute and yield each module's A, B and, with lora_bias, bias; add their norms to `totals`."""
     for done, (module, shape) in enumerate(stacks.shapes.items(), 1):
         stack, weights = stacks[module], layers[module]
@@ -178,7 +189,9 @@ def factors(stacks: Stacks, layers: Mapping[str, Sequence[float]], stored_dtype:
         gram = stack.gram(blocks, len(weights))
         totals.gram += gram
         totals.norms[module] = max(float(np.array(weights) @ gram @ np.array(weights)), 0.0)
-        if ranks[module] < shape.rank:
+        if merge is not None:
+            A, B, totals.lost[module], totals.norms[module] = merged(module, stack, shape, merge, ranks[module])
+        elif ranks[module] < shape.rank:
             A, B, totals.lost[module], totals.norms[module] = reduced(stack, blocks, shape, weights, ranks[module])
         else:
             A, B = stack.A, stack.weighted_B(weights)
@@ -198,7 +211,21 @@ def reduced(
 
     blocks: the moments of each of the stack's blocks.
     """
-    cut = [recompress(block, stack.coefficients(weights), rank // shape.groups) for block in blocks]
+    return joined([recompress(block, stack.coefficients(weights), rank // shape.groups) for block in blocks], shape)
+
+
+def merged(module: str, stack: Stack, shape: Shape, merge: Elementwise, rank: int) -> tuple[Array, Array, float, float]:
+    """The results of `reduced` for the dense matrix that an element-wise strategy makes of the members' deltas."""
+    import torch
+
+    n = len(merge.weights) + merge.has_start
+    dense = merge(module, [torch.from_numpy(stack.delta(i)) for i in range(n)]).numpy()
+    blocks = dense.reshape(shape.blocks, *dense.shape[-2:])
+    return joined([factorize(block, rank // shape.groups) for block in blocks], shape)
+
+
+def joined(cut: Sequence[Recompressed], shape: Shape) -> tuple[Array, Array, float, float]:
+    """A and B of all blocks of a module, and the sums of their squared norms."""
     A, B = (np.stack(half) if shape.blocks > 1 else half[0] for half in ([c.A for c in cut], [c.B for c in cut]))
     return A, B, sum(c.lost for c in cut), sum(c.norm for c in cut)
 

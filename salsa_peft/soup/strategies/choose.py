@@ -16,6 +16,7 @@ import numpy as np
 
 from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.strategies import STRATEGIES
+from salsa_peft.soup.strategies.elementwise import ELEMENTWISE
 from salsa_peft.soup.strategies.given import Choice, NoDirection, StrategyInput
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ ROUNDING = 1e-14
 def choose(options: Options, weights: list[float], grams: Grams) -> Choice:
     """Apply a strategy to the whole model, or (per: layer) to each layer with the layer's own angles.
 
-    In a layer where a member has no change, or where the changes cancel, the requested weights are used. Raises
+    Element-wise strategies use the requested weights. In a layer where a member has no change, or where the changes cancel, the requested weights are used. Raises
     NoDirection if that is so for the whole model.
     """
-    strategy = STRATEGIES[options.strategy]
+    strategy = STRATEGIES["linear" if options.strategy in ELEMENTWISE else options.strategy]
 
     def given(gram: Callable[[], Any]) -> StrategyInput:
         return StrategyInput(weights, gram, options.measure, options.steps, options.step_size)
