@@ -118,7 +118,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir()
         shutil.copy(tmp_path / "questions.jsonl", tmp_path / name)
     (tmp_path / "my_rewards.py").write_text(
-        "def score(completions, **_): return [0.0] * len(completions)\ngold = score\n"
+        "def score(completions, **_): return [0.0] * len(completions)\ngold = brevity = sentiment = score\n"
     )
     for name in ("seed-0", "seed-1", "soup"):
         adapter = tmp_path / "runs" / "quickstart-lora" / name
@@ -223,7 +223,7 @@ def test_what_a_plan_prints(block: Block) -> None:
 def test_readmes_table_of_memory_is_the_plans() -> None:
     """The largest stage of each recipe in each mode."""
     rows = re.findall(r"^\| .*\(`(\w+)`\) \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(rows) == 2
+    assert len(rows) == 3
     for name, cells in rows:
         for mode, cell in zip(([], ["--lora"], ["--lora", "qlora"]), cells.split(" | "), strict=True):
             plan = run_dry(["run", name, *mode, "--gpu", "80"])

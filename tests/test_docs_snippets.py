@@ -62,6 +62,8 @@ def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"seed-{seed}" / "fingerprint.json").write_text(json.dumps(fingerprint))
     for name in ("soup", "my-soup"):
         soup(folder / name, [folder / "seed-0", folder / "seed-1"])
+    for name, of in (("adapter-a", "seed-0"), ("adapter-b", "seed-1")):
+        (folder / name).symlink_to(folder / of)
     return folder
 
 
@@ -88,7 +90,7 @@ def names(folders: Path, tokenizer: Any) -> dict[str, Any]:
 def test_snippets(
     block: Block, names: dict[str, Any], folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder with adapters seed-0, seed-1, soup and my-soup, where they write."""
+    """In a folder with adapters seed-0, seed-1, adapter-a, adapter-b, soup and my-soup, where they write."""
     if any(page == block.page and text in block.text for page, text in NOT_RUN):
         return
     for source in folders.iterdir():

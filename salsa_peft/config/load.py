@@ -24,9 +24,9 @@ from pydantic import TypeAdapter, ValidationError
 from salsa_peft.config import paths, sweeps, validate
 from salsa_peft.config.keys.problems import Layer, Problems
 from salsa_peft.config.keys.unknown import split_unknown
-from salsa_peft.config.options.rewarded_soups import expand_rewarded_soups
-from salsa_peft.config.options.warp import expand_warp
 from salsa_peft.config.paths import bundled_folder
+from salsa_peft.config.policies.rewarded_soups import expand_rewarded_soups
+from salsa_peft.config.policies.warp import expand_warp
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
 from salsa_peft.utils.errors import SalsaError, require, run_checks

@@ -14,16 +14,16 @@ from pydantic_core import PydanticCustomError
 from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, Seed, require_multiple
 from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
-from salsa_peft.config.options.policy import Policy
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
-from salsa_peft.config.options.rewarded_soups import RewardedSoups
-from salsa_peft.config.options.search import Search
 from salsa_peft.config.options.soup import Member, SoupSection, named
 from salsa_peft.config.options.synthetic import Synthetic
 from salsa_peft.config.options.toy import Toy
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import DPO, GRPO, KTO, PREFERENCE_ALGORITHMS, RLOO
-from salsa_peft.config.options.warp import Warp
+from salsa_peft.config.policies.policy import Policy
+from salsa_peft.config.policies.rewarded_soups import RewardedSoups
+from salsa_peft.config.policies.search import Search
+from salsa_peft.config.policies.warp import Warp
 from salsa_peft.config.rewards import RewardPart, parse_reward
 from salsa_peft.utils.errors import require
 

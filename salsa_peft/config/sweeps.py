@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from salsa_peft.config.fields import MAX_POLICIES, SEED, is_number, join_keys, require_seed, require_unique
-from salsa_peft.config.options.search import SEED_0
+from salsa_peft.config.policies.search import SEED_0
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import SFT
 from salsa_peft.utils.errors import SalsaError, require

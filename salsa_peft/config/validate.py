@@ -13,12 +13,12 @@ from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_seed, require_unique
 from salsa_peft.config.job import OWN_FILES, recipe_of_policy, unit_of
 from salsa_peft.config.options.guards import parse_guards
-from salsa_peft.config.options.policy import Policy
 from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
 from salsa_peft.config.options.soup import named
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
+from salsa_peft.config.policies.policy import Policy
 from salsa_peft.config.references import ACCEPTED_REFERENCES, START, Reference, parse_reference
 from salsa_peft.config.rewards import (
     RewardPart,

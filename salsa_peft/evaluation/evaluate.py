@@ -17,17 +17,22 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets
+from salsa_peft.data.chat.turn_ends import stop_token_ids
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation import fastchat
 from salsa_peft.evaluation.answers import Rows, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.evaluation.landscape import PARTIAL, measures
 from salsa_peft.models.adapters import lora
+from salsa_peft.models.rewards.divergence import LogRatio
 from salsa_peft.models.stage_context import StageContext, result_folders
 from salsa_peft.training.references import attach_reference, load_reference
 from salsa_peft.utils.console import progress_bar, say
 from salsa_peft.utils.files import append_checked_lines, read_checked_lines, write_atomic
 from salsa_peft.utils.statistics import mean_interval
+
+START = "start"
+"""Name of the adapter of seed-0 on the shared model."""
 
 
 def model_names(recipe: Recipe) -> list[str]:
@@ -57,7 +62,7 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
     """
     recipe, inputs, names = job.recipe, job.inputs, model_names(job.recipe)
     if recipe.adapter is not None:
-        shared = lora.attach(context.load_base(), inputs["sft/seed-0"], "start")
+        shared = lora.attach(context.load_base(), inputs["sft/seed-0"], START)
         adapters = {name: attach(shared, name, recipe, inputs) for name in names}
         return shared, {name: functools.partial(adapters.get, name) for name in names}
     model = context.load_base()
@@ -66,6 +71,28 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
         load_reference(model, reference_of(recipe, name), context, inputs)
 
     return model, {name: functools.partial(load, name) for name in names}
+
+
+KL = "kl"
+"""Score of an answer whose mean is the KL from seed-0, in a recipe with `warp`; no measure by which models are compared."""
+
+
+def measures_kl(recipe: Recipe) -> bool:
+    """Whether the KL of every model from seed-0 is measured: for WARP with adapters, which share one base."""
+    return recipe.warp is not None and recipe.adapter is not None
+
+
+def log_ratio(model: Any, context: StageContext) -> LogRatio:
+    """The score KL, of a model with the adapter "start", which is seed-0."""
+    generation = context.recipe.generation
+    return LogRatio(
+        model,
+        START,
+        temperature=generation.temperature,
+        ends=tuple(stop_token_ids(context.tokenizer)),
+        min_new_tokens=generation.min_new_tokens,
+        rows=generation.batch_size,
+    )
 
 
 def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
@@ -112,6 +139,7 @@ def answer_all(
     context.check(job.inputs, [reference_of(recipe, name) for name in model_names(recipe)])
     model, loaders = adapter_loaders(job, context)
     rewards = measures(job, model, context)
+    scored = {**rewards, KL: log_ratio(model, context)} if measures_kl(recipe) else rewards
     # 2. every model answers every set of questions
     answers: dict[str, dict[str, Rows]] = {dataset: {} for dataset in sets}
     turns = sum(len(question.turns) for questions in sets.values() for question in questions)
@@ -129,7 +157,7 @@ def answer_all(
                     bar.update(len(rows))
 
                 answers[dataset][name] = answer(
-                    model, adapter, questions, rewards, context, recipe.evaluate.seed, known[dataset], keep
+                    model, adapter, questions, scored, context, recipe.evaluate.seed, known[dataset], keep
                 )
     return answers, list(rewards)
 
@@ -148,7 +176,7 @@ def run(job: Job) -> dict[str, Any]:
         "measures": measured,
         "models": model_names(recipe),
         "temperature": recipe.generation.temperature,
-        "datasets": {dataset: summarize(given, measured) for dataset, given in answers.items()},
+        "datasets": {dataset: summarize(given, [*measured, KL]) for dataset, given in answers.items()},
     }
     for dataset, given in answers.items():
         fastchat.write_answers(job.folder / "data" / dataset, sets[dataset], given)

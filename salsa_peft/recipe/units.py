@@ -6,7 +6,6 @@ unit again: `evaluate` is in no policy's key (except the prompts that ppo.eval_p
 versions of the libraries that the unit uses, and of no others.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -15,12 +14,12 @@ from typing import Any
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import SEED
 from salsa_peft.config.job import Unit, recipe_of_policy, unit_of
-from salsa_peft.config.options.mixture import ReferenceMixture
-from salsa_peft.config.options.search import SEED_0
+from salsa_peft.config.options.ppo import LATER_OPTIONS
 from salsa_peft.config.options.soup import SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
+from salsa_peft.config.policies.search import SEED_0
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import find_module, split_function
 from salsa_peft.config.schema import Recipe, Source
@@ -41,8 +40,6 @@ STAGE_LIBRARIES = {
     "evaluate": (*LIBRARIES, *TEXT),
 }
 """Stage → libraries whose versions are in the keys of all its units; for other stages LIBRARIES."""
-LATER_OPTIONS = {field.name: field.default for field in dataclasses.fields(ReferenceMixture)}
-"""Options of ppo that are in a policy's key only if they are set → default, so that older versions' keys stay the same."""
 DEMONSTRATIONS, PREFERENCES = "data/demonstrations", "data/preferences"
 """Ids of the units that tokenize training data."""
 
@@ -280,7 +277,7 @@ def _soup(recipe: Recipe, run: str, stage: str, section: SoupSection, name: str 
     if section.strategy != "linear" or section.rank is not None:
         fields |= {"strategy": section.strategy, "rank": section.rank}
     defaults = {"per": "model", "start": "base", "scale": 1.0, "density": None, "drop_seed": None}
-    given = {name: getattr(section, name) for name in defaults} | {"start": builder.path(section.start)}
+    given = {option: getattr(section, option) for option in defaults} | {"start": builder.path(section.start)}
     fields |= given if given != defaults else {}
     inputs = _models(recipe, section.reads)
     if not section.uses_measure:
@@ -380,6 +377,8 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     if controls:
         fields["controls"] = {name: builder.reference(reference) for name, reference in controls.items()}
         references += controls.values()
+    if recipe.warp is not None and recipe.adapter is not None:
+        fields["kl_from_start"] = True
     if recipe.measures_parts:
         fields["measures_parts"] = True
     models = _models(recipe, [*recipe.soups, *recipe.policies])

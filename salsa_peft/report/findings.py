@@ -152,7 +152,8 @@ def _policy_with(reference: str, name: str, policies: Row, picked: Sequence[str]
     if name in policies:
         return name
     first = [*(other for other in picked if other in policies), *policies]
-    return next((other for other in first if policies[other].reference == reference), "")
+    usual = [other for other in first if policies[other].start == START and policies[other].reward is None]
+    return next((other for other in usual if policies[other].reference == reference), "")
 
 
 def headline(evaluation: Row) -> str:
@@ -166,6 +167,11 @@ def means_for_averaging(one: Row, policies: Row) -> str:
     if is_control(one["b"], policies) and (undecided(one) or one["mean"] < 0):
         return f"{said}; no evidence that averaging helps"
     return said
+
+
+def of_seeds(names: Sequence[str]) -> bool:
+    """Whether all models are SFT seeds, not policies or soups."""
+    return all(name.startswith("seed-") for name in names)
 
 
 def along(landscape: Row) -> list[str]:
@@ -185,7 +191,7 @@ def along(landscape: Row) -> list[str]:
             )
         elif {0.0, 0.5, 1.0} <= at.keys():
             text.append(
-                f"Along the line {ends[0]} to {ends[1]}, before PPO, by {MEASURES.get(measure, measure)}: midpoint"
+                f"Along the line {ends[0]} to {ends[1]}{', before PPO' if of_seeds(ends) else ''}, by {MEASURES.get(measure, measure)}: midpoint"
                 f" {estimate(at[0.5])}, ends {estimate(at[0.0])} and {estimate(at[1.0])}."
             )
     return text

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import policy_id
+from salsa_peft.config.options.soup import SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS, TOY_WORDS
 from salsa_peft.config.options.trl import ALGORITHMS
+from salsa_peft.config.policies.policy import Policy
+from salsa_peft.config.policies.search import SEED_0
+from salsa_peft.config.policies.warp import Warp
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
@@ -53,6 +57,28 @@ class PolicyReport:
     """Metrics of a stage that trains with one of TRL's algorithms; {} for ppo."""
     references: int = 1
     """Number of references; the KLs to several are averaged (MKL)."""
+    start: str = SEED_0
+    """The model where training started."""
+    reward: dict[str, float] | None = None
+    """The policy's own weights of the parts of the reward; None: those of the recipe."""
+
+
+@dataclass(frozen=True)
+class SoupReport:
+    """A soup of the recipe: the section `soup`, or one of `soups`."""
+
+    members: list[str]
+    weights: list[float]
+    """As in the recipe; equal weights where the strategy chooses them."""
+    strategy: str = "linear"
+    start: str = "base"
+    """Model from which the members' changes are measured."""
+    scale: float = 1.0
+    """η, the factor of the merged change."""
+    ranks: list[int] = field(default_factory=list)
+    """Ranks of the soup's modules; [] for checkpoints."""
+    error: float | None = None
+    """Relative error of the recompression to a rank; None if there was none."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,31 @@ class ReportInput:
     """Unit of the answers' lengths."""
     explained: dict[str, str] = field(default_factory=dict)
     """Explanations of this run's measures and sets of questions, by name."""
+    soups: dict[str, SoupReport] = field(default_factory=dict)
+    """Name → soup: "soup" (the recipe's section of that name) and those of `soups`."""
+    warp: Warp | None = None
+    """The recipe's section `warp`."""
+    rewarded: list[str] | None = None
+    """The two rewards of the recipe's section `rewarded_soups`."""
+
+    @property
+    def described(self) -> dict[str, str]:
+        """Name → description of the models in evaluate.controls, and of the soups in `soups`."""
+        found = {name: f"{label}, no RLHF" for name, label in self.controls.items()}
+        return found | {name: _soup_text(soup) for name, soup in self.soups.items() if name != "soup"}
+
+
+def _soup_text(soup: SoupReport) -> str:
+    if len(soup.members) == 1:
+        start = "the base" if soup.start == "base" else soup.start
+        return f"control: {soup.members[0]} shrunk to {soup.scale:g} of its change from {start}, averages nothing"
+    made = f"soup of {', '.join(soup.members)}"
+    if len(set(soup.weights)) > 1:
+        made += f" with weights {', '.join(f'{weight:g}' for weight in soup.weights)}"
+    how = [] if soup.strategy == "linear" else [soup.strategy]
+    how += [] if soup.start == "base" else [f"changes from {soup.start}"]
+    how += [] if soup.scale == 1 else [f"η {soup.scale:g}"]
+    return made + (f" ({', '.join(how)})" if how else "")
 
 
 def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> ReportInput:
@@ -128,7 +179,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         reward=_reward(recipe, inputs),
         soup=soup_rows(read_json(soup / "soup.json")),
         policies={
-            name: _policy(folder, len(policy.references(name)))
+            name: _policy(folder, len(policy.references(name)), policy)
             for name, policy in recipe.policies.items()
             if (folder := inputs.get(policy_id(recipe, name)))
         },
@@ -147,6 +198,30 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         toy=recipe.toy is not None,
         controls={name: parse_reference("", of)[0].label for name, of in recipe.evaluate.controls.items()},
         explained=_explained(recipe),
+        soups={
+            name: _soup(section, inputs[unit])
+            for name, unit, section in (
+                ("soup", "soup", recipe.soup),
+                *((name, f"soups/{name}", one) for name, one in recipe.soups.items()),
+            )
+            if unit in inputs
+        },
+        warp=recipe.warp,
+        rewarded=None if recipe.rewarded_soups is None else list(recipe.rewarded_soups.rewards),
+    )
+
+
+def _soup(section: SoupSection, folder: Path) -> SoupReport:
+    found = read_json(folder / "soup.json")
+    error = found.get("error")
+    return SoupReport(
+        members=section.names,
+        weights=section.resolved_weights,
+        strategy=section.strategy,
+        start=section.start,
+        scale=section.scale,
+        ranks=found.get("ranks", []),
+        error=None if error is None else error["all"],
     )
 
 
@@ -188,6 +263,9 @@ def identity(recipe: Recipe) -> tuple[str, str]:
         seed = None if parts[name] is None else parts[name].pop("seed")
         if seed is not None and (name in used or name not in ALGORITHMS):
             seeds[name] = [seed]
+    for policy in parts["policies"].values():
+        if (own := policy["overrides"].pop("seed", None)) is not None:
+            seeds[policy["algorithm"]].append(own)
     parts["evaluate"].pop("samples")
     parts["counts"] = [len(of) for of in seeds.values()]
     text = json.dumps(parts, sort_keys=True, default=str)
@@ -195,13 +273,15 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     return hashlib.sha256(text.encode()).hexdigest()[:12], in_words
 
 
-def _policy(folder: Path, references: int) -> PolicyReport:
+def _policy(folder: Path, references: int, policy: Policy) -> PolicyReport:
     facts = read_json(folder / "policy.json")
     reference, beta, algorithm = facts.pop("reference"), facts.pop("kl_coef")["start"], facts.pop("algorithm", "ppo")
     if algorithm != "ppo":
-        return PolicyReport(reference, beta, [], [], algorithm, facts, references)
+        return PolicyReport(reference, beta, [], [], algorithm, facts, references, policy.start, policy.reward)
     metrics, completions = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
-    return PolicyReport(reference, beta, metrics, completions, references=references)
+    return PolicyReport(
+        reference, beta, metrics, completions, references=references, start=policy.start, reward=policy.reward
+    )
 
 
 def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:

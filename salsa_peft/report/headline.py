@@ -181,7 +181,7 @@ def console(
     for part in tables:
         title, measure = f"{part['dataset']}, {part['n']} prompts", str(part["measure"])
         wide = max(map(len, (title, START, *map(_label, part["rows"]))))
-        heads = [measure_name(measure), f"− {START}, the start", *_plain_head(part)]
+        heads = [measure_name(measure), f"minus {START}, the start", *_plain_head(part)]
         sizes = [max(size, len(head)) for size, head in zip((score, cell, cell), heads, strict=False)]
         rows: list[tuple[str, list[str]]] = [(title, heads)]
         rows.append((START, [of_score(part["start"])] if part["start"] else []))
@@ -199,7 +199,7 @@ def _half(value: Row, sign: str = "") -> str:
 
 def _plain_head(part: Row) -> list[str]:
     """Heading of the column of differences from plain PPO; none without such a policy."""
-    return [f"− {' or '.join(part['against'])}"] if part["against"] else []
+    return [f"minus {' or '.join(part['against'])}"] if part["against"] else []
 
 
 def wrapped(texts: Sequence[str], width: int) -> list[str]:

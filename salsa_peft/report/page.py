@@ -9,7 +9,7 @@ from salsa_peft.report import findings, headline, judge_tables, style
 from salsa_peft.report.format import Row, finite, flatten, is_number, percent, render
 from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.report.plots import CURVES, draw, scores_of, styles_of
-from salsa_peft.report.sections import first_screen, frontier, reward
+from salsa_peft.report.sections import first_screen, frontier, merging, reward
 from salsa_peft.report.sections.forest import forests
 from salsa_peft.report.style import Panel
 
@@ -20,6 +20,7 @@ def write_report(folder: Path, run: ReportInput) -> dict[str, Any]:
     passed_over = judge_tables.passed_over(run)
     notes = {name: one["note"] for name, one in found["names"].items()}
     drawn = {"headline": forests(found["headline"], styles, notes, hidden=passed_over), **draw(run)}
+    drawn["merging"] = merging.draw(found["merging"], styles)
     drawn["frontier"] = [frontier.draw(found["frontier"], styles)] if found["frontier"] else []
     return write_pages(folder, "report", {**found, "run": run}, drawn, summarise(run, found))
 
@@ -43,6 +44,7 @@ def write_pages(
 def context(run: ReportInput) -> dict[str, Any]:
     """Variables of both templates, except for the ReportInput itself."""
     scored, judged = findings.scored(run), judge_tables.judged(run)
+    made_of_policies = merging.merging([run])
     tables, compared = headline.table(scored), findings.comparisons(scored)
     screen = first_screen.screen(
         line=first_screen.run_line(
@@ -54,6 +56,7 @@ def context(run: ReportInput) -> dict[str, Any]:
         models=findings.order(run.evaluation, run.policies),
         explained=run.explained,
         judged=judged,
+        more=merging.first_screen(made_of_policies),
     )
     facts = {name: flatten(metrics) for name, metrics in run.seeds.items()}
     facts |= {"reward": flatten(reward.facts(run.reward)), "soup": flatten(run.soup)}
@@ -64,6 +67,7 @@ def context(run: ReportInput) -> dict[str, Any]:
         "console": headline.console(tables, screen["names"], screen["sentences"]),
         "narrow_console": headline.console(tables, screen["names"], screen["sentences"], headline.NARROW),
         "frontier": frontier.frontier([run]) if run.policies else None,
+        "merging": made_of_policies,
         "more": findings.along(run.landscape) if run.landscape else [],
         "judged": judged,
         "reward": reward.context(run.reward, run.reward_quality, run.verdicts),
@@ -80,8 +84,8 @@ def context(run: ReportInput) -> dict[str, Any]:
         ],
         "names": {
             name: {
-                "what": first_screen.describe(name, run.policies, run.controls),
-                "note": first_screen.note(name, run.policies, run.controls),
+                "what": first_screen.describe(name, run.policies, run.described),
+                "note": first_screen.note(name, run.policies, run.described),
                 "control": findings.is_control(name, run.policies),
             }
             for name in findings.order(run.evaluation, run.policies)
@@ -109,7 +113,9 @@ def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
     return finite(
         {
             **fields("name", "mode", "base", "versions"),
-            **{name: found[name] for name in ("screen", "headline", "console", "narrow_console", "frontier")},
+            **{
+                name: found[name] for name in ("screen", "headline", "console", "narrow_console", "frontier", "merging")
+            },
             "finding": [*found["screen"]["sentences"].values(), *found["more"]],
             "warnings": found["warnings"],
             "comparisons": found["compared"],

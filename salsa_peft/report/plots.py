@@ -20,15 +20,15 @@ Styles = Mapping[str, Look]
 """Name of a model → its colour, dash and marker."""
 
 
-def scores(name: str, title: str, models: Row, measure: str, styles: Styles) -> Panel:
-    """Mean score and interval of each model, one row each. models: name → {mean, low, high}."""
+def scores(name: str, title: str, models: Row, measure: str, styles: Styles, over: str = "prompts") -> Panel:
+    """Mean score and interval of each model, one row each. models: name → {mean, low, high}; over: of the intervals."""
 
     def draw(axes: Axes) -> None:
         for row, (model, score) in enumerate(models.items()):
             look = styles[model]
             _interval(axes, row, score["mean"], score["low"], score["high"], look, look.control, fixed(score["mean"]))
         _rows(axes, list(models))
-        axes.set(title=title, xlabel=f"mean {MEASURES.get(measure, measure)}, 95% interval over prompts")
+        axes.set(title=title, xlabel=f"mean {MEASURES.get(measure, measure)}, 95% interval over {over}")
 
     return panel(name, f"{title}: mean score of each model", draw, 0.27 * len(models) + 0.95)
 
@@ -71,9 +71,15 @@ def line(
             axes.fill_between(at, low, high, color=look.color, alpha=0.18, lw=0)
             axes.plot(at, mean, color=look.color, ls=dash, label=label)
             axes.plot(at, mean, ls="", marker=".", ms=4, color=look.color)
-            marks = {0.0: ends[0], 1.0: ends[1]} | ({} if shrunk else {0.5: "soup"})
+            middle = "soup" if findings.of_seeds(ends) else "½"
+            marks = {0.0: ends[0], 1.0: ends[1]} | ({} if shrunk else {0.5: middle})
             for x, mark in marks.items() if index == 0 else ():
-                _mark(axes, [(a, y) for a, y in zip(at, mean, strict=True) if abs(a - x) < 1e-9], mark, styles[mark])
+                _mark(
+                    axes,
+                    [(a, y) for a, y in zip(at, mean, strict=True) if abs(a - x) < 1e-9],
+                    mark,
+                    styles.get(mark, KNOWN["soup"]),
+                )
         label = f"λ: {ends[0]} + λ · (what {ends[1]} learned)" if shrunk else f"α: 0 is {ends[0]}, 1 is {ends[1]}"
         label = label if len(lines) == 1 or shrunk else "α, from one end to the other"
         axes.set(title=title, xlabel=label, ylim=limits)
@@ -85,7 +91,10 @@ def line(
 
 
 def plane(name: str, title: str, given: Row, measure: str) -> Panel:
-    """Score on the plane of three seeds in barycentric coordinates (paper, Figure 2c)."""
+    """Score on the plane of three seeds in barycentric coordinates (paper, Figure 2c).
+
+    A point's `open` says for each measure whether its difference from the mean of the three seeds is undecided.
+    """
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])
     spots = np.array([point["weights"] for point in given["points"]]) @ corners
     values = np.array([point["scores"][measure]["mean"] for point in given["points"]])
@@ -99,7 +108,9 @@ def plane(name: str, title: str, given: Row, measure: str) -> Panel:
             bar = axes.figure.colorbar(shading, ax=axes, shrink=0.85, format=lambda value, _: fixed(value), ticks=ticks)
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.set_label(MEASURES.get(measure, measure), color=MUTED)
-        axes.scatter(spots[:, 0], spots[:, 1], s=9, color="white", edgecolor="black", lw=0.5)
+        decided = ["open" in point and not point["open"].get(measure, True) for point in given["points"]]
+        fill = ["black" if one else "white" for one in decided]
+        axes.scatter(spots[:, 0], spots[:, 1], s=9, color=fill, edgecolor="black", lw=0.5)
         axes.plot(*corners[[0, 1, 2, 0]].T, ls=":", color="white", lw=2.2)
         for (x, y), member, sign in zip(corners, given["members"], (-1, -1, 1), strict=True):
             axes.annotate(member, (x, y), xytext=(0, 11 * sign), bbox=box, **text)
@@ -222,6 +233,8 @@ CURVES = {  # key of metrics.jsonl → name in summary.json, title
     "objective/scores": ("score", "Score of the responses"),
     "objective/kl": ("kl", "KL to the reference, summed over a response"),
     "objective/response_length": ("response_length", "Response length, tokens"),
+    "objective/held_out_score": ("held_out_score", "Score of the responses to held-out prompts"),
+    "objective/entropy": ("entropy", "Entropy of the policy, summed over a response, nats"),
     "objective/kl_coef": ("kl_coef", "β, the KL coefficient"),
 }
 
@@ -292,8 +305,17 @@ def _ablations(run: ReportInput, styles: Styles) -> list[Panel]:
     return drawn
 
 
-def draw_landscape(landscape: Row, styles: Styles) -> list[Panel]:
-    """Panels of the landscape: lines and control lines of each measure, on one scale, then the planes."""
+LINES = {"line": " between seeds", "shrunk": ", the control"}
+"""Kind of a line → the end of its panel's title."""
+
+
+def draw_landscape(
+    landscape: Row, styles: Styles, prefix: str = "", titles: Mapping[str, str] = LINES, level: float | None = None
+) -> list[Panel]:
+    """Panels of the landscape: lines and control lines of each measure, on one scale, then the planes.
+
+    prefix: of the files' names. titles: as LINES. level: height of the dotted line. None: the soup's score.
+    """
     drawn, planes = [], []
     lines = [one for one in landscape["lines"] if one["kind"] == "line"]
     shrunk = [one for one in landscape["lines"] if one["kind"] == "shrunk"]
@@ -305,12 +327,20 @@ def draw_landscape(landscape: Row, styles: Styles) -> list[Panel]:
         margin = 0.09 * (high - low) or 0.1
         limits = (low - margin, high + margin)
         points = lines[0]["points"] if lines else []
-        soup = next((point["scores"][measure]["mean"] for point in points if abs(point["at"] - 0.5) < 1e-9), None)
-        for kind, name, of in (("line", " between seeds", lines), ("shrunk", ", the control", shrunk)):
+        soup = (
+            level
+            if level is not None
+            else next((point["scores"][measure]["mean"] for point in points if abs(point["at"] - 0.5) < 1e-9), None)
+        )
+        for kind, of in (("line", lines), ("shrunk", shrunk)):
             if of:
-                drawn.append(line(f"{kind}-{measure}", f"{title}{name}", of, measure, styles, limits, soup))
+                name, end = f"{prefix}{kind}-{measure}", titles[kind]
+                if end == LINES["line"] and not findings.of_seeds(of[0]["ends"]):
+                    end = f" between {of[0]['ends'][0]} and {of[0]['ends'][1]}"
+                drawn.append(line(name, f"{title}{end}", of, measure, styles, limits, soup))
         if landscape["plane"] and landscape["plane"]["points"]:
-            planes.append(plane(f"plane-{measure}", f"{title}, three seeds", landscape["plane"], measure))
+            three = "three seeds" if findings.of_seeds(landscape["plane"]["members"]) else "three models"
+            planes.append(plane(f"{prefix}plane-{measure}", f"{title}, {three}", landscape["plane"], measure))
     return drawn + planes
 
 

@@ -621,6 +621,7 @@ def test_results_of_a_run(bench: Path, capsys: pytest.CaptureFixture[str]) -> No
         judge_section(["nobody"])
 
 
+@pytest.mark.slow
 def test_of_the_hub(models: Path, bench: Path) -> None:
     """A model and an adapter of a Hub; a mistake is found before the base's weights are downloaded."""
     config = json.loads((models / "a0" / "adapter_config.json").read_text())

@@ -145,7 +145,12 @@ REFUSED = [
     ("soup={strategy: ties, density: 0}", ["soup.density: 0.0 is not a share above 0 and at most 1; use one such as"]),
     ("soup.drop_seed=3", ["soup.drop_seed: 3 has no effect with strategy linear; leave it out, or use dare"]),
     ("soup.start=seed-7", ["soup.start: there is no seed-7; sft.seeds has seed-0 to seed-1"]),
-    ("soup.start=nowhere", ["soup.start: must be seed-N, soup, a soup of", "not 'nowhere'"]),
+    (
+        "soup.start=nowhere",
+        [
+            "soup.start: must be seed-N, soup, a soup of `soups`, a policy, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'nowhere'"
+        ],
+    ),
     ("soup={strategy: greedy, scale: 0.5}", ["soup.scale: 0.5 has no effect with strategy greedy, which measures"]),
     ("soup={strategy: slerp, members: [0]}", ["soup.strategy: slerp needs at least two members, but there is one"]),
     (

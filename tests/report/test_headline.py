@@ -187,7 +187,7 @@ def test_a_narrow_terminal_gets_half_of_each_interval() -> None:
         row |= {"control": row["model"] == "mkl", "score": {"mean": 0.75, "low": 0.7, "high": 0.8}, "ppo": None}
     lines = headline.console([table], {}, {"What it means": "word " * 40}, headline.NARROW)
     assert lines[lines.index("") + 1 :][:4] == [
-        "in, 50 prompts    gold reward  − seed-0, the start           − ppo",
+        "in, 50 prompts    gold reward  minus seed-0, the start       minus ppo",
         "seed-0          0.644 ± 0.026",
         "salsa           0.750 ± 0.050       +0.100 ± 0.080               –",
         "mkl (control)   0.750 ± 0.050       −0.100 ± 0.075               –",

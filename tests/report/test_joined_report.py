@@ -146,7 +146,7 @@ def test_the_page(runs: list[Run], tmp_path: Path) -> None:
     )
     assert any("2 training seeds: too few" in line for line in summary["warnings"])
     assert any("one training seed" in line for line in summary["warnings"])
-    figures = 4 + 2 + 1  # win rates, headline, frontier
+    figures = (4 + 2 + 1) + 4 + 5 + 5  # win rates, headline, frontier; scores, training, landscape
     assert page.tags.count("figure") == figures and len(list((tmp_path / "figures").iterdir())) == figures
     assert [one["training_seeds"] for one in summary["runs"]] == ["sft 0", "sft 1", "sft 2"]
     (group,) = summary["replicates"]  # the two llamas; gemma is alone, so its scores stand by themselves

@@ -132,6 +132,7 @@ def shell(made: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path, tmp_path: Path) -> None:
     """Each member without a fingerprint once, with the base that it names; what a checkpoint is."""
     done = shell(made, str(tmp_path / "out"), "nowhere-known", "a1", "--merge", "--base", "base")

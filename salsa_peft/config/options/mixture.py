@@ -84,12 +84,12 @@ class ReferenceMixture:
 
         prefix: starts the keys in messages. whose: the policy with a colon, or nothing, before the key.
         """
+        remedy = "set it in `overrides` of policies with several" if whose else "remove it, or pass several"
         for field in dataclasses.fields(ReferenceMixture):
             value = getattr(self, field.name)
             require(
                 references > 1 or value == field.default,
-                f"{whose}{prefix}{field.name}: {_shown(value)} has no effect with one reference; remove it, or give the"
-                " policy several references",
+                f"{whose}{prefix}{field.name}: {_shown(value)} has no effect with one reference; {remedy}",
             )
         for name in WEIGHTS:
             weights = getattr(self, name)

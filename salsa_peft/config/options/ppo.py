@@ -155,6 +155,16 @@ class PPOOptions(ReferenceMixture):
     """Scores are clipped to [−score_clip, score_clip]. None: off. Unit: reward. Example: 5.0."""
     normalize_scores: bool = False
     """Divide scores by their running standard deviation. Source: use_score_scaling of TRL 0.8."""
+    score_length_exponent: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Scores are multiplied by (length of the response / mean length in the rollout batch) ** this. -1: the score per
+    token, which favors short responses. 1: a score that counts for each token, which favors long ones. Both are meant
+    for scores above 0; scores below 0 are changed the other way round. Source: docs/ppo.md."""
+    entropy_floor: Positive | None = None
+    """Floor of the policy's entropy. In updates whose rollout batch has a lower mean entropy, each token's reward gets
+    the bonus −entropy_coef · log π. None: off. Unit: nats per token. Source: adaptive entropy control of Skywork-OR1
+    (arXiv 2505.22312), there in the loss. Example: 0.3."""
+    entropy_coef: Positive = 0.05
+    """Weight of the bonus with entropy_floor. Unit: reward per nat."""
     max_prompt_length: Count | None = None
     """Maximum number of tokens of a prompt; longer ones are dropped and logged. None: the model's maximum −
     max_new_tokens. Example: 512."""
@@ -212,6 +222,11 @@ class PPOOptions(ReferenceMixture):
         parse_guards(self.guards, f"{prefix}guards")
         self._check_critic(prefix)
         self.check_mixture(prefix)
+        require(
+            self.entropy_floor is not None or self.entropy_coef == PPOOptions.entropy_coef,
+            f"{prefix}entropy_coef: {self.entropy_coef:g} has no effect without entropy_floor; set entropy_floor, or remove"
+            " it",
+        )
         require(
             not self.log_completions or self.shown_every is not None,
             f"{prefix}log_completions: has no effect with shown_every null; set shown_every to a number of updates",
@@ -287,3 +302,14 @@ class PPOOptions(ReferenceMixture):
             f"{prefix}lam: {self.lam:g} has no effect with lam_length_alpha, from which the policy's λ is computed; remove"
             " one of the two (lam_value is the critic's λ)",
         )
+
+
+_LATER = {
+    "score_length_exponent",
+    "entropy_floor",
+    "entropy_coef",
+    *(f.name for f in dataclasses.fields(ReferenceMixture)),
+}
+LATER_OPTIONS = {field.name: field.default for field in dataclasses.fields(PPOOptions) if field.name in _LATER}
+"""Options of the result that earlier versions lack → default. At the default they are left out of cache keys and of what
+must match on resume, so that runs of earlier versions stay valid."""

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salsa_peft.report import findings, headline, plots, style
-from salsa_peft.report.format import Row
+from salsa_peft.report.format import Row, file_name
 from salsa_peft.report.gather import ReportInput
-from salsa_peft.report.replicates import power, scored
+from salsa_peft.report.replicates import curves, landscape, measures, power, scored
 from salsa_peft.report.replicates.table import over_replicates
-from salsa_peft.report.sections import first_screen, frontier
+from salsa_peft.report.sections import first_screen, frontier, merging
 from salsa_peft.report.sections.forest import forests
-from salsa_peft.report.style import Panel
+from salsa_peft.report.style import MEASURES, Panel
 
 
 def together(
@@ -24,7 +24,7 @@ def together(
     tables, judged = headline.table(numbers), _by_the_judge(name, runs, rows)
     policies = {} if numbers is None else dict(numbers.policies)
     models = [] if numbers is None else numbers.models
-    compared = findings.comparisons(numbers)
+    compared, made_of_policies = findings.comparisons(numbers), merging.merging(runs)
     seen = power.table(compared)
     line = first_screen.run_line(policies, tables, len(runs[0].seeds), explained, judged["judge"] if judged else None)
     screen = first_screen.screen(
@@ -36,6 +36,7 @@ def together(
         explained=explained,
         judged=judged,
         replicates=len(runs),
+        more=merging.first_screen(made_of_policies),
     )
     return {
         "name": name,
@@ -43,12 +44,19 @@ def together(
         "headline": tables,
         "names": {
             model: {
-                "what": first_screen.describe(model, policies, runs[0].controls),
-                "note": first_screen.note(model, policies, runs[0].controls),
+                "what": first_screen.describe(model, policies, runs[0].described),
+                "note": first_screen.note(model, policies, runs[0].described),
             }
             for model in models
         },
         "frontier": frontier.frontier(runs),
+        "merging": made_of_policies,
+        "curves": curves.curves(runs),
+        "training": curves.ends(runs),
+        "landscape": landscape.landscape(runs),
+        "scores": measures.scores(runs),
+        "reward": measures.reward(runs),
+        "ablations": measures.ablations(runs),
         "power": {"rows": seen, "sentences": power.sentences(seen)},
         **over_replicates(runs, pairs),
     }
@@ -73,11 +81,46 @@ def _by_the_judge(name: str, runs: Sequence[ReportInput], rows: Sequence[Row]) -
 
 
 def draw(group: Row, first: ReportInput, number: int) -> dict[str, list[Panel]]:
-    """Panels of the headline and of the frontier of one group of replicates; section → panels."""
+    """Panels of one group of replicates; section → panels."""
     prefix, styles = f"replicates-{number}-" if number else "", plots.styles_of(first)
     styles |= style.looks([name for name in group["names"] if name not in styles])
     notes = {name: one["note"] for name, one in group["names"].items()}
-    return {
-        f"headline{number}": forests(group["headline"], styles, notes, prefix=prefix),
-        f"frontier{number}": [frontier.draw(group["frontier"], styles, prefix)] if group["frontier"] else [],
+    drawn = {
+        "headline": forests(group["headline"], styles, notes, prefix=prefix),
+        "frontier": [frontier.draw(group["frontier"], styles, prefix)] if group["frontier"] else [],
+        "merging": merging.draw(group["merging"], styles, prefix),
+        "scores": _scores(group, styles, prefix),
+        "training": curves.draw(group["curves"], styles, prefix),
+        "landscape": landscape.draw(group["landscape"], styles, prefix) if group["landscape"] else [],
+        "ablations": _ablations(group, styles, prefix),
     }
+    return {f"{section}{number}": panels for section, panels in drawn.items()}
+
+
+def _scores(group: Row, styles: plots.Styles, prefix: str) -> list[Panel]:
+    return [
+        plots.scores(
+            f"{prefix}scores-{file_name(f'{dataset}-{measure}')}",
+            f"{MEASURES.get(measure, measure).capitalize().replace('_', ' ')}, “{dataset}”",
+            models,
+            measure.replace("_", " "),
+            styles,
+            "replicates",
+        )
+        for dataset, by_measure in group["scores"].items()
+        for measure, models in by_measure.items()
+    ]
+
+
+def _ablations(group: Row, styles: plots.Styles, prefix: str) -> list[Panel]:
+    return [
+        plots.ablation(
+            f"{prefix}ablation-{number}-{one['kind']}",
+            f"Over {one['against']}, “{one['dataset']}”",
+            one["points"],
+            one["xlabel"],
+            one["log"],
+            styles,
+        )
+        for number, one in enumerate(group["ablations"])
+    ]

@@ -4,6 +4,7 @@ HTML, Markdown and summary.json show the same structure, for one run and for rep
 """
 
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from salsa_peft.report.findings import START, is_control, undecided
@@ -19,7 +20,9 @@ EXPLAINED = {
 IN_BRIEF = {"gold": "a program’s score, on which no policy is trained", "reward": "the score that training raises"}
 """Measure → what it is, where it first stands."""
 CAME_OUT, MEANS, MEANS_NOT = "What came out", "What it means", "What it does not mean"
-NO_CONTROLS: Mapping[str, str] = {}
+NOTHING_ELSE: Mapping[str, str] = {}
+NOTE = 44
+"""Maximum number of characters of a model's description in a figure."""
 MOST = 4
 """Maximum number of cards for the scores, and for the judge."""
 JUDGE = "judge"
@@ -39,13 +42,14 @@ def kl_to(policy: PolicyReport) -> str:
     return f"KL to {known.get(policy.reference, policy.reference)}"
 
 
-def describe(name: str, policies: Mapping[str, PolicyReport], controls: Mapping[str, str] = NO_CONTROLS) -> str:
-    """A short description of a model. controls: name of a model in evaluate.controls → the label of its reference."""
+def describe(name: str, policies: Mapping[str, PolicyReport], described: Mapping[str, str] = NOTHING_ELSE) -> str:
+    """A short description of a model. described: of models in evaluate.controls and soups, `ReportInput.described`."""
     if name in policies:
         policy = policies[name]
-        return f"{policy.algorithm.upper()} from {START}, {kl_to(policy)}, β {policy.kl_coef:g}"
-    if name in controls:
-        return f"{controls[name]}, no RLHF"
+        own = "" if policy.reward is None else f", reward {_sum(policy.reward)}"
+        return f"{policy.algorithm.upper()} from {policy.start}, {kl_to(policy)}, β {policy.kl_coef:g}{own}"
+    if name in described:
+        return described[name]
     known = {
         START: "the start: an SFT model",
         "base": "the untuned base, no RLHF",
@@ -55,11 +59,16 @@ def describe(name: str, policies: Mapping[str, PolicyReport], controls: Mapping[
     return known.get(name, "another SFT model" if name.startswith("seed-") else "")
 
 
-def note(name: str, policies: Mapping[str, PolicyReport], controls: Mapping[str, str] = NO_CONTROLS) -> str:
+def _sum(weights: Mapping[str, float]) -> str:
+    """A weighted sum of rewards as text."""
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items() if weight)
+
+
+def note(name: str, policies: Mapping[str, PolicyReport], described: Mapping[str, str] = NOTHING_ELSE) -> str:
     """The description of a model in the headline's figure."""
     if name in policies:
         return kl_to(policies[name]) + (" (control)" if is_control(name, policies) else "")
-    return describe(name, policies, controls)
+    return shorten(describe(name, policies, described).partition(" (")[0], NOTE, placeholder=" …")
 
 
 def brief(explanation: str) -> str:
@@ -79,7 +88,7 @@ def run_line(
     references, betas = ({getattr(one, key) for one in policies.values()} for key in ("reference", "kl_coef"))
     count = len(policies)
     if count > 1:
-        text = f"{count} policies trained by {algorithms} from one SFT model ({START})"
+        text = f"{count} policies trained by {algorithms} from {_starts(policies)}"
         if len(references) == count:
             text += ", each with its own KL reference"
         else:
@@ -88,7 +97,7 @@ def run_line(
             text += f", with {listed(differ)}" if differ else ""
     elif count == 1:
         name, policy = next(iter(policies.items()))
-        text = f"One policy, {name}, trained by {algorithms} from one SFT model ({START}), {kl_to(policy)}"
+        text = f"One policy, {name}, trained by {algorithms} from {_starts(policies)}, {kl_to(policy)}"
     else:
         text = f"{seeds} SFT model{'s' * (seeds != 1)}, without RLHF" if seeds else "No model is finished"
     if tables:
@@ -99,6 +108,14 @@ def run_line(
         by = measure_name(measure) + (f" ({IN_BRIEF[measure]})" if measure in IN_BRIEF else "")
         text += f"; answers to {listed(asked)}, scored by {by}" + (f" and compared by {judge}" if judge else "")
     return f"{text}."
+
+
+def _starts(policies: Mapping[str, PolicyReport]) -> str:
+    """Where the policies start, in words."""
+    starts = list(dict.fromkeys(policy.start for policy in policies.values()))
+    if len(starts) > 1:
+        return f"{len(starts)} different starts"
+    return f"one SFT model ({START})" if starts == [START] else starts[0]
 
 
 def names(
@@ -114,7 +131,8 @@ def names(
         found[measure_name(measure)] = {**EXPLAINED, **explained}.get(measure)
         found |= {part["dataset"]: explained.get(part["dataset"]) for part in tables}
     if tables or policies:
-        found[START] = "the SFT model that every policy starts from" if policies else "the first SFT model"
+        every = bool(policies) and all(policy.start == START for policy in policies.values())
+        found[START] = "the SFT model that every policy starts from" if every else "the first SFT model"
     if "soup" in models or any("soup" in policy.reference for policy in policies.values()):
         found["soup"] = "a model whose weights are the average of those of several SFT models (seeds)"
     if policies:
@@ -207,7 +225,7 @@ def _against(a: str, b: str, policies: Mapping[str, PolicyReport]) -> str:
     if a in policies and b in policies:
         return f"{kl_to(policies[a])}, against {kl_to(policies[b])}"
     if a in policies:
-        return "after RLHF, against before" if b == START else f"a policy, against {describe(b, policies)}"
+        return "after RLHF, against before" if b == policies[a].start else f"a policy, against {describe(b, policies)}"
     return f"before RLHF: {describe(a, policies)}, against {describe(b, policies)}".replace(", no RLHF", "")
 
 
@@ -288,13 +306,14 @@ def screen(
     explained: Mapping[str, str],
     judged: Row | None = None,
     replicates: int = 1,
+    more: Mapping[str, str] = NOTHING_ELSE,
 ) -> dict[str, Any]:
-    """The first screen: {"line", "cards", "sentences", "names", "sets", "over"}."""
+    """The first screen: {"line", "cards", "sentences", "names", "sets", "over"}. more: further sentences, by title."""
     judge, verdicts = (f"the judge ({judged['judge']})" if judged else ""), by_judge(judged)
     return {
         "line": line,
         "cards": [*cards(verdicts, policies, judge), *cards(compared, policies)],
-        "sentences": sentences(tables, compared, verdicts, policies, judge, replicates),
+        "sentences": sentences(tables, compared, verdicts, policies, judge, replicates) | dict(more),
         "names": names(models, policies, tables, explained),
         "sets": {part["dataset"]: brief(explained.get(part["dataset"], "")) for part in tables},
         "over": "prompts" if replicates == 1 else f"{replicates} replicates",

@@ -55,6 +55,21 @@ def token_rewards(
     return rewards
 
 
+def entropy_bonus(logprobs: Tensor, entropy: Tensor, mask: Tensor, floor: float, coef: float) -> Tensor:
+    """Bonus of each token (B, T), −coef · log π, if the mean entropy over the mask is below `floor`; else 0.
+
+    −log π is an unbiased estimate of the entropy, as in maximum-entropy RL. As part of the rewards it costs nothing,
+    while an entropy in the loss would need the gradient of the whole distribution. logprobs, entropy, mask: (B, T).
+    """
+    below = mean_entropy(entropy, mask) < floor
+    return torch.where(mask & below, -coef * logprobs, 0.0)
+
+
+def mean_entropy(entropy: Tensor, mask: Tensor) -> Tensor:
+    """Mean entropy of the tokens in the mask, in nats, as a tensor (). entropy, mask: (B, T)."""
+    return torch.where(mask, entropy, 0.0).sum() / mask.sum()
+
+
 class Advantages(NamedTuple):
     """Advantages and returns of GAE, each (B, T) and 0 outside the mask."""
 

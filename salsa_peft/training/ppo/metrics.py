@@ -84,6 +84,16 @@ def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, flo
     }
 
 
+def bonus_metrics(rollout: Rollout, args: SalsaPPOConfig) -> dict[str, float]:
+    """Entropy in nats per token, and the bonus in reward per response; {} without entropy_floor."""
+    if args.entropy_floor is None:
+        return {}
+    mask = rollout.responses.response_mask
+    bonus = losses.entropy_bonus(rollout.logprobs, rollout.entropy, mask, args.entropy_floor, args.entropy_coef)
+    found = torch.stack([losses.mean_entropy(rollout.entropy, mask), bonus.sum(-1).mean()]).tolist()
+    return dict(zip(("objective/entropy_per_token", "objective/entropy_bonus"), found, strict=True))
+
+
 def variety_metrics(responses: Responses, scores: Sequence[float]) -> dict[str, float]:
     """Repetition within responses, shares of distinct and commonest responses, and scores between and within prompts.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from array import array
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from salsa_peft.config.options.mixture import ReferenceMixture
+from salsa_peft.config.options.ppo import LATER_OPTIONS
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import Reward, RunningScale
@@ -56,8 +55,6 @@ CHANGEABLE = (
     "importance_sampling_clip_min", "bf16",
 )  # fmt: skip
 """Options that may change on resume; changes are printed."""
-LATER = {field.name: field.default for field in dataclasses.fields(ReferenceMixture)}
-"""Options that must match on resume and that older checkpoints lack → the default, which they had."""
 LORA_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 """Options of the policy's LoraConfig that must match on resume."""
 SAMPLE = 4096
@@ -251,7 +248,9 @@ def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
     found = {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
     found["num_generations"] = args.num_generations if args.value == "group" else None
     found["value_warmup_updates"] = args.value_warmup_updates or None
-    return found | {key: value if (value := vars(args)[key]) != default else None for key, default in LATER.items()}
+    return found | {
+        key: value if (value := vars(args)[key]) != default else None for key, default in LATER_OPTIONS.items()
+    }
 
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:

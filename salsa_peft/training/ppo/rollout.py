@@ -65,7 +65,7 @@ class Rollout(NamedTuple):
     kl: Tensor
     entropy: Tensor
     scores: Tensor
-    """(B,), as returned by the reward, before normalize_scores, score_clip and missing_eos_penalty."""
+    """(B,), as returned by the reward, before apply_score_options."""
     advantages: Tensor
     returns: Tensor
     sampling_logprobs: Tensor | None = None
@@ -158,6 +158,8 @@ class RolloutMaker:
         mask = responses.response_mask
         shaped = apply_score_options(scores, responses, args, self.scale)
         rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
+        if args.entropy_floor is not None:
+            rewards += losses.entropy_bonus(logprobs, entropy, mask, args.entropy_floor, args.entropy_coef)
         if args.whiten_rewards:
             rewards = losses.whiten(rewards, mask, shift_mean=False)
         if values is not None and starts_bias:
@@ -424,11 +426,14 @@ def with_importance_weights(rollout: Rollout, sampling_logprobs: Tensor, args: S
 
 
 def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:
-    """Apply normalize_scores, score_clip, missing_eos_penalty to scores (B,), in TRL 0.8's order."""
+    """Apply normalize_scores, score_clip, score_length_exponent, missing_eos_penalty to scores (B,), in this order."""
     if args.normalize_scores:
         scores = scale(scores)
     if args.score_clip is not None:
         scores = scores.clamp(-args.score_clip, args.score_clip)
+    if args.score_length_exponent:
+        lengths = responses.lengths.float()
+        scores = scores * (lengths / lengths.mean()) ** args.score_length_exponent
     if args.missing_eos_penalty is not None:
         scores = scores - args.missing_eos_penalty * (~responses.finished).float()
     return scores

@@ -48,7 +48,7 @@ from salsa_peft.training.ppo.interface.arguments import (
 )
 from salsa_peft.training.ppo.interface.evaluation import check_best_metric, eval_rows, require_metric
 from salsa_peft.training.ppo.interface.hub import HubTrainer
-from salsa_peft.training.ppo.metrics import LogFiles, metrics, sampling_metrics
+from salsa_peft.training.ppo.metrics import LogFiles, bonus_metrics, metrics, sampling_metrics
 from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
 from salsa_peft.training.ppo.resume import RunCheckpoints
 from salsa_peft.training.ppo.rollout import RolloutMaker
@@ -371,7 +371,8 @@ class SalsaPPOTrainer(HubTrainer):
         """End an update: sync references, write logs, check the guards, adapt β to the KL, and learn references' weights."""
         args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
         assert rollout is not None
-        row = metrics(rollout, ppo, args.batch_size) | sampling_metrics(rollout, args) | ppo.reward_metrics
+        row = metrics(rollout, ppo, args.batch_size) | sampling_metrics(rollout, args) | bonus_metrics(rollout, args)
+        row |= ppo.reward_metrics
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
         weights = self.rollout_maker.weights

@@ -108,6 +108,25 @@ class TestKL:
                     assert found[b, t].item() == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
+class TestEntropyBonus:
+    MASK = torch.tensor([[True, True], [True, False]])
+    LOGPROBS = torch.tensor([[-1.0, -2.0], [-4.0, math.nan]])
+    ENTROPY = torch.tensor([[0.1, 0.2], [0.6, math.nan]])  # mean 0.3
+
+    @pytest.mark.parametrize(
+        ("floor", "expected"), [(0.31, [[0.5, 1.0], [2.0, 0.0]]), (0.29, [[0.0, 0.0], [0.0, 0.0]])]
+    )
+    def test_by_hand(self, floor: float, expected: list[list[float]]) -> None:
+        """½ · −log π at every token of the batch if its mean entropy is below the floor, not below by token."""
+        assert losses.entropy_bonus(self.LOGPROBS, self.ENTROPY, self.MASK, floor, 0.5).tolist() == expected
+
+    def test_its_mean_is_the_entropy(self) -> None:
+        """Σ_x p(x) · −log p(x) is the entropy of (½, ¼, ¼): 1.5 ln 2."""
+        p = torch.tensor([[0.5, 0.25, 0.25]])
+        bonus = losses.entropy_bonus(p.log(), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 1.0, 1.0)
+        assert (p * bonus).sum().item() == pytest.approx(1.5 * math.log(2))
+
+
 @pytest.mark.parametrize(
     ("kl", "expected"),
     [
@@ -164,9 +183,10 @@ def test_the_kl_coefficient_is_the_plain_formula(
 
 
 def answers(finished: list[bool]) -> Responses:
-    """Of one token each; apply_score_options() reads what ended them and nothing else."""
-    one, ids = torch.ones(len(finished), 1, dtype=torch.bool), torch.ones(len(finished), 1, dtype=torch.long)
-    return Responses(ids, one, ids, one, torch.tensor(finished))
+    """Of 1, 2 and 3 tokens."""
+    mask = torch.ones(len(finished), len(finished), dtype=torch.bool).tril()
+    ids = mask.long()
+    return Responses(ids, mask, ids, mask, torch.tensor(finished))
 
 
 class TestScores:
@@ -179,13 +199,20 @@ class TestScores:
             ({"score_clip": 2.0, "missing_eos_penalty": 4.0}, [-2.0, -3.0, 2.0]),
             ({"normalize_scores": True}, [-0.75, 0.25, 1.25]),
             ({"normalize_scores": True, "score_clip": 1.0, "missing_eos_penalty": 1.0}, [-0.75, -0.75, 1.0]),
+            ({"score_length_exponent": 1.0}, [-1.5, 1.0, 7.5]),
+            ({"score_length_exponent": -1.0}, [-6.0, 1.0, 10 / 3]),
+            ({"score_clip": 2.0, "score_length_exponent": 1.0, "missing_eos_penalty": 4.0}, [-1.0, -3.0, 3.0]),
         ],
     )
     def test_the_options_by_hand(self, options: dict[str, Any], expected: list[float]) -> None:
-        """Scores −3, 1, 5 (deviation 4), the second without EOS. Scaled, then clipped, then the penalty, which no clip takes back."""
+        """Scores −3, 1, 5 (deviation 4) of 1, 2, 3 tokens (mean 2), the second without EOS.
+
+        Scaled, then clipped, then multiplied by a power of ½, 1, 1½, then the penalty, which no clip takes back.
+        """
         args = SalsaPPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **options)
         scores = torch.tensor([-3.0, 1, 5])
-        assert apply_score_options(scores, answers([True, False, True]), args, RunningScale()).tolist() == expected
+        found = apply_score_options(scores, answers([True, False, True]), args, RunningScale())
+        assert found.tolist() == pytest.approx(expected)
         assert scores.tolist() == [-3.0, 1.0, 5.0]
 
     @PROPERTY

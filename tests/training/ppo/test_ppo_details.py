@@ -501,3 +501,22 @@ def test_the_logs_of_an_earlier_run_in_the_folder_go(make_trainer: Any) -> None:
         trainer.train()
     assert [row["update"] for row in rows_of(trainer)] == [1]
     assert math.isfinite(rows_of(trainer)[0]["val/ratio_var"])
+
+
+def test_the_entropy_floor_acts_below_it_alone_and_is_logged(make_trainer: Any) -> None:
+    """The returns gain −c · log π of each token to come; above the floor nothing changes."""
+    plain = roll_out(make_trainer(value="none"))
+    mask = plain.responses.response_mask
+    entropy = (plain.entropy[mask].sum() / mask.sum()).item()
+    low = roll_out(make_trainer(value="none", entropy_floor=entropy * 0.9, entropy_coef=0.5))
+    assert torch.equal(low.returns, plain.returns)
+    trainer = make_trainer(value="none", entropy_floor=entropy * 1.1, entropy_coef=0.5, max_steps=1)
+    high = roll_out(trainer)
+    to_come = (-0.5 * plain.logprobs * mask).flip(-1).cumsum(-1).flip(-1)
+    torch.testing.assert_close((high.returns - plain.returns)[mask], to_come[mask], rtol=1e-4, atol=1e-4)
+    kept: list[Rollout] = []
+    trainer.rollout_maker = Keeping(trainer.rollout_maker, kept)
+    trainer.train()
+    (row,), mask = rows_of(trainer), kept[0].responses.response_mask
+    assert row["objective/entropy_per_token"] == pytest.approx((kept[0].entropy[mask].mean()).item(), rel=1e-4)
+    assert row["objective/entropy_bonus"] == pytest.approx((-0.5 * kept[0].logprobs[mask].sum() / 8).item(), rel=1e-4)

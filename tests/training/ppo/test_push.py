@@ -87,6 +87,7 @@ def trl_script(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trls_grpo_script_runs_with_the_class_names_replaced(server: Hub, tmp_path: Path) -> None:
     """String model, peft_config, two reward functions, save_model and push_to_hub as they stand there."""

@@ -64,6 +64,7 @@ def test_each_optimizer_step_waits_once_and_each_epoch_shuffles_once(update: Any
         {"lam_length_alpha": 1.0, "lam_value": 1.0},
         {"old_logprobs": "rollout"},
         {"bf16": True, "whiten_rewards": True, "kl_per": "token", "missing_eos_penalty": 1.0, "score_clip": 2.0},
+        {"entropy_floor": 9.0, "score_length_exponent": -0.5},
         {"micro_batch_tokens": 128},
         {"importance_sampling_correction": True},
         {"importance_sampling_correction": True, "importance_sampling_mode": "sequence_mask"},

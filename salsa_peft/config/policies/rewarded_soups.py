@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import STRICT, NonNegative
-from salsa_peft.config.options.warp import section_of, with_made
+from salsa_peft.config.policies.warp import section_of, with_made
 from salsa_peft.utils.messages import number_in_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
