@@ -263,6 +263,9 @@ def identity(recipe: Recipe) -> tuple[str, str]:
         seed = None if parts[name] is None else parts[name].pop("seed")
         if seed is not None and (name in used or name not in ALGORITHMS):
             seeds[name] = [seed]
+    for policy in parts["policies"].values():
+        if (own := policy["overrides"].pop("seed", None)) is not None:
+            seeds[policy["algorithm"]].append(own)
     parts["evaluate"].pop("samples")
     parts["counts"] = [len(of) for of in seeds.values()]
     text = json.dumps(parts, sort_keys=True, default=str)

@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
 def outcome(error: BaseException, folder: Path) -> Outcome:
     """The outcome of a run that ended with one of the EXPECTED errors. folder: the run's, for errors of the disk."""
     if isinstance(error, SalsaError):
-        return Outcome(2, error.problems)
+        return Outcome(2, list(error.problems))
     if isinstance(error, StageError):
         return Outcome(1, [str(error)])
     if isinstance(error, OSError):

@@ -22,7 +22,8 @@ def scores(runs: Sequence[ReportInput]) -> dict[str, dict[str, dict[str, Any]]]:
             values = {
                 name: [_score(run, dataset, name, measure) for run in runs] for name in names if name in data["models"]
             }
-            kept = {name: asdict(mean_interval(of)) for name, of in values.items() if all(map(is_number, of))}
+            known = {name: [one for one in of if one is not None] for name, of in values.items()}
+            kept = {name: asdict(mean_interval(of)) for name, of in known.items() if len(of) == len(runs)}
             rows |= {measure: kept} if kept else {}
         found[dataset] = rows
     return found
@@ -83,7 +84,7 @@ def ablations(runs: Sequence[ReportInput]) -> list[dict[str, Any]]:
 
     found = []
     for one in each[0]:
-        same = [next((other for other in of if key(other) == key(one)), {"points": []}) for of in each]
+        same: list[Row] = [next((other for other in of if key(other) == key(one)), {"points": []}) for of in each]
         by_place = [{(point["name"], point["x"]): point["adjusted_win_rate"] for point in of["points"]} for of in same]
         points = []
         for name, x in by_place[0]:

@@ -313,7 +313,7 @@ def screen(
     return {
         "line": line,
         "cards": [*cards(verdicts, policies, judge), *cards(compared, policies)],
-        "sentences": sentences(tables, compared, verdicts, policies, judge, replicates) | more,
+        "sentences": sentences(tables, compared, verdicts, policies, judge, replicates) | dict(more),
         "names": names(models, policies, tables, explained),
         "sets": {part["dataset"]: brief(explained.get(part["dataset"], "")) for part in tables},
         "over": "prompts" if replicates == 1 else f"{replicates} replicates",

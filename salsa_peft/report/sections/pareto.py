@@ -81,12 +81,13 @@ def front(paired: Paired, run: ReportInput) -> dict[str, Any] | None:
 
 def _on(paired: Paired, dataset: str, found: Models) -> dict[str, Any] | None:
     first, second = found.ends
-    kinds = {
+    kinds: dict[str, tuple[str, float | None]] = {
         first: ("end", 0.0),
         **{name: ("soup", weight) for name, weight in found.soups.items()},
         second: ("end", 1.0),
     }
-    kinds |= {name: ("control", weight) for name, weight in found.controls.items()} | {found.start: ("start", None)}  # type: ignore[dict-item]
+    kinds |= {name: ("control", weight) for name, weight in found.controls.items()}
+    kinds[found.start] = ("start", None)
     names = [name for name in kinds if all(name in paired.scores[dataset].get(reward, {}) for reward in found.rewards)]
     values = paired.values(dataset, [(reward, name) for reward in found.rewards for name in names])
     if values is None or not {first, second} <= set(names):

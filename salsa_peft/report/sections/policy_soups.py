@@ -89,7 +89,7 @@ def sentences(rows: Sequence[Row], replicates: int) -> list[str]:
         found.append(f"{CLAIM}; here, by the gain over the mean of the members, {'; '.join(said)}.")
     for soup, own in soups.items():
         members = listed(own[0]["members"])
-        for kind, against in dict.fromkeys((row["kind"], row["against"]) for row in own if row["kind"] != "sft"):
+        for kind, against in dict.fromkeys((row["kind"], str(row["against"])) for row in own if row["kind"] != "sft"):
             of = [row for row in own if (row["kind"], row["against"]) == (kind, against)]
             what = {"control": f"the shrunk policy {against}", "best": f"{against} ({_choice(replicates)})"}
             found.append(f"{soup}, the soup of {members}, {_said(of, what.get(kind, against))}.")
