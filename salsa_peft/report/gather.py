@@ -263,9 +263,9 @@ def identity(recipe: Recipe) -> tuple[str, str]:
         seed = None if parts[name] is None else parts[name].pop("seed")
         if seed is not None and (name in used or name not in ALGORITHMS):
             seeds[name] = [seed]
-    overrides = [policy["overrides"] for policy in parts["policies"].values()]
-    own = [one.pop("seed") for one in overrides if "seed" in one]
-    seeds |= {"policies": own} if own else {}
+    for policy in parts["policies"].values():
+        if (own := policy["overrides"].pop("seed", None)) is not None:
+            seeds[policy["algorithm"]].append(own)
     if parts["warp"] is not None:
         parts["warp"]["overrides"].pop("seed", None)  # it is that of the policies
     parts["evaluate"].pop("samples")

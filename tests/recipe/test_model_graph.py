@@ -20,6 +20,7 @@ from salsa_peft.recipe import run as runs
 from salsa_peft.recipe.replicates import replicate
 from salsa_peft.recipe.run import STAGES
 from salsa_peft.recipe.units import in_order
+from salsa_peft.report.gather import identity
 from salsa_peft.utils.errors import SalsaError
 
 REWARDS = """
@@ -202,6 +203,7 @@ def test_what_a_policys_own_settings_change(tmp_path: Path) -> None:
     assert weights == {"vowels": 1.0}
     moved = replicate(recipe, 2)
     assert recipe_of_policy(moved, "still").ppo.seed == 2007 and moved.ppo.seed == 2000
+    assert identity(moved)[0] == identity(recipe)[0] and identity(moved)[1] != identity(recipe)[1]
 
 
 @pytest.mark.parametrize(
