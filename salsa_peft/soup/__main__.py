@@ -244,8 +244,8 @@ def print_summary(summary: SoupSummary) -> None:
         _show(f"  soup: norm of delta {summary['norm']:.4g}")
     if error := summary.get("error"):
         worst = f"{error['worst']['error']:.3g} in {error['worst']['module']}"
-        cut = summary["rank"] or rank_range(summary["ranks"])
-        _show(f"  recompressed to rank {cut}: relative error {error['all']:.3g} overall, at most {worst}")
+        rank = str(summary["rank"] or rank_range(summary["ranks"]))
+        _show(f"  recompressed to rank {rank}: relative error {error['all']:.3g} overall, at most {worst}")
     for point in summary.get("tried", []):
         if "measure" in point:
             _show(f"  tried {', '.join(f'{w:.3f}' for w in point['weights'])}: {point['measure']:.5g}")
