@@ -101,7 +101,7 @@ class _Chosen(NamedTuple):
     folders: list[Path]
     names: list[str]
     weights: list[float]
-    layers: dict[str, list[float]] | None
+    layers: Mapping[str, list[float]] | None
     merge: Elementwise | None
     """An element-wise strategy, which merges the models in place of the weighted sum."""
 

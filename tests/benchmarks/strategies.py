@@ -1,12 +1,12 @@
-"""Every strategy's soup of three SFT seeds of the embedded world, in replicates: reward and gold against the linear mean.
+"""Every strategy's soup of three SFT seeds of the embedded world, in replicates: gold and reward against the linear mean.
 
     python tests/benchmarks/strategies.py WORK [--replicates 8] [--markdown]
 
-WORK: folder of the run; results that are there are not made again. Prints one JSON line: for each soup and measure (mean
-over held-out prompts as long as those in training), the mean over replicates, the paired difference from the linear mean
-with its 95% t-interval over replicates, and its p-value after Holm's correction over all soups of this measure. With
---markdown also the table of docs/soups.md. The recipe is strategies.yaml beside this file. On 2 CPU cores a replicate
-takes about 4 minutes of one core.
+WORK: folder of the run; results that are there are not made again. Prints one JSON line: for prompts as long as those in
+training ("in") and longer ones ("out"), each measure and each soup, the mean over replicates, the paired difference from
+the linear mean with its 95% t-interval over replicates, and its p-value after Holm's correction over all models; and the
+norm of each soup's delta as a share of the linear mean's. --markdown also prints the table of docs/soups.md. The recipe is
+strategies.yaml beside this file. A replicate takes about five minutes of one core.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -71,45 +70,59 @@ def compare(replicates: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def markdown(measures: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The table of docs/soups.md: a row for each model, the best gold first."""
-    lines = ["| soup | gold | against linear | reward | against linear |", "|---|---|---|---|---|"]
-    gold, reward = measures["gold"], measures["reward"]
+def lengths(evaluations: list[Path]) -> dict[str, float]:
+    """Soup → norm of its delta as a share of the linear mean's, averaged over replicates."""
+    shares: dict[str, list[float]] = {}
+    for evaluation in evaluations:
+        stages = evaluation.parents[2]
+        files = {LINEAR: next(stages.glob("soup/*/soup.json"))}
+        files |= {path.parents[1].name: path for path in stages.glob("soups/*/*/soup.json")}
+        norms = {name: json.loads(path.read_text(encoding="utf-8"))["norm"] for name, path in files.items()}
+        for name, norm in norms.items():
+            shares.setdefault(name, []).append(norm / norms[LINEAR])
+    return {name: mean_interval(found).mean for name, found in shares.items()}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of docs/soups.md: a row for each model, the highest gold first."""
+    lines = [
+        "| soup | length | gold | against linear | gold, longer prompts | against linear | reward | against linear |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    gold, longer, reward = results["in"]["gold"], results["out"]["gold"], results["in"]["reward"]
     for name in sorted(gold, key=lambda name: -gold[name]["mean"]):
-        cells = [
-            f"{gold[name]['mean']:.3f}",
-            _difference(gold[name]),
-            f"{reward[name]['mean']:.2f}",
-            _difference(reward[name]),
-        ]
-        lines.append(f"| {name if name != LINEAR else '**linear**'} | " + " | ".join(cells) + " |")
+        length = f"{results['length'][name]:.2f}" if name in results["length"] else "–"
+        cells = ["**linear**" if name == LINEAR else name, length]
+        for rows, digits in ((gold, 3), (longer, 3), (reward, 2)):
+            cells += [f"{rows[name]['mean']:.{digits}f}".replace("-", "−"), _difference(rows[name], digits)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _difference(row: dict[str, Any]) -> str:
+def _difference(row: dict[str, Any], digits: int) -> str:
     if "difference" not in row:
         return "–"
     star = "*" if row["holm_p"] < 0.05 else ""
-    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]{star}"
+    shown = [f"{row[name]:+.{digits}f}".replace("-", "−") for name in ("difference", "low", "high")]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]{star}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--replicates", type=int, default=8)
-    parser.add_argument("--questions", default="in", help="in: lengths of training; out: longer prompts (default: in)")
     parser.add_argument("--markdown", action="store_true", help="also print the table")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    found = [scores(path, args.questions) for path in train(args.work, args.replicates)]
-    measures = {measure: compare([one[measure] for one in found]) for measure in ("gold", "reward")}
+    evaluations = train(args.work, args.replicates)
+    results: dict[str, Any] = {"replicates": args.replicates, "length": lengths(evaluations)}
+    for questions in ("in", "out"):
+        found = [scores(path, questions) for path in evaluations]
+        results[questions] = {measure: compare([one[measure] for one in found]) for measure in ("gold", "reward")}
     recipe = yaml.safe_load((HERE / "strategies.yaml").read_text(encoding="utf-8"))
-    print(json.dumps({
-        "replicates": args.replicates, "questions": args.questions, "machine": platform.machine(),
-        "options": recipe["soups"], **measures,
-    }))  # fmt: skip
+    print(json.dumps(results | {"soups": recipe["soups"]}))
     if args.markdown:
-        print(markdown(measures))
+        print(markdown(results))
 
 
 if __name__ == "__main__":
