@@ -125,7 +125,7 @@ def draw(found: Row, prefix: str) -> list[Panel]:
     def draw_on(axes: Axes) -> None:
         for dataset, look in looks.items():
             _line(axes, dataset, [(one["eta"], one["sets"][dataset]["score"]) for one in points if dataset in one["sets"]], look)  # fmt: skip
-        axes.set(title=f"WARP, {measure} between start and merge", xlabel="η: 0 is the start, 1 is the last merge", ylabel=measure)  # fmt: skip
+        axes.set(title="WARP, between start and merge", xlabel="η: 0 is the start, 1 is the last merge", ylabel=measure)  # fmt: skip
         axes.legend(loc="best")
 
     panels = []
@@ -170,7 +170,7 @@ def _frontier(name: str, dataset: str, points: Sequence[Row], others: Sequence[R
             label = one["model"] if look is not None else None if of_warp else "WARP’s policies"
             cross(axes, one, look or KNOWN["mkl"], label)
             of_warp = of_warp or look is None
-        axes.set(title=f"{measure.capitalize()} against KL from seed-0, “{dataset}”", xlabel="KL from seed-0, nats per answer", ylabel=measure)  # fmt: skip
+        axes.set(title=f"Score against KL from seed-0, “{dataset}”", xlabel="KL from seed-0, nats per answer", ylabel=measure)  # fmt: skip
         axes.legend(loc="best")
 
     return panel(name, f"{measure} against the KL from seed-0 on “{dataset}”: WARP’s sweep of η, and all policies", draw_on, 3.4)  # fmt: skip
