@@ -4,22 +4,30 @@ Each check raises a SalsaError that starts with the key; config/load.py adds the
 before the first stage, not here. Imports no torch.
 """
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from salsa_peft.config import sweeps
-from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_seed, require_unique
-from salsa_peft.config.job import OWN_FILES, recipe_of_policy, unit_of
+from salsa_peft.config.fields import MAX_POLICIES, SEED, require_unique
+from salsa_peft.config.job import recipe_of_policy, unit_of
 from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.config.options.rollout import MAX_RANKS, check_sampling
 from salsa_peft.config.options.soup import named
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
+from salsa_peft.config.policies.checks import (
+    check_model,
+    check_name,
+    check_reference,
+    check_result_name,
+    check_soups,
+    check_weights,
+    suggestion,
+)
 from salsa_peft.config.policies.policy import Policy
-from salsa_peft.config.references import ACCEPTED_REFERENCES, START, Reference, parse_reference
+from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import (
     RewardPart,
     check_classifier_folder,
@@ -29,7 +37,6 @@ from salsa_peft.config.rewards import (
 )
 from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.errors import SalsaError, require, run_checks
-from salsa_peft.utils.manifests import REPLICATE
 from salsa_peft.utils.messages import short
 
 
@@ -37,7 +44,7 @@ def check(recipe: Recipe) -> None:
     """Raise SalsaError for all settings that contradict other settings or this machine's files."""
     sections = (recipe.sft, recipe.reward, recipe.ppo)
     run_checks((
-        partial(_check_name, "name", recipe.name),
+        partial(check_name, "name", recipe.name),
         partial(require_unique, "sft.seeds", recipe.sft.seeds),
         *(partial(section.check, name, recipe.num_processes) for name, section in zip(TRAINED, sections, strict=True)),
         *(partial(getattr(recipe, algorithm).check, algorithm) for algorithm in ALGORITHMS),
@@ -54,17 +61,17 @@ def _check_policies(recipe: Recipe) -> None:
     )
     run_checks((
         *(partial(_check_policy, name, policy, recipe) for name, policy in recipe.policies.items()),
-        *(partial(_check_result_name, f"search.methods: {method}", method) for method in sweeps.candidates(recipe)),
+        *(partial(check_result_name, f"search.methods: {method}", method) for method in sweeps.candidates(recipe)),
     ))  # fmt: skip
 
 
 def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
-    _check_name("policies", name)
-    _check_result_name(f"policies.{name}", name)
+    check_name("policies", name)
+    check_result_name(f"policies.{name}", name)
     references = policy.references(f"policies.{name}")
-    _check_model(f"policies.{name}.start", policy.start, recipe)
+    check_model(f"policies.{name}.start", policy.start, recipe)
     for reference in references:
-        _check_reference(f"policies.{name}.reference", reference, recipe)
+        check_reference(f"policies.{name}.reference", reference, recipe)
     _check_own_settings(name, policy, recipe)
     _check_algorithm(f"policies.{name}", policy, references, recipe_of_policy(recipe, name))
 
@@ -98,73 +105,6 @@ def _check_own_settings(name: str, policy: Policy, recipe: Recipe) -> None:
             raise SalsaError(f"{where}.overrides: {error}") from error
 
 
-def _check_soups(recipe: Recipe) -> None:
-    """Raise SalsaError for names of soups that are taken, for unknown members, and for circles."""
-    for name in recipe.soups:
-        _check_name("soups", name)
-        _check_result_name(f"soups.{name}", name)
-        require(name not in recipe.policies, f"soups.{name}: is the name of a policy too; rename one of them")
-    sections = {"soup": recipe.soup, **{f"soups.{name}": section for name, section in recipe.soups.items()}}
-    for where, section in sections.items():
-        section.check(where, len(recipe.sft.seeds))
-        for name in section.names:
-            _check_model(f"{where}.members", name, recipe)
-        if section.start != "base":
-            _check_model(f"{where}.start", section.start, recipe)
-    _check_circles(recipe)
-
-
-def _check_circles(recipe: Recipe) -> None:
-    """Raise SalsaError if a soup or policy is made from itself, directly or through others."""
-    made_from = {"soup": recipe.soup.reads, **{name: section.reads for name, section in recipe.soups.items()}}
-    for name, policy in recipe.policies.items():
-        references = [read for one in policy.references(f"policies.{name}") for read in one.reads]
-        made_from[name] = [policy.start, *references]
-    finished: set[str] = set()
-
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        if name in above:
-            key = f"policies.{name}" if name in recipe.policies else "soup" if name == "soup" else f"soups.{name}"
-            circle = " ← ".join([*above[above.index(name) :], name])
-            raise SalsaError(f"{key}: is made from itself ({circle}); take one of these models out of the circle")
-        if name not in finished:
-            for other in made_from.get(name, []):
-                visit(other, (*above, name))
-            finished.add(name)
-
-    for name in made_from:
-        visit(name, ())
-
-
-def _check_model(where: str, name: str, recipe: Recipe) -> None:
-    """Raise SalsaError unless `name` is a model that this run makes, or the folder or Hub id of one."""
-    if "/" in name:
-        _check_weights(where, name, recipe)
-        return
-    if seed := SEED.match(name):
-        require_seed(where, int(seed[1]), len(recipe.sft.seeds))
-        return
-    models = ["soup", *recipe.soups, *recipe.policies]
-    what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
-    require(
-        name in models,
-        f"{where}: must be seed-N, soup, a soup of `soups`, a policy, or the folder or Hub id (namespace/name) of {what},"
-        f" not {short(name)}{_suggestion(name, [*models, *_seed_names(recipe)])}",
-    )
-
-
-def _seed_names(recipe: Recipe) -> list[str]:
-    return [f"seed-{position}" for position in range(len(recipe.sft.seeds))]
-
-
-def _check_result_name(where: str, name: str) -> None:
-    """Raise SalsaError if another result or file in the run's folder has the name of a policy, in any case of letters."""
-    model = name.lower() in ("base", "soup", "soups", "reward") or SEED.match(name.lower())
-    require(not model, f"{where}: is the name of another model of the run; rename the policy")
-    own = name.lower() in (*OWN_FILES, "toy", "answers", "report") or REPLICATE.fullmatch(name.lower())
-    require(not own, f"{where}: is the name of a file or folder of the run; rename the policy")
-
-
 def _check_existing_seeds(recipe: Recipe) -> None:
     """Raise SalsaError unless sft.from has one usable adapter or checkpoint, or null, per seed."""
     entries, seeds = recipe.sft.from_, recipe.sft.seeds
@@ -177,37 +117,7 @@ def _check_existing_seeds(recipe: Recipe) -> None:
     )
     for index, path in enumerate(entries):
         if path is not None:
-            _check_weights(f"sft.from[{index}]", path, recipe)
-
-
-def _check_weights(where: str, path: str, recipe: Recipe) -> None:
-    """Raise SalsaError unless `path` can be an adapter or, in a run with full weights, a checkpoint."""
-    adapters = recipe.adapter is not None
-    what = "a LoRA adapter" if adapters else "a checkpoint"
-    require(
-        "/" in path,
-        f"{where}: {short(path)} is no folder or Hub id (namespace/name); give the folder or Hub id of {what}",
-    )
-    folder = Path(path)
-    if is_local(path) and folder.is_dir():
-        has_adapter, has_model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
-        require(
-            (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file(),
-            f"{where}: {folder} holds adapter_model.bin, a pickle, which is never loaded. Load the adapter with PEFT and"
-            " save it again (save_pretrained writes adapter_model.safetensors)",
-        )
-        require(  # axolotl saves the base's config.json beside an adapter
-            has_adapter or not has_model or not adapters,
-            f"{where}: {folder} is a full checkpoint, but this run uses LoRA adapters. Run without --lora (every"
-            " seed and reference is then a checkpoint), or give an adapter",
-        )
-        require(
-            not has_adapter or adapters,
-            f"{where}: {folder} is a LoRA adapter, but this run uses full weights. Add --lora, or merge the adapter first:"
-            f" `salsa soup MERGED {folder.name} --merge --base BASE`",
-        )
-    for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
-        check_path(where, path, what, file)
+            check_weights(f"sft.from[{index}]", path, recipe)
 
 
 def _check_algorithm(where: str, policy: Policy, references: list[Reference], recipe: Recipe) -> None:
@@ -312,14 +222,6 @@ def _check_sharded(recipe: Recipe) -> None:
         )
 
 
-def _check_name(where: str, name: str) -> None:
-    require(
-        NAME.match(name) is not None,
-        f"{where}: the name {short(name)} must consist of letters, digits, dots, - and _, start with a letter or"
-        " digit, and have at most 64 characters",
-    )
-
-
 def _check_lengths(recipe: Recipe) -> None:
     sampling, limit = recipe.generation, recipe.model.max_length
     require(
@@ -345,32 +247,6 @@ def _check_lengths(recipe: Recipe) -> None:
         min_new_tokens=sampling.min_new_tokens,
         processes=recipe.num_processes,
     )
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    """End of a message, which suggests the nearest known name; "" if no name is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
-    models = ["soup", *recipe.soups, *recipe.policies]
-    what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
-    require(
-        START not in reference.reads,
-        f"{where}: only a policy's reference can be an EMA of the policy; name another model",
-    )
-    for name in reference.reads:
-        if seed := SEED.match(name):
-            require_seed(where, int(seed[1]), len(recipe.sft.seeds))
-            continue
-        require(
-            name in models,
-            f"{where}: must be {ACCEPTED_REFERENCES}, or the folder or Hub id (namespace/name) of {what}, not"
-            f" {short(name)}{_suggestion(name, ['base', *models, *_seed_names(recipe)])}",
-        )
-    for path in reference.paths:
-        _check_weights(where, path, recipe)
 
 
 def _check_reward(recipe: Recipe) -> None:
@@ -423,7 +299,7 @@ def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
     require(
         "/" in part.value,
         "reward.model: must be adapter, module:name (a function), or the folder or Hub id (namespace/name) of a reward"
-        f" adapter or sequence classifier, not {short(part.value)}{_suggestion(part.value, ['adapter'])}",
+        f" adapter or sequence classifier, not {short(part.value)}{suggestion(part.value, ['adapter'])}",
     )
     if is_local(part.value) and (Path(part.value) / "adapter_config.json").is_file():
         require(
@@ -451,7 +327,7 @@ def _check_landscape(recipe: Recipe) -> None:
             f" {short(found)}",
         )
         for name in names:
-            _check_model(f"landscape.{key}", name, recipe)
+            check_model(f"landscape.{key}", name, recipe)
     _check_prompt_set(recipe, "landscape.prompts", landscape.prompts)
 
 
@@ -465,20 +341,20 @@ def _check_prompt_set(recipe: Recipe, where: str, name: str | None) -> None:
 
 def _check_evaluate(recipe: Recipe) -> None:
     for name in recipe.evaluate.prompts:
-        _check_name("evaluate.prompts", name)
+        check_name("evaluate.prompts", name)
     for index, model in enumerate(recipe.evaluate.models):
         where = f"evaluate.models[{index}]"
         for reference in parse_reference(where, model):
-            _check_reference(where, reference, recipe)
+            check_reference(where, reference, recipe)
     evaluated = list(dict.fromkeys(["seed-0", "soup", *recipe.soups, *recipe.policies, *recipe.evaluate.models]))
     for name, control in recipe.evaluate.controls.items():
         where = f"evaluate.controls.{name}"
-        _check_name("evaluate.controls", name)
+        check_name("evaluate.controls", name)
         taken = name in evaluated or name == "base" or SEED.match(name)
         require(not taken, f"{where}: is the name of another model of the run; rename it")
         references = parse_reference(where, control)
         require(len(references) == 1, f"{where}: must be one model, not a list of {len(references)}; name each one")
-        _check_reference(where, references[0], recipe)
+        check_reference(where, references[0], recipe)
     evaluated += recipe.evaluate.controls
     sweeps.check_search(recipe, evaluated)
     for name in recipe.search.questions if recipe.search is not None else ():
@@ -491,7 +367,7 @@ def _check_evaluate(recipe: Recipe) -> None:
         require(len(pair) == 2 and pair[0] != pair[1], f"{where}: must be two different names, not {short(pair)}")
         for name in pair:
             require(
-                name in models, f"{where}: {short(name)} is not one of {', '.join(models)}{_suggestion(name, models)}"
+                name in models, f"{where}: {short(name)} is not one of {', '.join(models)}{suggestion(name, models)}"
             )
 
 
@@ -541,7 +417,7 @@ def _check_required(recipe: Recipe) -> None:
 
 TRAINED = ("sft", "reward", "ppo")
 CHECKS: tuple[Callable[[Recipe], None], ...] = (
-    _check_existing_seeds, _check_reward, _check_synthetic, _check_lengths, _check_policies, _check_soups, _check_landscape, _check_evaluate,
+    _check_existing_seeds, _check_reward, _check_synthetic, _check_lengths, _check_policies, check_soups, _check_landscape, _check_evaluate,
     _check_hub, _check_required, check_files, _check_dtype, _check_mode, _check_sharded,
 )  # fmt: skip
 """Checks across sections. They run all, so each must work with a recipe that another one rejects."""

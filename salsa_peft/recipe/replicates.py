@@ -62,12 +62,14 @@ def replicate(recipe: Recipe, number: int) -> Recipe:
     for name in ("sft", "reward"):
         section = getattr(recipe, name)
         changed[name] = dataclasses.replace(section, seeds=[moved(seed) for seed in section.seeds])
-    changed["policies"] = {
-        name: dataclasses.replace(policy, overrides={**policy.overrides, "seed": moved(policy.overrides["seed"])})
-        if "seed" in policy.overrides
-        else policy
-        for name, policy in recipe.policies.items()
-    }
+
+    def with_moved(part: Any) -> Any:
+        """A policy or the section `warp`, whose overrides may have a seed."""
+        own = part.overrides
+        return dataclasses.replace(part, overrides={**own, "seed": moved(own["seed"])}) if "seed" in own else part
+
+    changed["policies"] = {name: with_moved(policy) for name, policy in recipe.policies.items()}
+    changed["warp"] = None if recipe.warp is None else with_moved(recipe.warp)
     return dataclasses.replace(recipe, replicates=1, **changed)
 
 

@@ -266,6 +266,8 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     for policy in parts["policies"].values():
         if (own := policy["overrides"].pop("seed", None)) is not None:
             seeds[policy["algorithm"]].append(own)
+    if parts["warp"] is not None:
+        parts["warp"]["overrides"].pop("seed", None)  # it is that of the policies
     parts["evaluate"].pop("samples")
     parts["counts"] = [len(of) for of in seeds.values()]
     text = json.dumps(parts, sort_keys=True, default=str)

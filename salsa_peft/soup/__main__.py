@@ -244,7 +244,7 @@ def print_summary(summary: SoupSummary) -> None:
         _show(f"  soup: norm of delta {summary['norm']:.4g}")
     if error := summary.get("error"):
         worst = f"{error['worst']['error']:.3g} in {error['worst']['module']}"
-        rank = summary["rank"] or rank_range(summary["ranks"])
+        rank = str(summary["rank"] or rank_range(summary["ranks"]))
         _show(f"  recompressed to rank {rank}: relative error {error['all']:.3g} overall, at most {worst}")
     for point in summary.get("tried", []):
         if "measure" in point:

@@ -101,7 +101,7 @@ class _Chosen(NamedTuple):
     folders: list[Path]
     names: list[str]
     weights: list[float]
-    layers: dict[str, list[float]] | None
+    layers: Mapping[str, list[float]] | None
     merge: Elementwise | None
     """An element-wise strategy, which merges the models in place of the weighted sum."""
 
@@ -141,7 +141,7 @@ class _Request(NamedTuple):
             )
         if left_out := [model.name for i, model in enumerate(self.members) if i not in used]:
             self.more["left_out"] = left_out
-        layers = choice.layers and {name: [own[i] for i in used] for name, own in choice.layers.items()}
+        layers = {name: [own[i] for i in used] for name, own in (choice.layers or {}).items()} or None
         self.more.update({"layers": layers} if layers else {})
         folders, names = [models[i].folder for i in used], [models[i].name for i in used]
         merge = self._elementwise([self.weights[i] for i in used if i < n])

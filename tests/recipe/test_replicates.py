@@ -13,6 +13,7 @@ from small_recipe import SMALL, read, unit
 
 from salsa_peft.cli import report
 from salsa_peft.config.load import load_recipe, saved_recipe
+from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.recipe import commits, replicates
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.report.gather import identity
@@ -66,6 +67,20 @@ class TestSeeds:
         assert same == one
         assert identity(one)[0] == identity(two)[0] == identity(recipe)[0]
         assert identity(two)[1] == "sft 1000, 1007, 1002; reward 1001, 1003; ppo 1004; toy 1005; dpo 1000"
+
+    @pytest.mark.parametrize("overrides", [{}, {"seed": 9}])
+    def test_policies_with_seeds_of_their_own(self, here: Path, overrides: dict[str, int]) -> None:
+        """Those of WARP: replicates stay one recipe, and the recipe that a replicate saves reads as it was."""
+        recipe = load(f"warp={json.dumps({'policies': 2, 'iterations': 1, 'overrides': overrides})}", "ppo.seed=4")
+        one, two = (replicates.replicate(recipe, number) for number in (0, 1))
+        own = [
+            [policy.overrides["seed"] for name, policy in of.policies.items() if "warp" in name] for of in (one, two)
+        ]
+        assert own == ([[4, 5], [1004, 1005]] if not overrides else [[9, 9], [1009, 1009]])
+        assert identity(one)[0] == identity(two)[0]
+        assert f"ppo 1004, {own[1][0]}, {own[1][1]}" in identity(two)[1]
+        (here / "saved.yaml").write_text(dump_yaml(two.as_data()))
+        assert saved_recipe(here / "saved.yaml") == two
 
     def test_synthetic_data_is_sampled_anew(self, here: Path) -> None:
         (here / "judge.py").write_text("def score(completions, **_): return [0.0] * len(completions)\n")

@@ -189,7 +189,7 @@ def test_a_narrow_terminal_gets_half_of_each_interval() -> None:
     assert lines[lines.index("") + 1 :][:4] == [
         "in, 50 prompts    gold reward  minus seed-0, the start       minus ppo",
         "seed-0          0.644 ± 0.026",
-        "salsa           0.750 ± 0.050       +0.100 ± 0.080               –",
-        "mkl (control)   0.750 ± 0.050       −0.100 ± 0.075               –",
+        "salsa           0.750 ± 0.050           +0.100 ± 0.080               –",
+        "mkl (control)   0.750 ± 0.050           −0.100 ± 0.075               –",
     ]
     assert max(map(len, lines)) <= 80

@@ -183,6 +183,8 @@ def test_where_the_front_lies(gain: float, where: str) -> None:
             ("end-a", "end", 0.0), ("quarter", "soup", 0.25), ("half", "soup", 0.5), ("end-b", "end", 1.0),
             ("morl", "control", 0.5), ("seed-0", "start", None),
         ]  # fmt: skip
+        half = next(point for point in one["points"] if point["model"] == "half")
+        assert half["change"]["a"]["mean"] == pytest.approx(half["a"]["mean"] - one["points"][-1]["a"]["mean"])
         (matched,) = one["matched"]
         assert matched["mean"] == pytest.approx(gain, abs=0.03)
         area = (0.6 + gain) ** 2 - 0.6**2  # both fronts have the two policies, which add nothing
@@ -234,6 +236,7 @@ def test_warp_by_iteration() -> None:
         [0.0, 2.5, 4.0], abs=0.05
     )
     assert all(point["sets"]["in"]["kl"] is None for point in found["sweep"])
+    assert [point["sets"]["in"]["gain"]["mean"] for point in found["sweep"]] == pytest.approx([0.0, 2.5, 4.0], abs=0.05)
     for row in run.answers:
         row["scores"]["kl"] = 0.0 if row["model"] == "seed-0" else 3.0
     measured = warp.table(of_run(run), [run])

@@ -19,6 +19,7 @@ from torch import Tensor
 from salsa_peft.soup.average import soup
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.strategies import STRATEGIES, StrategyInput
+from salsa_peft.soup.strategies.choose import changes_from_last
 from salsa_peft.utils.errors import SalsaError
 
 Weights = dict[str, Tensor]
@@ -281,6 +282,14 @@ def test_a_layer_that_a_member_left_at_the_start_is_averaged(strategy: str, made
     assert summary["tried"] == [{"averaged_linearly": [layer]}]
     assert summary["layers"][layer] == pytest.approx([0.25, 0.25, 0.5])
     assert summary["layers"]["model.layers.1.self_attn.q_proj"] != pytest.approx([0.25, 0.25, 0.5], abs=1e-3)
+
+
+def test_a_change_of_the_size_of_rounding_is_zero() -> None:
+    """A member whose factors multiply to the start's delta up to float32 rounding has no direction there."""
+    start, other = torch.randn(2, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = changes_from_last(gram_of(torch.stack([start * (1 + 3e-8), start + other, start])).numpy())
+    assert found[0].tolist() == [0, 0] == [found[0, 0], found[1, 0]]
+    assert found[1, 1] == pytest.approx(float(other @ other))
 
 
 def test_one_number_in_a_tensor_has_opposite_directions(made: Path, tmp_path: Path) -> None:

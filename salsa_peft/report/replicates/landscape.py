@@ -89,7 +89,13 @@ def _at(line: Row | None, place: float) -> Scores | None:
 
 def _corner(plane: Row, place: int) -> Scores | None:
     """The scores of the plane's point at one seed."""
-    return next((_means(point) for point in plane["points"] if abs(point["weights"][place] - 1) < 1e-6), None)
+    wanted = [float(other == place) for other in range(VERTICES)]
+    near = (
+        point
+        for point in plane["points"]
+        if all(abs(weight - one) < 1e-6 for weight, one in zip(point["weights"], wanted, strict=True))
+    )
+    return next((_means(point) for point in near), None)
 
 
 def _means(point: Row) -> Scores:

@@ -32,20 +32,15 @@ def merging(runs: Sequence[ReportInput]) -> dict[str, Any] | None:
 
 
 def first_screen(found: Row | None) -> dict[str, str]:
-    """Sentences of the first screen: on the fronts, and for each soup how it compares with the mean of its members."""
+    """Sentences of the first screen: on one soup of policies, or the first sentence on several, and on the fronts."""
     if found is None:
         return {}
     fronts = {"Rewarded soups": " ".join(found["front_sentences"])} if found["front_sentences"] else {}
     of_soups = found["sentences"]
-    if len(of_soups) > MOST:
-        kept = [text for text in of_soups if "the mean of its members" in text or policy_soups.CLAIM in text][:MOST]
-        of_soups = [*kept, "The section on models made of policies has all comparisons."]
+    if len({row["soup"] for row in found["soups"]}) > 1:
+        of_soups = [of_soups[0], "The section on models made of policies has the other comparisons."]
     soups = {TITLE: " ".join(of_soups)} if of_soups else {}
     return soups | fronts
-
-
-MOST = 4
-"""Maximum number of sentences on soups on the first screen."""
 
 
 def draw(found: Row | None, styles: Mapping[str, Look], prefix: str = "") -> list[Panel]:

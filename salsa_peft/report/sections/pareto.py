@@ -67,8 +67,8 @@ def _by_weight(weights: Mapping[str, float]) -> dict[str, float]:
 def front(paired: Paired, run: ReportInput) -> dict[str, Any] | None:
     """The front on each set of questions; None without two policies of one reward each.
 
-    {"rewards", "over", "sets": set → {"points", "matched", "hypervolume"}}. A point is {"model", "kind", "weight", "a", "b"}
-    with estimates of both rewards. matched: for each weight that a soup and a control share, the difference soup − control
+    {"rewards", "over", "sets": set → {"points", "matched", "hypervolume"}}. A point is {"model", "kind", "weight", "a", "b", "change"}
+    with estimates of both rewards, and of their paired differences from the start. matched: for each weight that a soup and a control share, the difference soup − control
     of the weighted sum of both rewards. hypervolume: that of the soups' front minus that of the controls', both with the two
     policies, for soups and controls of the same weights; None if they share none.
     """
@@ -97,6 +97,7 @@ def _on(paired: Paired, dataset: str, found: Models) -> dict[str, Any] | None:
     points = [
         {"model": name, "kind": kinds[name][0], "weight": kinds[name][1]}
         | {axis: asdict(interval(of, clusters)) for axis, of in zip("ab", by_model[name], strict=True)}
+        | {"change": _change(by_model[name], by_model.get(found.start), clusters)}
         for name in names
     ]
     pairs = [
@@ -111,6 +112,15 @@ def _on(paired: Paired, dataset: str, found: Models) -> dict[str, Any] | None:
     ]  # fmt: skip
     volume = _hypervolumes(paired, by_model, found.ends, pairs, clusters) if pairs else None
     return {"points": points, "matched": matched, "hypervolume": None if volume is None else asdict(volume)}
+
+
+def _change(
+    scores: tuple[np.ndarray, np.ndarray], start: tuple[np.ndarray, np.ndarray] | None, clusters: Sequence[Any]
+) -> dict[str, Any] | None:
+    """The paired differences of both rewards from those of the start; None if the start was not evaluated."""
+    if start is None:
+        return None
+    return {axis: asdict(interval(of - at, clusters)) for axis, of, at in zip("ab", scores, start, strict=True)}
 
 
 def _summed(scores: tuple[np.ndarray, np.ndarray], weight: float) -> np.ndarray:
@@ -180,7 +190,10 @@ LOOKS = {"end": KNOWN["ppo"], "soup": KNOWN["soup"], "control": KNOWN["shrunk"],
 
 
 def draw(found: Row, prefix: str) -> list[Panel]:
-    """For each set of questions the mean of reward A against that of reward B, with intervals."""
+    """For each set of questions reward A against reward B with intervals, as differences from the start if it is known.
+
+    The level of a reward may differ much between replicates, each of which has its own reward model.
+    """
     return [
         _draw(
             f"{prefix}front-{file_name(dataset)}", f"Front of two rewards, “{dataset}”", found["rewards"], one["points"]
@@ -190,6 +203,10 @@ def draw(found: Row, prefix: str) -> list[Panel]:
 
 
 def _draw(name: str, title: str, rewards: Sequence[str], points: Sequence[Row]) -> Panel:
+    changes = all(one["change"] is not None for one in points)
+    points = [{**one, **one["change"]} for one in points] if changes else points
+    start = next((one["model"] for one in points if one["kind"] == "start"), "")
+
     def draw_on(axes: Axes) -> None:
         for kind, dash in (("control", "--"), ("soup", "-")):
             line = sorted((one for one in points if one["kind"] in ("end", kind)), key=lambda one: one["weight"])
@@ -205,7 +222,8 @@ def _draw(name: str, title: str, rewards: Sequence[str], points: Sequence[Row]) 
                           mfc=fill, mec=edge, mew=1.0, ls="", label=None if place else label)  # fmt: skip
                 if one["weight"] is not None and kind != "end":
                     axes.annotate(f"{one['weight']:g}", (x["mean"], y["mean"]), xytext=(6, 5), textcoords="offset points", size=8)  # fmt: skip
-        axes.set(title=title, xlabel=measure_name(rewards[0]), ylabel=measure_name(rewards[1]))
+        labels = [measure_name(reward) + (f", minus {start}" if changes else "") for reward in rewards]
+        axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
         axes.legend(loc="best")
 
     return panel(name, f"{title}: policies, their soups in order of weight, and MORL", draw_on, 3.6)

@@ -29,7 +29,8 @@ def table(paired: Paired, runs: Sequence[ReportInput]) -> dict[str, Any] | None:
     of the policies to their EMAs over the last tenth of the updates, ranks and error are those of the merge's adapter after
     recompression. sets: set of questions → measure, and KL_FROM_START where it was measured → {"policies", "merge", "gain"}:
     the mean of the policies, the merge, and their paired difference. A point of sweep is {"eta", "model", "sets": set of
-    questions → {"score", "kl"}}, estimates of the headline measure and of the KL from seed-0 (None: not measured). others:
+    questions → {"score", "gain", "kl"}}, estimates of the headline measure, of its paired difference from WARP's start, and
+    of the KL from seed-0 (None: not measured). others:
     the same without "eta" for the other policies and for those of WARP.
     """
     first, warp = runs[0], runs[0].warp
@@ -59,9 +60,9 @@ def table(paired: Paired, runs: Sequence[ReportInput]) -> dict[str, Any] | None:
     points = [
         {"eta": eta, "model": name, "sets": sets}
         for eta, name in sorted(etas.items())
-        if (sets := _means(paired, name))
+        if (sets := _means(paired, name, warp.start))
     ]
-    others = [{"model": name, "sets": sets} for name in first.policies if (sets := _means(paired, name))]
+    others = [{"model": name, "sets": sets} for name in first.policies if (sets := _means(paired, name, warp.start))]
     return {"iterations": rows, "sweep": points, "others": others, "measure": paired.measure}
 
 
@@ -86,27 +87,45 @@ def _scores(paired: Paired, dataset: str, names: Sequence[str], merge: str) -> d
     return found
 
 
-def _means(paired: Paired, name: str) -> dict[str, Any]:
-    """Set of questions → estimates of a model's headline measure and of its KL from seed-0."""
+def _means(paired: Paired, name: str, start: str) -> dict[str, Any]:
+    """Set of questions → estimates of a model's headline measure, of its gain over the start, and of its KL from seed-0."""
 
     def mean(dataset: str, measure: str) -> dict[str, Any] | None:
         found = paired.values(dataset, [(measure, name)])
         return None if found is None else asdict(interval(found[0][0], found[1]))
 
-    sets = {dataset: {"score": mean(dataset, paired.measure), "kl": mean(dataset, KL_FROM_START)} for dataset in paired.scores}  # fmt: skip
+    def gain(dataset: str) -> dict[str, Any] | None:
+        found = paired.values(dataset, [(paired.measure, name), (paired.measure, start)])
+        return None if found is None else asdict(interval(found[0][0] - found[0][1], found[1]))
+
+    sets = {
+        dataset: {"score": mean(dataset, paired.measure), "gain": gain(dataset), "kl": mean(dataset, KL_FROM_START)}
+        for dataset in paired.scores
+    }
     return {dataset: one for dataset, one in sets.items() if one["score"] is not None}
 
 
 def draw(found: Row, prefix: str) -> list[Panel]:
-    """The headline measure from the start to the merge: against η, and against the KL from seed-0 if it was measured."""
+    """The headline measure from the start to the merge: against η, and against the KL from seed-0 if it was measured.
+
+    It is drawn as the paired difference from the start if the start was evaluated.
+    """
     measure, points = measure_name(found["measure"]), found["sweep"]
+    if points and points[0]["eta"] == 0:
+        measure = f"{measure}, minus {points[0]['model']}"
+        points, others = (
+            [{**one, "sets": {name: {**of, "score": of["gain"]} for name, of in one["sets"].items()}} for one in kind]
+            for kind in (points, found["others"])
+        )
+    else:
+        others = found["others"]
     sets = list(points[0]["sets"]) if points else []
     looks = dict(zip(sets, (KNOWN["soup"], KNOWN["ppo"], *SPARE), strict=False))
 
     def draw_on(axes: Axes) -> None:
         for dataset, look in looks.items():
             _line(axes, dataset, [(one["eta"], one["sets"][dataset]["score"]) for one in points if dataset in one["sets"]], look)  # fmt: skip
-        axes.set(title=f"WARP, {measure} between start and merge", xlabel="η: 0 is the start, 1 is the last merge", ylabel=measure)  # fmt: skip
+        axes.set(title="WARP, between start and merge", xlabel="η: 0 is the start, 1 is the last merge", ylabel=measure)  # fmt: skip
         axes.legend(loc="best")
 
     panels = []
@@ -117,7 +136,7 @@ def draw(found: Row, prefix: str) -> list[Panel]:
     for dataset in sets:
         at = [one for one in points if dataset in one["sets"] and one["sets"][dataset]["kl"] is not None]
         if len(at) > 1:
-            panels.append(_frontier(f"{prefix}warp-kl-{file_name(dataset)}", dataset, at, found["others"], measure))
+            panels.append(_frontier(f"{prefix}warp-kl-{file_name(dataset)}", dataset, at, others, measure))
     return panels
 
 
@@ -151,7 +170,7 @@ def _frontier(name: str, dataset: str, points: Sequence[Row], others: Sequence[R
             label = one["model"] if look is not None else None if of_warp else "WARP’s policies"
             cross(axes, one, look or KNOWN["mkl"], label)
             of_warp = of_warp or look is None
-        axes.set(title=f"{measure.capitalize()} against KL from seed-0, “{dataset}”", xlabel="KL from seed-0, nats per answer", ylabel=measure)  # fmt: skip
+        axes.set(title=f"Score against KL from seed-0, “{dataset}”", xlabel="KL from seed-0, nats per answer", ylabel=measure)  # fmt: skip
         axes.legend(loc="best")
 
     return panel(name, f"{measure} against the KL from seed-0 on “{dataset}”: WARP’s sweep of η, and all policies", draw_on, 3.4)  # fmt: skip
