@@ -25,8 +25,7 @@ from salsa_peft.config import paths, sweeps, validate
 from salsa_peft.config.keys.problems import Layer, Problems
 from salsa_peft.config.keys.unknown import split_unknown
 from salsa_peft.config.paths import bundled_folder
-from salsa_peft.config.policies.rewarded_soups import expand_rewarded_soups
-from salsa_peft.config.policies.warp import expand_warp
+from salsa_peft.config.policies.made import with_made
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
 from salsa_peft.utils.errors import SalsaError, require, run_checks
@@ -125,7 +124,7 @@ def _checked(
     Raises SalsaError for the mistakes in `problems` and those found here.
     """
     with problems.collecting():
-        data = sweeps.expand_search(expand_rewarded_soups(expand_warp(sweeps.expand_sweeps(data))))
+        data = sweeps.expand_search(with_made(sweeps.expand_sweeps(data)))
     recipe = _typed({key: value for key, value in data.items() if key != "sweep"}, problems)
     problems.report()
     assert recipe is not None
@@ -266,7 +265,7 @@ def saved_recipe(path: Path) -> Recipe:
     """The Recipe in a run's recipe.yaml. Files that the recipe names need not exist. Raises SalsaError."""
     problems = Problems()
     problems.layers = [Layer(str(path), {})]
-    recipe = _typed(_without_nulls(python_names(read_yaml(str(path)))), problems)
+    recipe = _typed(with_made(_without_nulls(python_names(read_yaml(str(path))))), problems)
     problems.report()
     assert recipe is not None
     return recipe

@@ -86,23 +86,32 @@ def _check_own_settings(name: str, policy: Policy, recipe: Recipe) -> None:
         policy.reward is None or policy.algorithm not in PREFERENCE_ALGORITHMS,
         f"{where}.reward: has no effect with algorithm {policy.algorithm}, which learns from pairs; remove it",
     )
+    require(policy.reward != {}, f"{where}.reward: has no weights; give one, or leave the key out")
     own = recipe_of_policy(recipe, name)
-    require(
-        policy.reward is None or any(part.weight for part in own.reward.parts),
-        f"{where}.reward: all weights are 0, so that nothing is optimized; give one part another weight",
-    )
-    if not policy.overrides:
-        return
     section = getattr(own, policy.algorithm)
-    checks = [partial(section.check, policy.algorithm, *([own.num_processes] if policy.algorithm == "ppo" else []))]
-    for check_one in (
-        *checks,
-        *(partial(check_one, own) for check_one in (_check_lengths, _check_mode, _check_sharded)),
-    ):
+    checks = {
+        "reward": [partial(_check_reward, own)] if policy.reward is not None else [],
+        "overrides": [
+            partial(section.check, policy.algorithm, *([own.num_processes] if policy.algorithm == "ppo" else [])),
+            *(partial(check_one, own) for check_one in (_check_lengths, _check_mode, _check_sharded, _check_reward)),
+            partial(_check_prompt_set, own, "ppo.eval_prompts", own.ppo.eval_prompts),
+        ]
+        if policy.overrides
+        else [],
+    }
+    for key, check_one in ((key, check_one) for key, all_checks in checks.items() for check_one in all_checks):
         try:
             check_one()
         except SalsaError as error:
-            raise SalsaError(f"{where}.overrides: {error}") from error
+            raise SalsaError(f"{where}.{key}: {error}") from error
+
+
+def _check_made(recipe: Recipe) -> None:
+    """Raise SalsaError for sections that stand for policies and whose values are repeated or unusable."""
+    if recipe.warp is not None:
+        recipe.warp.check()
+    if recipe.rewarded_soups is not None:
+        recipe.rewarded_soups.check(recipe.reward.parts)
 
 
 def _check_existing_seeds(recipe: Recipe) -> None:
@@ -192,6 +201,7 @@ def _check_mode(recipe: Recipe) -> None:
     for key, found, unset in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
+        *((f"soups.{name}.rank", soup.rank, None) for name, soup in recipe.soups.items()),
         ("ppo.rollout_options.sync", sync, "merged"),
     ):
         require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
@@ -397,14 +407,15 @@ def _check_required(recipe: Recipe) -> None:
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
     pairs = recipe.reward.trained or {*PREFERENCE_ALGORITHMS} & algorithms
     synthetic = recipe.synthetic is not None
-    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts" or synthetic
+    measured = {soup.measure_source for soup in (recipe.soup, *recipe.soups.values())}
+    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or "prompts" in measured or synthetic
     given: dict[str, object] = {
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
         "data.demonstrations": recipe.data.demonstrations or synthetic or None not in (recipe.sft.from_ or [None]),
         "data.preferences": recipe.data.preferences or synthetic or not pairs,
         "data.prompts": recipe.data.prompts or not prompts,
-        "data.held_out": recipe.data.held_out or recipe.soup.measure_source != "held_out",
+        "data.held_out": recipe.data.held_out or "held_out" not in measured,
         "evaluate.prompts": recipe.evaluate.prompts,
     }
     hints = {"model.chat_template": "use chatml, zephyr, tokenizer (the base's own) or the path of a Jinja file"}
@@ -417,7 +428,7 @@ def _check_required(recipe: Recipe) -> None:
 
 TRAINED = ("sft", "reward", "ppo")
 CHECKS: tuple[Callable[[Recipe], None], ...] = (
-    _check_existing_seeds, _check_reward, _check_synthetic, _check_lengths, _check_policies, check_soups, _check_landscape, _check_evaluate,
+    _check_existing_seeds, _check_reward, _check_synthetic, _check_lengths, _check_made, _check_policies, check_soups, _check_landscape, _check_evaluate,
     _check_hub, _check_required, check_files, _check_dtype, _check_mode, _check_sharded,
 )  # fmt: skip
 """Checks across sections. They run all, so each must work with a recipe that another one rejects."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from salsa_peft.config.job import recipe_of_policy
 from salsa_peft.config.options.synthetic import SYNTHETIC_DATA
 from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_hub_id, is_local
@@ -100,6 +101,13 @@ def _check_rows(recipe: Recipe) -> None:
             usable >= batch,
             f"{found}, {usable} of them for training{why}, which is less than {of} = {batch}; add rows or lower"
             f" {stage}.batch_size",
+        )
+    for name in [name for name, policy in recipe.policies.items() if policy.overrides]:
+        own = recipe_of_policy(recipe, name)
+        rows, batch = number_of_rows(own, "prompts"), own.ppo.prompts_per_update
+        require(
+            recipe.policies[name].algorithm != "ppo" or rows is None or rows >= batch,
+            f"policies.{name}.overrides: there are {rows} prompts, less than an update's {batch}; lower batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
         rows = number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.training import Training
+from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.references import Reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.datasets import prompt_tokens
@@ -171,8 +172,9 @@ class StageContext:
 
 
 def result_folders(inputs: Mapping[str, Path]) -> dict[str, Path]:
-    """Name of each result among a job's inputs, such as seed-0, soup or a policy's → its folder."""
-    return {unit.rpartition("/")[2]: folder for unit, folder in inputs.items()}
+    """Name of each model among a job's inputs, such as seed-0, soup or a policy's → its folder."""
+    made = ("sft", "soup", "soups", "ppo", *ALGORITHMS)
+    return {unit.rpartition("/")[2]: folder for unit, folder in inputs.items() if unit.partition("/")[0] in made}
 
 
 def model_folder(recipe: Recipe, inputs: Mapping[str, Path], name: str) -> Path:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from salsa_peft.config.job import recipe_of_policy
 from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import ALGORITHMS
@@ -166,26 +167,34 @@ def _training_rows(recipe: Recipe) -> list[list[str]]:
     """The plan's rows about training stages: name, batch of an optimizer step, number of steps."""
     kinds = ("demonstrations", "preferences", "prompts")
     demonstrations, pairs, prompts = (number_of_rows(recipe, kind) for kind in kinds)
-    sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
+    sft, reward = recipe.sft, recipe.reward
     steps = _steps(sft, None if demonstrations is None else demonstrations * sft.subset)
     rows = [[f"sft, each of {len(sft.seeds)} seeds", _batch(sft), steps]]
     if reward.trained:
         steps = _steps(reward, None if pairs is None else pairs - reward.held_out_rows(pairs))
         rows.append(["reward", _batch(reward), steps])
     policies: Counter[str] = Counter(policy.algorithm for policy in recipe.policies.values())
-    if policies["ppo"]:
-        minibatch = ppo.batch_size // ppo.num_mini_batches
-        micro = ppo.micro_batch_size or minibatch
-        parts = f"{_count(ppo.num_mini_batches, 'minibatch')} × {_count(minibatch // micro, 'micro-batch')} of {micro}"
-        steps = f"{_updates(ppo, prompts)}, {ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps per update"
-        groups = f" to {ppo.prompts_per_update} prompts" if ppo.value == "group" else ""
-        batch = f"{ppo.batch_size} responses{groups} = {parts}"
-        rows.append([f"ppo, each of {policies['ppo']} policies", batch, steps])
+    trained: dict[tuple[str, str], list[str]] = {}  # by batch and steps, which a policy's overrides may change
+    for name in [name for name, policy in recipe.policies.items() if policy.algorithm == "ppo"]:
+        trained.setdefault(_ppo_row(recipe_of_policy(recipe, name).ppo, prompts), []).append(name)
+    for place, ((batch, steps), names) in enumerate(trained.items()):
+        which = f"each of {len(names)} policies" if place == 0 or len(names) > 2 else " and ".join(names)
+        rows.append([f"ppo, {which}", batch, steps])
     for algorithm in [name for name in ALGORITHMS if policies[name]]:
         section = getattr(recipe, algorithm)
         steps = _steps(section, section.rows_per_epoch(pairs, prompts))
         rows.append([f"{algorithm}, each of {policies[algorithm]} policies", _batch(section), steps])
     return rows
+
+
+def _ppo_row(ppo: PPO, prompts: int | None) -> tuple[str, str]:
+    """Batch of an update and number of updates, as texts. prompts: their number if it is known."""
+    minibatch = ppo.batch_size // ppo.num_mini_batches
+    micro = ppo.micro_batch_size or minibatch
+    parts = f"{_count(ppo.num_mini_batches, 'minibatch')} × {_count(minibatch // micro, 'micro-batch')} of {micro}"
+    groups = f" to {ppo.prompts_per_update} prompts" if ppo.value == "group" else ""
+    steps = f"{_updates(ppo, prompts)}, {ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps per update"
+    return f"{ppo.batch_size} responses{groups} = {parts}", steps
 
 
 def kill_cost(recipe: Recipe, stage: str) -> str:

@@ -14,6 +14,7 @@ from salsa_peft.config.job import Job, Unit, recipe_of_unit
 from salsa_peft.config.judge import check_ready
 from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.paths import is_local
+from salsa_peft.config.policies.made import without_made
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data.check import check_every_row
@@ -358,4 +359,6 @@ def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
 def resolved_yaml(loaded: LoadedRecipe) -> str:
     """The recipe as YAML with all its values, defaults included, to be run without --lora."""
     lora = f" --lora {loaded.preset}" if loaded.preset else ""
-    return f"# {loaded.path.name}{lora}, with every default; runs as it is.\n" + dump_yaml(loaded.recipe.as_data())
+    return f"# {loaded.path.name}{lora}, with every default; runs as it is.\n" + dump_yaml(
+        without_made(loaded.recipe.as_data())
+    )

@@ -54,6 +54,9 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
     for where, value in named:
         for reference in parse_reference(where, value):
             yield from (ExternalModel(where, path, REFERENCE) for path in reference.paths)
+    for name in recipe.landscape.names if recipe.landscape is not None else ():
+        if "/" in name:
+            yield ExternalModel("landscape", name, REFERENCE)
     soups = {"soup": recipe.soup, **{f"soups.{name}": section for name, section in recipe.soups.items()}}
     for where, section in soups.items():
         yield from (

@@ -178,6 +178,23 @@ def test_a_saved_recipe_is_the_same_recipe(finished: Path) -> None:
     assert [name for name, planned in plan.items() if planned.why is not None] == ["report"]
 
 
+def test_a_saved_recipe_can_be_changed(finished: Path) -> None:
+    """What `warp` and `rewarded_soups` stand for is not written down, so that their keys still count."""
+
+    def models(*sets: str) -> set[str]:
+        recipe = load_recipe(str(finished / "recipe.yaml"), lora=None, overrides=[*sets]).recipe
+        return {*recipe.policies, *recipe.soups}
+
+    own = {"ppo", "still", "mixed", "rewarded-brevity", "rewarded-vowels", "rewarded-soup-0.3", "morl-0.5"}
+    assert models("warp=null") == own
+    assert models("warp={iterations: 1, policies: 2}") == own | {"warp-1-1", "warp-1-2", "warp"}
+    changed = load_recipe(str(finished / "recipe.yaml"), lora=None, overrides=["policies.warp-1-2.kl_coef=0.7"]).recipe
+    assert (changed.policies["warp-1-2"].kl_coef, changed.policies["warp-1-1"].kl_coef) == (0.7, None)
+    assert [changed.policies[f"warp-1-{place}"].overrides["seed"] for place in (1, 2)] == [0, 1]
+    seeded = load_recipe(str(finished / "recipe.yaml"), lora=None, overrides=["warp.overrides={seed: 40}"]).recipe
+    assert [seeded.policies[f"warp-2-{place}"].overrides["seed"] for place in (1, 2)] == [42, 43]
+
+
 def test_units_come_after_what_they_read(tmp_path: Path) -> None:
     recipe = load(tmp_path).recipe
     names = [unit.id for unit in in_order(u for stage in STAGES.values() for u in stage.units(recipe, stage.run))]
@@ -224,17 +241,25 @@ def test_what_a_policys_own_settings_change(tmp_path: Path) -> None:
         ({"policies": {"a": {"reference": "base", "overrides": {"kl_coef": 1}}}}, "must be policies.a.kl_coef"),
         ({"policies": {"a": {"reference": "base", "overrides": {"batch_size": 7}}}}, "policies.a.overrides: ppo.batch_size"),
         ({"policies": {"a": {"reference": "base", "reward": {"vowel": 1}}}}, "policies.a.reward.vowel: reward.model has no"),
-        ({"policies": {"a": {"reference": "base", "reward": {"vowels": 0}}}}, "policies.a.reward: all weights are 0"),
+        ({"policies": {"a": {"reference": "base", "reward": {"vowels": 0}}}}, "policies.a.reward: reward.model: all weights are 0"),
         ({"warp": {"policies": 1}}, "warp.policies: must be at least 2"),
-        ({"policies": {"warp-1-1": {"reference": "base"}}}, "warp: makes warp-1-1, but `policies` has another warp-1-1"),
+        ({"warp": {"iterations": 200000}}, "warp: 200000 iterations × 2 policies are more than"),
+        ({"warp": {"sweep": [0.5, 0.5]}}, "warp.sweep: [0.5, 0.5] has a repeated entry"),
         ({"rewarded_soups": {"rewards": ["brevity"]}}, "rewarded_soups.rewards: must have at least 2"),
-        ({"rewarded_soups": {"rewards": ["brevity", "x"]}}, "reward.x: reward.model has no such part"),
+        ({"rewarded_soups": {"rewards": ["brevity", "x"]}}, "rewarded_soups.rewards: x: reward.model has no such part"),
+        ({"rewarded_soups": {"rewards": ["vowels", "vowels"]}}, "rewarded_soups.rewards: ['vowels', 'vowels'] has a repeated"),
+        ({"reward__model": [{"model": "rewards:brevity", "weight": -1}, "rewards:vowels"],
+          "rewarded_soups": {"rewards": ["brevity", "vowels"]}}, "brevity has weight -1 in reward.model, but must have one"),
+        ({"policies": {"a": {"reference": "base", "reward": {}}}}, "policies.a.reward: has no weights"),
+        ({"policies": {"a": {"reference": "base", "overrides": {"eval_prompts": "x"}}}}, "evaluate.prompts has no 'x'"),
+        ({"policies": {"a": {"reference": "base", "overrides": {"guards": {"over_optimization": "stop"}}}}},
+         "policies.a.overrides: ppo.guards.over_optimization: never raises an alarm"),
+        ({"policies": {"a": {"reference": "base"}, "A": {"reference": "base"}}}, "'a' and 'A' differ only in case"),
         ({"landscape__line": ["ppo", "x"]}, "landscape.line: must be seed-N, soup"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     base: dict[str, Any] = {"soups": {}, "warp": None, "rewarded_soups": None, "policies": {}, "landscape__line": None}
-    base |= {"warp": {"sweep": []}} if said.startswith("warp: ") else {}
     with pytest.raises(SalsaError) as error:
         load(tmp_path, **(base | changed))
     assert said in str(error.value)

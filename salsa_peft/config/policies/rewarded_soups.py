@@ -1,14 +1,17 @@
 """The section `rewarded_soups`, and the policies and soups that it stands for (Ramé et al., 2023, arXiv 2306.04488)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import STRICT, NonNegative
-from salsa_peft.config.policies.warp import section_of, with_made
-from salsa_peft.utils.messages import number_in_name
+from salsa_peft.config.fields import STRICT, NonNegative, require_unique
+from salsa_peft.config.policies.warp import section_of, with_settings
+from salsa_peft.config.rewards import RewardPart
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import did_you_mean, number_in_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -49,16 +52,34 @@ class RewardedSoups:
         """Name of each control → the second reward's weight."""
         return {f"morl-{number_in_name(weight)}": weight for weight in self.scalarized}
 
+    def check(self, parts: Sequence[RewardPart]) -> None:
+        """Raise SalsaError for repeated values, and for rewards that reward.model lacks or does not maximize."""
+        for key in ("rewards", "weights", "scalarized"):
+            require_unique(f"rewarded_soups.{key}", getattr(self, key))
+        weights = {part.name: part.weight for part in parts}
+        for name in self.rewards:
+            where = f"rewarded_soups.rewards: {name}"
+            require(
+                name in weights,
+                f"{where}: reward.model has no such part; {did_you_mean(name, [*weights], 'its parts')}",
+            )
+            require(
+                weights[name] > 0,
+                f"{where} has weight {weights[name]:g} in reward.model, but must have one above 0 to be trained on",
+            )
+
 
 def expand_rewarded_soups(data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings with the policies and soups of `rewarded_soups` added. Raises SalsaError if a name is taken.
+    """A recipe's settings with the policies and soups of `rewarded_soups` added.
 
-    Values of the wrong type are left for the schema to report.
+    What the settings say of one of them has precedence. Values of the wrong type are left for the schema to report.
     """
     section = section_of(data, "rewarded_soups", RewardedSoups)
     if section is None:
         return data
     first, second = section.rewards
+    if first == second:  # the check reports it
+        return data
     rewards = {name: {reward: 1.0} for name, reward in zip(section.ends, section.rewards, strict=True)}
     rewards |= {name: {first: round(1 - weight, 12), second: weight} for name, weight in section.controls.items()}
     shared = {"start": section.start, "reference": section.reference, "kl_coef": section.kl_coef}
@@ -67,4 +88,4 @@ def expand_rewarded_soups(data: dict[str, Any]) -> dict[str, Any]:
         name: {"members": section.ends, "weights": [round(1 - weight, 12), weight]}
         for name, weight in section.soups.items()
     }
-    return with_made(data, "rewarded_soups", policies, soups)
+    return with_settings(data, policies, soups)

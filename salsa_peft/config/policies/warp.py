@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import STRICT, Count, NonNegative
+from salsa_peft.config.fields import MAX_POLICIES, STRICT, Count, NonNegative, require_unique
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import number_in_name
 
@@ -44,20 +44,30 @@ class Warp:
     kl_coef: NonNegative | None = None
     """KL coefficient β to the EMA. None: ppo.kl_coef."""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of these policies alone, as in a policy's `overrides`."""
+    """Settings of these policies alone, as in a policy's `overrides`. seed: that of the first policy; the others have the
+    following seeds."""
+
+    def check(self) -> None:
+        """Raise SalsaError for repeated values of `sweep`."""
+        require_unique("warp.sweep", self.sweep)
 
 
 def expand_warp(data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings with the policies and soups of `warp` added. Raises SalsaError if a name is taken.
+    """A recipe's settings with the policies and soups of `warp` added. What the settings say of one of them has precedence.
 
-    Values of the wrong type are left for the schema to report.
+    Raises SalsaError for too many policies. Values of the wrong type are left for the schema to report.
     """
     warp = section_of(data, "warp", Warp)
     if warp is None:
         return data
+    count = warp.iterations * warp.policies
+    require(
+        count <= MAX_POLICIES,
+        f"warp: {warp.iterations} iterations × {warp.policies} policies are more than {MAX_POLICIES} policies; use fewer",
+    )
     adapter, ppo = data.get("adapter"), data.get("ppo")
     rank = warp.rank or (adapter.get("r", 16) if isinstance(adapter, dict) else None)
-    first = ppo.get("seed", 0) if isinstance(ppo, dict) else 0
+    first = warp.overrides.get("seed", ppo.get("seed", 0) if isinstance(ppo, dict) else 0)
     policies, soups, start = dict[str, Any](), dict[str, Any](), warp.start
     for iteration in range(1, warp.iterations + 1):
         names = [f"warp-{iteration}-{number}" for number in range(1, warp.policies + 1)]
@@ -67,7 +77,7 @@ def expand_warp(data: dict[str, Any]) -> dict[str, Any]:
                 "start": start,
                 "reference": {"ema": {"decay": warp.ema_decay}},
                 "kl_coef": warp.kl_coef,
-                "overrides": {**own, **warp.overrides},
+                "overrides": {**warp.overrides, **own},
             }
         last = iteration == warp.iterations
         soups["warp" if last else f"warp-{iteration}"] = {
@@ -82,7 +92,7 @@ def expand_warp(data: dict[str, Any]) -> dict[str, Any]:
     for eta in warp.sweep:
         name = f"warp-eta-{number_in_name(eta)}"
         soups[name] = {"members": [warp.start, "warp"], "weights": [round(1 - eta, 12), eta]}
-    return with_made(data, "warp", policies, soups)
+    return with_settings(data, policies, soups)
 
 
 def section_of(data: dict[str, Any], key: str, kind: type[Section]) -> Section | None:
@@ -93,20 +103,13 @@ def section_of(data: dict[str, Any], key: str, kind: type[Section]) -> Section |
         return None
 
 
-def with_made(data: dict[str, Any], section: str, policies: dict[str, Any], soups: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings with policies and soups that a section stands for. Raises SalsaError if a name is taken.
-
-    In a saved recipe they are there already.
-    """
+def with_settings(data: dict[str, Any], policies: dict[str, Any], soups: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings with policies and soups that a section stands for. Keys that are there already stay."""
     for kind, made in (("policies", policies), ("soups", soups)):
         known = data.get(kind, {})
         if not isinstance(known, dict):  # the schema reports it
             continue
-        for name, settings in made.items():
-            there = known.get(name, settings)
-            require(
-                isinstance(there, dict) and {key: there.get(key) for key in settings} == settings,
-                f"{section}: makes {name}, but `{kind}` has another {name} already; rename that one",
-            )
-        data = {**data, kind: {**known, **{name: known.get(name, settings) for name, settings in made.items()}}}
+        given = {name: known.get(name, {}) for name in made}
+        both = {name: {**made[name], **own} if isinstance(own, dict) else own for name, own in given.items()}
+        data = {**data, kind: {**known, **both}}
     return data

@@ -81,7 +81,8 @@ def check(recipe: Recipe) -> None:
 
 def needs_logprobs(recipe: Recipe) -> bool:
     """Whether the recipe computes log-probs from output embeddings, for PPO or for a soup with a measure."""
-    return recipe.soup.uses_measure or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
+    measured = any(soup.uses_measure for soup in (recipe.soup, *recipe.soups.values()))
+    return measured or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ tests/models/architectures/test_memory_measured.py compares the estimate with PP
 import math
 from typing import Literal, NamedTuple
 
+from salsa_peft.config.job import recipe_of_policy
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_base, architecture_of_recipe
@@ -69,9 +70,19 @@ class Estimate(NamedTuple):
 
 
 def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None = None) -> Estimate:
-    """Estimate the phase of a stage that needs most memory. card: the GPU's bytes, for `precision: auto`."""
-    precision = choose_precision(recipe, stage, card, size)
-    phases = _Stage(recipe, stage, size, precision).phases()
+    """Estimate the phase of a stage that needs most memory. card: the GPU's bytes, for `precision: auto`.
+
+    For ppo it is that of the policy that needs most.
+    """
+    recipes = [recipe]
+    if stage == "ppo":
+        own = [name for name, policy in recipe.policies.items() if policy.algorithm == stage and policy.overrides]
+        recipes += [recipe_of_policy(recipe, name) for name in own]
+    phases = [
+        phase
+        for one in recipes
+        for phase in _Stage(one, stage, size, choose_precision(one, stage, card, size)).phases()
+    ]
     return max(phases, key=lambda found: found.total)
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from salsa_peft.config.job import Unit, unit_of
+from salsa_peft.config.options.soup import named
 from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
@@ -36,6 +37,11 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
     prompts = landscape.prompts or next(iter(recipe.evaluate.prompts or TOY_PROMPTS))
     unused = () if landscape.norm_controls else ("norm_controls",)
     section = {name: value for name, value in asdict(landscape).items() if name not in unused}
+    section |= {
+        key: [builder.member(name) for name in named(found)]
+        for key, found in (("line", landscape.line), ("plane", landscape.plane))
+        if found is not None
+    }
     fields = {
         "model": builder.model(),
         "landscape": {**section, "prompts": prompts},
