@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.fields import SEED
-from salsa_peft.config.job import policy_id
+from salsa_peft.config.job import policy_id, recipe_of_policy
 from salsa_peft.config.options.soup import ELEMENTWISE_STRATEGIES, SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS, TOY_WORDS
 from salsa_peft.config.options.trl import ALGORITHMS
@@ -18,7 +18,7 @@ from salsa_peft.config.policies.rewarded_soups import RewardedSoups
 from salsa_peft.config.policies.search import SEED_0
 from salsa_peft.config.policies.warp import Warp
 from salsa_peft.config.references import parse_reference
-from salsa_peft.config.schema import Recipe
+from salsa_peft.config.schema import PPO, Recipe
 from salsa_peft.data.questions import TEMPERATURES
 from salsa_peft.evaluation import comparisons
 from salsa_peft.models.rewards.quality import METRICS
@@ -65,6 +65,10 @@ class PolicyReport:
     """The model where training started."""
     reward: dict[str, float] | None = None
     """The policy's own weights of the parts of the reward; None: those of the recipe."""
+    mean: str = "kl"
+    """Mean of several references (reference_mean)."""
+    learns_weights: bool = False
+    """Whether the weights of several references are learned."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         reward=_reward(recipe, inputs),
         soup=soup_rows(read_json(soup / "soup.json")),
         policies={
-            name: _policy(folder, len(policy.references(name)), policy)
+            name: _policy(folder, len(policy.references(name)), policy, recipe_of_policy(recipe, name).ppo)
             for name, policy in recipe.policies.items()
             if (folder := inputs.get(policy_id(recipe, name)))
         },
@@ -299,15 +303,16 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     return hashlib.sha256(text.encode()).hexdigest()[:12], in_words
 
 
-def _policy(folder: Path, references: int, policy: Policy) -> PolicyReport:
+def _policy(folder: Path, references: int, policy: Policy, settings: PPO) -> PolicyReport:
     facts = read_json(folder / "policy.json")
     reference, beta, algorithm = facts.pop("reference"), facts.pop("kl_coef")["start"], facts.pop("algorithm", "ppo")
     if algorithm != "ppo":
         return PolicyReport(reference, beta, [], [], algorithm, facts, references, policy.start, policy.reward)
     metrics, completions = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
     return PolicyReport(
-        reference, beta, metrics, completions, references=references, start=policy.start, reward=policy.reward
-    )
+        reference, beta, metrics, completions, references=references, start=policy.start, reward=policy.reward,
+        mean=settings.reference_mean, learns_weights=settings.reference_weights_step is not None,
+    )  # fmt: skip
 
 
 def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:

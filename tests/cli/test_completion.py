@@ -23,9 +23,11 @@ LINES = {
     "salsa run my.yaml --dr": ["--dry-run "],
     "salsa run my.yaml --lora q": ["qlora "],
     "salsa run my.yaml --set ppo.kl_t": ["ppo.kl_target="],
-    "salsa run my.yaml --set ppo.seed=1 policies.mi": ["policies.mine.reference=", "policies.mine.kl_coef=", "policies.mine.algorithm="],
+    "salsa run my.yaml --set ppo.seed=1 policies.mi": [
+        f"policies.mine.{key}=" for key in ("reference", "start", "kl_coef", "algorithm", "reward", "overrides")
+    ],
     "salsa run my.yaml --stages data,sof": [],
-    "salsa run my.yaml --stages data,sou": ["data,soup "],
+    "salsa run my.yaml --stages data,sou": ["data,soup", "data,soups"],
     "salsa run my.yaml --force ppo/m": ["ppo/mine "],
     "salsa docs evaluate.judge.k": ["evaluate.judge.kind "],
     "salsa report runs/": ["runs/one-lora "],

@@ -27,6 +27,7 @@ NO_UNIT = {
     "value_head_learning_rate", "weight_decay", "max_grad_norm", "center_rewards_coefficient", "members", "weights", "step_size", "rank",
     "importance_sampling_clip_max", "importance_sampling_clip_min", "gamma", "lam", "lam_value", "lam_length_alpha", "cliprange", "vf_coef",
     "max_ratio", "score_length_exponent", "reference_weights", "reference_weights_end", "reference_weights_step", "reference_weights_min", "line", "alphas", "scales", "plane", "temperature", "desirable_weight", "undesirable_weight", "kl_coef",
+    "scale", "density", "drop_seed", "ema_decay", "interpolation", "sweep", "scalarized",
 }  # fmt: skip
 """Last parts of keys whose numbers have no unit: positions, factors, ratios, rates, seeds."""
 

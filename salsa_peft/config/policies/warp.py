@@ -42,7 +42,7 @@ class Warp:
     """Values of η for which θ = (1 − η) θ_start + η θ_warp is evaluated, each as a soup warp-eta-η. Source: WARP's last
     step. Example: [0.25, 0.5, 0.75]."""
     kl_coef: NonNegative | None = None
-    """KL coefficient β to the EMA. None: ppo.kl_coef."""
+    """KL coefficient β to the EMA. None: ppo.kl_coef. Example: 0.05."""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of these policies alone, as in a policy's `overrides`. seed: that of the first policy; the others have the
     following seeds."""

@@ -22,7 +22,7 @@ IN_BRIEF = {"gold": "a program’s score, on which no policy is trained", "rewar
 CAME_OUT, MEANS, MEANS_NOT = "What came out", "What it means", "What it does not mean"
 NOTHING_ELSE: Mapping[str, str] = {}
 NOTE = 44
-"""Maximum number of characters of a model's description in a figure."""
+"""Maximum number of characters of a model's description in a figure, beside a name of at most 9."""
 MOST = 4
 """Maximum number of cards for the scores, and for the judge."""
 JUDGE = "judge"
@@ -37,7 +37,9 @@ def kl_to(policy: PolicyReport) -> str:
     if policy.algorithm != "ppo":
         return f"reference {policy.reference}"
     if policy.references > 1:
-        return f"mean of the KLs to {listed(policy.reference.split(', '))}"
+        of = {"kl": "mean of the KLs to"}.get(policy.mean, f"KL to the {policy.mean} mean of")
+        learned = ", learned weights" if policy.learns_weights else ""
+        return f"{of} {listed(policy.reference.split(', '))}{learned}"
     known = {"soup": "the soup", "base": "the untuned base"}
     return f"KL to {known.get(policy.reference, policy.reference)}"
 
@@ -68,7 +70,8 @@ def note(name: str, policies: Mapping[str, PolicyReport], described: Mapping[str
     """The description of a model in the headline's figure."""
     if name in policies:
         return kl_to(policies[name]) + (" (control)" if is_control(name, policies) else "")
-    return shorten(describe(name, policies, described).partition(" (")[0], NOTE, placeholder=" …")
+    room = NOTE - max(0, len(name) - 9)
+    return shorten(describe(name, policies, described).partition(" (")[0], room, placeholder=" …")
 
 
 def brief(explanation: str) -> str:

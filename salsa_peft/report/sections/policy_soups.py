@@ -98,12 +98,12 @@ def sentences(rows: Sequence[Row], replicates: int, sft: bool = True) -> list[st
             what = {"control": f"the shrunk policy {against}", "best": f"{against} ({_choice(replicates)})"}
             found.append(f"{soup}, the soup of {members}, {_said(of, what.get(kind, against))}.")
     if alone := [soup for soup in soups if soup not in of_sft]:
-        what = (
+        other = (
             "the soup of SFT models, because not all members of that soup were evaluated: add them to evaluate.models"
         )
         if not sft:
-            what = "a soup of SFT models, because the recipe’s section `soup` is no average of several seeds"
-        found.append(f"{CLAIM}; this run cannot compare {listed(alone)} with {what}.")
+            other = "a soup of SFT models, because the recipe’s section `soup` is no average of several seeds"
+        found.append(f"{CLAIM}; this run cannot compare {listed(alone)} with {other}.")
     if untested := [soup for soup, own in soups.items() if not any(row["kind"] == "control" for row in own)]:
         found.append(
             f"Whether averaging is the reason for what {listed(untested)} {'does' if len(untested) == 1 else 'do'} is not"
