@@ -277,11 +277,11 @@ def _check_reward(recipe: Recipe) -> None:
                 check_columns("reward.model", part.value, ["prompt"], "the toy data's prompts")
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
+        others = ["reward", *(["gold"] if recipe.toy is not None else []), *(["kl"] if recipe.warp is not None else [])]
         require(
-            (part.weight != 0 and not recipe.measures_parts)
-            or part.name not in ("reward", "gold" if recipe.toy is not None else "reward"),
-            f"reward.model: a part of weight 0 is a measure of its own in the evaluation, which has another measure named"
-            f" {part.name}; give the part another name: {{model: …, weight: 0, name: …}}",
+            (part.weight != 0 and not recipe.measures_parts) or part.name not in others,
+            f"reward.model: this part is a measure of its own in the evaluation, which has another measure named"
+            f" {part.name}; give the part another name: {{model: …, weight: {part.weight:g}, name: …}}",
         )
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from salsa_peft.config.fields import SEED
 from salsa_peft.config.job import policy_id, recipe_of_policy
-from salsa_peft.config.options.soup import SoupSection
+from salsa_peft.config.options.soup import ELEMENTWISE_STRATEGIES, SoupSection
 from salsa_peft.config.options.toy import TOY_PROMPTS, TOY_WORDS
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.policies.policy import Policy
+from salsa_peft.config.policies.rewarded_soups import RewardedSoups
 from salsa_peft.config.policies.search import SEED_0
 from salsa_peft.config.policies.warp import Warp
 from salsa_peft.config.references import parse_reference
@@ -25,6 +27,8 @@ from salsa_peft.utils import manifests
 from salsa_peft.utils.files import read_json, read_json_lines
 from salsa_peft.utils.fingerprints import FINGERPRINT
 
+SOUP = "soup"
+"""Name of the soup of the recipe's section `soup`: in the paper that of SFT seeds, SALSA's reference."""
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb", "planned_seconds")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
 NOT_THE_RECIPE = (
@@ -84,6 +88,16 @@ class SoupReport:
     error: float | None = None
     """Relative error of the recompression to a rank; None if there was none."""
 
+    @property
+    def of_seeds(self) -> bool:
+        """Whether the soup has several members, all of which are SFT seeds."""
+        return len(self.members) > 1 and all(SEED.match(member) for member in self.members)
+
+    @property
+    def is_shrunk(self) -> bool:
+        """Whether the soup is a single model that is only shrunk towards the start: the control of a soup."""
+        return len(self.members) == 1 and 0 <= self.scale < 1 and self.strategy not in ELEMENTWISE_STRATEGIES
+
 
 @dataclass(frozen=True)
 class ReportInput:
@@ -136,25 +150,34 @@ class ReportInput:
     """Name → soup: "soup" (the recipe's section of that name) and those of `soups`."""
     warp: Warp | None = None
     """The recipe's section `warp`."""
-    rewarded: list[str] | None = None
-    """The two rewards of the recipe's section `rewarded_soups`."""
+    rewarded: RewardedSoups | None = None
+    """The recipe's section `rewarded_soups`."""
 
     @property
     def described(self) -> dict[str, str]:
-        """Name → description of the models in evaluate.controls, and of the soups in `soups`."""
+        """Name → description of the models in evaluate.controls, and of the soups; `soup` only if it is not of SFT seeds."""
         found = {name: f"{label}, no RLHF" for name, label in self.controls.items()}
-        return found | {name: _soup_text(soup) for name, soup in self.soups.items() if name != "soup"}
+        return found | {name: soup_text(of) for name, of in self.soups.items() if name != SOUP or not of.of_seeds}
 
 
-def _soup_text(soup: SoupReport) -> str:
-    if len(soup.members) == 1:
-        start = "the base" if soup.start == "base" else soup.start
-        return f"control: {soup.members[0]} shrunk to {soup.scale:g} of its change from {start}, averages nothing"
-    made = f"soup of {', '.join(soup.members)}"
+def soup_text(soup: SoupReport) -> str:
+    """What a soup is: its members and weights, strategy, start and scale. Local paths are cut to their last part."""
+    start = "the base" if soup.start == "base" else last_part(soup.start)
+    members = [last_part(member) for member in soup.members]
+    how = [] if soup.strategy == "linear" else [soup.strategy]
+    if len(members) == 1:
+        what, control = members[0], "control: " if soup.is_shrunk else ""
+        if soup.scale != 1:
+            word = "shrunk" if 0 <= soup.scale < 1 else "stretched" if soup.scale > 1 else "reversed"
+            what += f" {word} to {soup.scale:g} of its change from {start}"
+        elif soup.error is None and not how:
+            what += " itself"
+        how += [] if soup.error is None else [f"compressed to rank {max(soup.ranks)}"]
+        return control + what + (f" ({', '.join(how)})" if how else "") + ", averages nothing"
+    made = f"soup of {', '.join(members)}"
     if len(set(soup.weights)) > 1:
         made += f" with weights {', '.join(f'{weight:g}' for weight in soup.weights)}"
-    how = [] if soup.strategy == "linear" else [soup.strategy]
-    how += [] if soup.start == "base" else [f"changes from {soup.start}"]
+    how += [] if soup.start == "base" else [f"changes from {start}"]
     how += [] if soup.scale == 1 else [f"η {soup.scale:g}"]
     return made + (f" ({', '.join(how)})" if how else "")
 
@@ -203,19 +226,20 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         controls={name: parse_reference("", of)[0].label for name, of in recipe.evaluate.controls.items()},
         explained=_explained(recipe),
         soups={
-            name: _soup(section, inputs[unit])
+            name: soup_report(section, inputs[unit])
             for name, unit, section in (
-                ("soup", "soup", recipe.soup),
+                (SOUP, "soup", recipe.soup),
                 *((name, f"soups/{name}", one) for name, one in recipe.soups.items()),
             )
             if unit in inputs
         },
         warp=recipe.warp,
-        rewarded=None if recipe.rewarded_soups is None else list(recipe.rewarded_soups.rewards),
+        rewarded=recipe.rewarded_soups,
     )
 
 
-def _soup(section: SoupSection, folder: Path) -> SoupReport:
+def soup_report(section: SoupSection, folder: Path) -> SoupReport:
+    """A soup's settings, with the ranks and the error that its stage wrote into `folder`."""
     found = read_json(folder / "soup.json")
     error = found.get("error")
     return SoupReport(

@@ -55,6 +55,7 @@ def context(run: ReportInput) -> dict[str, Any]:
         policies=run.policies,
         models=findings.order(run.evaluation, run.policies),
         explained=run.explained,
+        described=run.described,
         judged=judged,
         more=merging.first_screen(made_of_policies),
     )

@@ -85,7 +85,7 @@ def line(
         axes.set(title=title, xlabel=label, ylim=limits)
         axes.set_ylabel(MEASURES.get(measure, measure))
         if len(lines) > 1:
-            axes.legend(loc="best")
+            style.legend(axes)
 
     return panel(name, f"{title}: {measure} against the weight", draw, 3.0)
 
@@ -143,7 +143,7 @@ def curve(
             axes.set_yscale("log")
             _log_ticks(axes.yaxis)
         axes.set(title=title, xlabel="episodes")
-        axes.legend(loc="best", ncols=2, handlelength=2.8, columnspacing=1.2)
+        style.legend(axes, ncols=2, handlelength=2.8, columnspacing=1.2)
 
     return panel(name, f"{title} of each policy over training", draw, 2.8)
 
@@ -172,7 +172,7 @@ def ablation(name: str, title: str, points: Sequence[Row], xlabel: str, log: boo
             _log_ticks(axes.xaxis)
         axes.set(title=title, xlabel=xlabel, ylabel="adjusted win rate, %")
         if len(names) > 1:
-            axes.legend(loc="best", ncols=2)
+            style.legend(axes, ncols=2)
 
     return panel(name, f"{title}: adjusted win rate", draw, 3.0)
 

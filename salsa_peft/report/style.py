@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -20,6 +21,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 INK, MUTED, GRID, PAPER = "#1c2128", "#59636f", "#d5dae1", "#fffffe"
 WIDTH = 5.0
 """Width of a panel in inches: 360 points, so that text of 9.5 points keeps its size on a phone."""
+LEAST = (2.4, 0.4)
+"""Minimum width and height of the axes in inches, without their labels."""
+MARGIN = 0.1
+"""Minimum width beside a legend in inches, both sides together."""
+MOST, LONG = 8, 24
+"""Maximum number of names, and of characters of a name, of a legend inside the axes."""
 RC: Any = {
     "svg.fonttype": "none",
     "font.size": 9.5,
@@ -98,20 +105,41 @@ class Panel:
     png: bytes
 
 
+def legend(axes: Axes, **options: Any) -> None:
+    """Draw the legend inside the axes, or below them if its names are too many or too long to leave room for the data."""
+    names = axes.get_legend_handles_labels()[1]
+    long = max(map(len, names), default=0) > LONG
+    if len(names) > MOST or long:
+        axes.figure.legend(loc="outside lower center", **{**options, "ncols": 1 if long else 2})
+    else:
+        axes.legend(loc="best", **options)
+
+
 def panel(name: str, alt: str, draw: Callable[[Axes], None], height: float, width: float = WIDTH) -> Panel:
-    """Draw one figure of width × height inches."""
+    """Draw one figure of width × height inches, and larger where labels and legends would leave too little for the axes."""
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
         layout = ConstrainedLayoutEngine()
         figure = Figure(figsize=(width, height), dpi=150, layout=layout)
         canvas = FigureCanvasAgg(figure)
-        draw(figure.add_subplot())
+        draw(axes := figure.add_subplot())
+        figure.set_size_inches(_size(figure, axes, canvas.get_renderer()))
         layout.execute(figure)  # laid out once; savefig would lay out and draw four times
         figure.set_layout_engine("none")
         canvas.print_png(png, metadata={"Software": None})
         figure.patch.set_facecolor("none")
         FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return Panel(name, alt, _inline(svg.getvalue()), png.getvalue())
+
+
+def _size(figure: Figure, axes: Axes, renderer: RendererAgg) -> tuple[float, float]:
+    """Width and height in inches: the legends below the axes are added, and the axes keep at least LEAST beside their labels."""
+    inner, outer = axes.get_window_extent(renderer), axes.get_tightbbox(renderer, for_layout_only=True)
+    labels = np.zeros(2) if outer is None else np.subtract(outer.size, inner.size)
+    below = [one.get_window_extent(renderer).size for one in figure.legends]
+    width, height = np.maximum(figure.get_size_inches(), labels / figure.dpi + LEAST)
+    widest, total = max((size[0] for size in below), default=0.0), sum(size[1] for size in below)
+    return max(float(width), widest / figure.dpi + MARGIN), float(height) + total / figure.dpi
 
 
 def _inline(svg: str) -> str:

@@ -251,8 +251,18 @@ class TestRecipe:
     def test_a_measure_cannot_have_the_name_of_another(self, own: Any, tmp_path: Path) -> None:
         """A part of weight 0 is measured in the evaluation under its own name."""
         part = f"{{model: '{tmp_path}/judge:f', weight: 0, name: reward}}"
-        with pytest.raises(SalsaError, match=r"reward\.model: a part of weight 0 is a measure of its own"):
+        with pytest.raises(SalsaError, match=r"reward\.model: this part is a measure of its own"):
             own(f"reward=[adapter, {part}]")
         assert own(f"reward=[adapter, {part.replace('name: reward', 'name: gold')}]")
+        named_kl = own(
+            f"reward=[adapter, {part.replace('name: reward', 'name: kl')}]", "policies={ppo: {reference: seed-0}}"
+        )
+        assert named_kl.recipe.warp is None
+        for weight in ("0", "1"):  # WARP measures the KL from seed-0, and a policy's own reward all parts
+            named = part.replace("name: reward", "name: kl").replace("weight: 0", f"weight: {weight}")
+            with pytest.raises(SalsaError, match=r"another measure named kl; give the part another name"):
+                own(
+                    f"reward=[adapter, {named}]", "warp={}", "policies={ppo: {reference: seed-0, reward: {adapter: 1}}}"
+                )
         with pytest.raises(SalsaError, match="another measure named gold"):
             load_recipe("quickstart", lora="lora", overrides=[f"reward=[adapter, {part.replace('reward', 'gold')}]"])

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from synthetic_run import synthetic
 
+from salsa_peft.config.policies.rewarded_soups import RewardedSoups
 from salsa_peft.config.policies.warp import Warp
 from salsa_peft.report import joined, page
-from salsa_peft.report.gather import PolicyReport, ReportInput, SoupReport
+from salsa_peft.report.gather import PolicyReport, ReportInput, SoupReport, soup_text
 from salsa_peft.report.joined import Run
 from salsa_peft.report.replicates import group
-from salsa_peft.report.sections import merging, pareto, policy_soups, warp
+from salsa_peft.report.sections import first_screen, merging, pareto, policy_soups, warp
 from salsa_peft.report.sections.paired import of_replicates, of_run
 from salsa_peft.utils.statistics import mean_interval
 
@@ -146,6 +147,44 @@ def test_what_is_said_of_a_soup() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("soup", "text"),
+    [
+        (SoupReport(["ppo"], [1.0], scale=0.5), "control: ppo shrunk to 0.5 of its change from the base, averages nothing"),
+        (SoupReport(["ppo"], [1.0]), "ppo itself, averages nothing"),
+        (SoupReport(["ppo"], [1.0], ranks=[4], error=0.1), "ppo (compressed to rank 4), averages nothing"),
+        (SoupReport(["ppo"], [1.0], start="seed-0", scale=1.5), "ppo stretched to 1.5 of its change from seed-0, averages nothing"),
+        (SoupReport(["ppo"], [1.0], scale=-1.0), "ppo reversed to -1 of its change from the base, averages nothing"),
+        (SoupReport(["ppo"], [1.0], "ties", scale=0.5), "ppo shrunk to 0.5 of its change from the base (ties), averages nothing"),
+        (SoupReport(["/home/me/mine", "ppo"], [0.5, 0.5], start="/home/me/old"), "soup of mine, ppo (changes from old)"),
+    ],
+)  # fmt: skip
+def test_a_soup_in_words(soup: SoupReport, text: str) -> None:
+    """A soup of one member is the control only if it is shrunk and nothing else; local paths are cut."""
+    assert soup_text(soup) == text
+    run = run_of(gold(**VALUES), soups={**SOUPS, "weak": replace(soup, members=["salsa"])})
+    found = kinds(policy_soups.compare(of_run(run), run.soups, run.policies))
+    assert ("control" in found) == text.startswith("control")
+
+
+def test_the_soup_of_the_section_may_be_of_policies() -> None:
+    """Then the run has no soup of SFT models, and no text calls it so."""
+    run = run_of(gold(**VALUES), soups={**SOUPS, "soup": SoupReport(["ppo", "seed-0"], [0.5, 0.5])})
+    rows = policy_soups.compare(of_run(run), run.soups, run.policies)
+    assert "sft" not in kinds(rows)
+    found = merging.merging([run])
+    assert found is not None
+    (last,) = [text for text in found["sentences"] if "cannot compare" in text]
+    assert last.endswith(
+        "this run cannot compare both with a soup of SFT models, because the recipe’s section `soup` is no average of"
+        " several seeds."
+    )
+    assert first_screen.describe("soup", run.policies, run.described) == "soup of ppo, seed-0"
+    assert first_screen.names(["soup"], {}, [], {}, run.described)["soup"] == "soup of ppo, seed-0"
+    usual = replace(run, soups=SOUPS)
+    assert "SFT models" in first_screen.describe("soup", run.policies, usual.described)
+
+
 def rewarded(gain: float, seed: int = 0, n: int = 60, **changes: Any) -> ReportInput:
     """A run with the rewards a and b: soups at ¼ and ½, MORL at ½ alone; the soup at ½ is `gain` beyond MORL."""
     noise = np.random.default_rng(seed).normal(0, 0.05, (12, n))
@@ -198,6 +237,56 @@ def test_where_the_front_lies(gain: float, where: str) -> None:
     assert "has no control" in sentence
     one_reward = replace(runs[0], policies={"end-a": runs[0].policies["end-a"]})
     assert pareto.front(of_run(one_reward), one_reward) is None
+
+
+def policies(**rewards: dict[str, float]) -> dict[str, PolicyReport]:
+    return {
+        name.replace("_", "-"): PolicyReport("seed-0", 0.1, [], [], reward=reward) for name, reward in rewards.items()
+    }
+
+
+def test_the_front_of_the_section_has_the_section_s_own_models() -> None:
+    """Other policies of the same rewards, and soups of them, before or after, are no part of it."""
+    made = {"rewarded-a": {"a": 1.0}, "rewarded-b": {"b": 1.0}, "morl-0.5": {"a": 0.5, "b": 0.5}}
+    run = replace(
+        BASE,
+        policies=policies(mine={"a": 1.0}, both={"a": 0.2, "b": 0.8}, **made),
+        soups={
+            "own": SoupReport(["mine", "rewarded-b"], [0.5, 0.5]),
+            "again": SoupReport(["rewarded-a", "rewarded-b"], [0.1, 0.9]),
+            **{
+                f"rewarded-soup-{weight:g}": SoupReport(["rewarded-a", "rewarded-b"], [1 - weight, weight])
+                for weight in (0.25, 0.5, 0.75)
+            },
+        },
+        rewarded=RewardedSoups(rewards=["a", "b"]),
+    )
+    found = pareto.models(run)
+    assert found is not None and (found.ends, found.start) == (("rewarded-a", "rewarded-b"), "seed-0")
+    assert list(found.soups.items()) == [(f"rewarded-soup-{weight:g}", weight) for weight in (0.25, 0.5, 0.75)]
+    assert found.controls == {"morl-0.5": 0.5}
+    assert pareto.models(replace(run, policies=policies(mine={"a": 1.0}, rewarded_b={"b": 1.0}))) is None
+
+
+def test_the_front_without_the_section_is_that_of_a_soup() -> None:
+    """Its members are policies that raise one reward each; MORL has their start and reference, and lowers no reward."""
+    given = policies(
+        against={"a": -1.0}, other={"a": 1.0}, end_a={"a": 1.0}, end_b={"b": 1.0, "c": 0.0}, morl={"a": 1.0, "b": 3.0},
+        minus={"a": 1.0, "b": -1.0}, third={"a": 1.0, "b": 1.0, "c": -1.0},
+    )  # fmt: skip
+    far = {"reference": replace(given["morl"], reference="soup"), "start": replace(given["morl"], start="seed-1")}
+    soups = {
+        "lower": SoupReport(["against", "end-b"], [0.5, 0.5]),
+        "alike": SoupReport(["end-a", "other"], [0.5, 0.5]),
+        "half": SoupReport(["end-b", "end-a"], [0.25, 0.75]),
+    }
+    found = pareto.models(replace(BASE, policies=given | far, soups=soups))
+    assert found == pareto.Models(("a", "b"), ("end-a", "end-b"), {"half": 0.25}, {"morl": 0.75}, "seed-0")
+    apart = given | {"end-b": replace(given["end-b"], start="seed-1")}
+    unlike = pareto.models(replace(BASE, policies=apart, soups=soups))
+    assert unlike is not None and unlike.controls == {}
+    assert pareto.models(replace(BASE, policies=given, soups={"lower": soups["lower"]})) is None
+    assert pareto.models(replace(BASE, policies=given, soups={})) is None
 
 
 def warped(seed: int = 0) -> ReportInput:

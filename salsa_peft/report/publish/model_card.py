@@ -10,10 +10,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from salsa_peft.config.fields import SEED
 from salsa_peft.config.job import recipe_of_policy
 from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
+from salsa_peft.config.policies.policy import Policy
+from salsa_peft.config.rewards import ADAPTER
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.report.format import Row, flatten, render
-from salsa_peft.report.gather import last_part, soup_rows
+from salsa_peft.report.gather import SOUP, last_part, soup_report, soup_rows, soup_text
 from salsa_peft.report.publish.items import RECIPE, Item
 from salsa_peft.report.sections import reward
 from salsa_peft.report.style import MEASURES
@@ -21,7 +23,7 @@ from salsa_peft.utils import manifests
 from salsa_peft.utils.fingerprints import read_fingerprint
 from salsa_peft.utils.hub import check_secrets, licence, model_files, without_paths
 
-TITLES = {"soup": "a model soup", "policy": "a policy", "seed": "an SFT seed", "reward": "a reward model"}
+TITLES = {"policy": "a policy", "seed": "an SFT seed", "reward": "a reward model"}
 CARD, FIGURE = "README.md", "figure.png"
 
 
@@ -54,13 +56,73 @@ def render_card(item: Item, repo: str, *, online: bool = False) -> str:
     screen = item.summary.get("screen", {})
     page = render(
         "card.md.jinja",
-        item=item, repo=repo, title=TITLES[item.kind], load=loading_code(item, repo), lineage=lineage(item), members=members(item),
+        item=item, repo=repo, title=title(item), load=loading_code(item, repo), lineage=lineage(item), members=members(item),
         scores=scores(item), compared=compared(item), measured=flatten(shown.get(item.kind, dict)(item.metrics)),
         said=screen.get("sentences", {}), explained=screen.get("names", {}), measures=MEASURES,
         figure=FIGURE if item.figure else None, recipe=item.recipe and recipe_yaml(item.recipe),
         versions=manifests.versions(),
     )  # fmt: skip
     return f"---\n{data.to_yaml().rstrip()}\n---\n\n{page}\n"
+
+
+def title(item: Item) -> str:
+    """What the result is, as the card's first words."""
+    if item.kind != "soup":
+        return TITLES[item.kind]
+    if item.recipe is None:
+        return f"a model soup: {_made_without_recipe(item.metrics)}"
+    soup = soup_report(item.recipe.soups.get(item.name, item.recipe.soup), item.folder)
+    if item.name != SOUP or not soup.of_seeds:
+        return f"a model soup: {soup_text(soup)}"
+    what = "the weight average of SFT seeds" if soup.strategy == "linear" and soup.scale == 1 else soup_text(soup)
+    return f"a model soup: {what}, which SALSA takes as the reference of RLHF's KL term"
+
+
+def _made_without_recipe(summary: dict[str, Any]) -> str:
+    """What a soup of `salsa soup` is, from its soup.json."""
+    count = sum(member["name"] != "start" for member in summary["members"])
+    of = f"{count} {'checkpoints' if summary.get('kind') == 'checkpoints' else 'LoRA adapters'}"
+    how = _options(summary)
+    if summary["strategy"] == "linear" and not how:
+        return f"the weight average of {of}"
+    return ", ".join([f"{summary['strategy']} of {of}", *how])
+
+
+def _options(summary: dict[str, Any]) -> list[str]:
+    """A soup's start and scale as text, from its soup.json, where they are not the base and 1."""
+    start, scale = summary.get("start"), summary.get("scale", 1)
+    return [
+        *([] if start is None else [f"changes from {last_part(start)}"]),
+        *([] if scale == 1 else [f"η {scale:g}"]),
+    ]
+
+
+def ancestors(recipe: Recipe, name: str) -> list[str]:
+    """Names of a model and of all models that its weights come from: starts of policies, members and starts of soups."""
+    found, todo = list[str](), [name]
+    while todo:
+        if (one := todo.pop(0)) in found:
+            continue
+        found.append(one)
+        if one in recipe.policies:
+            todo.append(recipe.policies[one].start)
+        elif one == SOUP or one in recipe.soups:
+            todo += recipe.soups.get(one, recipe.soup).reads
+    return found
+
+
+def policies_of(item: Item) -> dict[str, Policy]:
+    """Name → policy of the policies that a result's weights come from, the result included."""
+    recipe = item.recipe
+    names = [] if recipe is None else ancestors(recipe, item.name)
+    return {name: recipe.policies[name] for name in names if recipe is not None and name in recipe.policies}
+
+
+def learns_from_adapter(recipe: Recipe, name: str) -> bool:
+    """Whether a policy is trained on the score of the run's own reward model."""
+    if recipe.policies[name].algorithm in PREFERENCE_ALGORITHMS:
+        return False
+    return any(part.kind == ADAPTER and part.weight for part in recipe_of_policy(recipe, name).reward.parts)
 
 
 def metadata(item: Item, repo: str, licensed: str | None) -> ModelCardData:
@@ -106,10 +168,11 @@ def data_sources(item: Item) -> dict[str, Source]:
     """Key of `data` → source, for the data that a result, its seeds and its reward were trained on."""
     if item.recipe is None:
         return {}
-    algorithm, names = item.algorithm, ["demonstrations"]
-    with_reward = bool(algorithm) and item.recipe.reward.trained
-    names += ["preferences"] * (item.kind == "reward" or algorithm in PREFERENCE_ALGORITHMS or with_reward)
-    names += ["prompts"] * (bool(algorithm) and algorithm not in PREFERENCE_ALGORITHMS)
+    names, policies = ["demonstrations"], policies_of(item)
+    from_pairs = [name for name, policy in policies.items() if policy.algorithm in PREFERENCE_ALGORITHMS]
+    pairs = item.kind == "reward" or bool(from_pairs) or any(learns_from_adapter(item.recipe, one) for one in policies)
+    names += ["preferences"] * pairs
+    names += ["prompts"] * (len(policies) > len(from_pairs))
     return {name: source for name in names if (source := getattr(item.recipe.data, name)) is not None}
 
 
@@ -123,7 +186,7 @@ def lineage(item: Item) -> list[tuple[str, str]]:
     rows += [] if recipe is None else _training(item, recipe)
     if item.kind == "soup":
         weights = ", ".join(f"{member['weight']:g}·{member['name']}" for member in item.metrics["members"])
-        rows.append(("soup", f"{item.metrics['strategy']}: {weights}"))
+        rows.append(("soup", ", ".join([f"{item.metrics['strategy']}: {weights}", *_options(item.metrics)])))
     return rows
 
 
@@ -136,10 +199,10 @@ def _training(item: Item, recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.toy is not None:
         rows.append(("data", "salsa_peft's generated toy language"))
     names = [f"seed-{position}" for position in range(len(recipe.sft.seeds))]
-    if kind == "soup":
-        names = recipe.soups[item.name].names if item.name in recipe.soups else recipe.soup.names
-    names = [item.name] if kind == "seed" else names
+    names = ancestors(recipe, item.name) if kind in ("seed", "soup") else names
     rows += [(name, seed_text(recipe, int(seed[1]))) for name in names if (seed := SEED.match(name))]
+    policies = policies_of(item)
+    rows += [(name, policy_text(recipe, name)) for name in policies if name != item.name]
     if kind == "policy":
         policy = item.metrics
         beta = " → ".join(f"{policy['kl_coef'][end]:g}" for end in ("start", "end") if "kl_coef" in policy)
@@ -149,7 +212,8 @@ def _training(item: Item, recipe: Recipe) -> list[tuple[str, str]]:
             ("KL coefficient β", beta),
             ("training", hyperparameters(getattr(recipe_of_policy(recipe, item.name), item.algorithm))),
         ]
-    if kind in ("reward", "policy") and recipe.reward.trained:
+        rows += [] if recipe.policies[item.name].reward is None else [("reward", reward_text(recipe, item.name))]
+    if kind == "reward" or any(learns_from_adapter(recipe, name) for name in policies):
         rows.append(("reward model", f"from seed-0, {hyperparameters(recipe.reward)}"))
     return rows
 
@@ -183,6 +247,20 @@ def seed_text(recipe: Recipe, position: int) -> str:
     if (existing := recipe.sft.existing_seed(position)) is not None:
         return f"taken from {last_part(existing)}"
     return f"SFT, random seed {recipe.sft.seeds[position]}, {hyperparameters(recipe.sft)}"
+
+
+def policy_text(recipe: Recipe, name: str) -> str:
+    """The training of one policy as text."""
+    policy = recipe.policies[name]
+    own = "" if policy.reward is None else f", reward {reward_text(recipe, name)}"
+    references = ", ".join(one.label for one in policy.references(name))
+    return f"{policy.algorithm.upper()} from {last_part(policy.start)}, reference {last_part(references)}{own}"
+
+
+def reward_text(recipe: Recipe, name: str) -> str:
+    """The weighted sum of rewards that a policy is trained on, as text."""
+    parts = recipe_of_policy(recipe, name).reward.parts
+    return " + ".join(f"{part.weight:g}·{part.name}" for part in parts if part.weight)
 
 
 def hyperparameters(section: Any) -> str:

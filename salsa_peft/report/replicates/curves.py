@@ -13,7 +13,7 @@ from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.page import training
 from salsa_peft.report.plots import CURVES, PART, Styles
 from salsa_peft.report.sections.frontier import rolling_mean
-from salsa_peft.report.style import MEASURES, MUTED, Panel, panel
+from salsa_peft.report.style import MEASURES, MUTED, Panel, legend, panel
 from salsa_peft.utils.statistics import mean_interval
 
 SCORES = ("objective/scores", "objective/held_out_score")
@@ -127,6 +127,6 @@ def _draw(name: str, title: str, bands: Mapping[str, Row], styles: Styles, zero:
             axes.fill_between(band["episode"], band["low"], band["high"], color=look.color, alpha=0.14, lw=0)
             axes.plot(band["episode"], band["mean"], color=look.color, ls=look.dash, label=policy, **marks)
         axes.set(title=title, xlabel="episodes")
-        axes.legend(loc="best", ncols=2, handlelength=2.8, columnspacing=1.2)
+        legend(axes, ncols=2, handlelength=2.8, columnspacing=1.2)
 
     return panel(name, f"{title}, of each policy over training, with 95% bands over replicates", draw_on, 2.8)

@@ -34,6 +34,7 @@ def together(
         policies=policies,
         models=models,
         explained=explained,
+        described=runs[0].described,
         judged=judged,
         replicates=len(runs),
         more=merging.first_screen(made_of_policies),

@@ -123,11 +123,15 @@ def _starts(policies: Mapping[str, PolicyReport]) -> str:
 
 
 def names(
-    models: Sequence[str], policies: Mapping[str, PolicyReport], tables: Sequence[Row], explained: Mapping[str, str]
+    models: Sequence[str],
+    policies: Mapping[str, PolicyReport],
+    tables: Sequence[Row],
+    explained: Mapping[str, str],
+    described: Mapping[str, str] = NOTHING_ELSE,
 ) -> dict[str, str]:
     """Name → explanation of the measure, the sets of questions and the terms of the first screen.
 
-    explained: what the run itself says about its measures and sets.
+    explained: what the run itself says about its measures and sets. described: as in `describe`.
     """
     found: dict[str, str | None] = {}
     if tables:
@@ -138,7 +142,8 @@ def names(
         every = bool(policies) and all(policy.start == START for policy in policies.values())
         found[START] = "the SFT model that every policy starts from" if every else "the first SFT model"
     if "soup" in models or any("soup" in policy.reference for policy in policies.values()):
-        found["soup"] = "a model whose weights are the average of those of several SFT models (seeds)"
+        usual = "a model whose weights are the average of those of several SFT models (seeds)"
+        found["soup"] = described.get("soup", usual)
     if policies:
         found["KL reference"] = (
             "the frozen model to which a policy is pulled back while it is trained, with the weight β; SALSA uses the soup,"
@@ -308,6 +313,7 @@ def screen(
     policies: Mapping[str, PolicyReport],
     models: Sequence[str],
     explained: Mapping[str, str],
+    described: Mapping[str, str] = NOTHING_ELSE,
     judged: Row | None = None,
     replicates: int = 1,
     more: Mapping[str, str] = NOTHING_ELSE,
@@ -318,7 +324,7 @@ def screen(
         "line": line,
         "cards": [*cards(verdicts, policies, judge), *cards(compared, policies)],
         "sentences": sentences(tables, compared, verdicts, policies, judge, replicates) | dict(more),
-        "names": names(models, policies, tables, explained),
+        "names": names(models, policies, tables, explained, described),
         "sets": {part["dataset"]: brief(explained.get(part["dataset"], "")) for part in tables},
         "over": "prompts" if replicates == 1 else f"{replicates} replicates",
     }

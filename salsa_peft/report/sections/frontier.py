@@ -16,7 +16,7 @@ from salsa_peft.report.findings import START
 from salsa_peft.report.format import Row, is_number
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.headline import measure_name
-from salsa_peft.report.style import INK, PAPER, Look, Panel, panel
+from salsa_peft.report.style import INK, LONG, PAPER, Look, Panel, panel
 from salsa_peft.utils.statistics import mean_interval
 
 KL = "objective/kl"
@@ -123,8 +123,9 @@ def draw(found: Row, styles: Mapping[str, Look], prefix: str = "") -> Panel:
             axes.plot(x["mean"], y["mean"], marker=look.marker, ms=8, color=color, mfc=fill, mec=edge, mew=1.2, ls="", label=label)  # fmt: skip
         title = f"{score.capitalize()} against KL"
         axes.set(title=title, xlabel="KL to the policy’s own reference, nats per response", ylabel=f"{score}, {on}")
-        axes.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.3, columnspacing=1.4)
+        columns = 2 if max(len(one["policy"]) for one in found["policies"]) <= LONG else 1
+        axes.figure.legend(loc="outside lower center", ncols=columns, handletextpad=0.3, columnspacing=1.4)
 
     return panel(
-        f"{prefix}frontier-{found['measure']}", f"{score} against KL: path and end of each policy", draw_on, 4.0, WIDTH
+        f"{prefix}frontier-{found['measure']}", f"{score} against KL: path and end of each policy", draw_on, 3.4, WIDTH
     )

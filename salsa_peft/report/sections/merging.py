@@ -24,7 +24,7 @@ def merging(runs: Sequence[ReportInput]) -> dict[str, Any] | None:
     return {
         "over": scores.over,
         "soups": rows,
-        "sentences": policy_soups.sentences(rows, len(runs)),
+        "sentences": policy_soups.sentences(rows, len(runs), policy_soups.sft_soup(runs[0].soups) is not None),
         "front": front,
         "front_sentences": pareto.sentences(front) if front is not None else [],
         "warp": by_iteration,

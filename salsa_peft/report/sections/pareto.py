@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from salsa_peft.report.findings import undecided
 from salsa_peft.report.format import Row, file_name, signed
-from salsa_peft.report.gather import ReportInput
+from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.report.headline import listed, measure_name
 from salsa_peft.report.sections.paired import Paired, bootstrap, interval
 from salsa_peft.report.style import INK, KNOWN, PAPER, Panel, panel
@@ -35,29 +35,44 @@ class Models(NamedTuple):
 
 
 def models(run: ReportInput) -> Models | None:
-    """The front's models: those of `rewarded_soups`, or else of the first two parts that have a policy of their own."""
-    own = {name: policy.reward for name, policy in run.policies.items() if policy.reward is not None}
-    alone: dict[str, str] = {}
-    for name, weights in own.items():
-        parts = [part for part, weight in weights.items() if weight]
-        if len(parts) == 1:
-            alone.setdefault(parts[0], name)
-    rewards = tuple(run.rewarded or list(alone)[:2])
-    if len(rewards) < 2 or any(reward not in alone for reward in rewards):
-        return None
-    a, b = rewards
-    ends = (alone[a], alone[b])
+    """The front's models: those of the section `rewarded_soups`, else the members of a soup of two policies of one reward."""
+    if (section := run.rewarded) is not None:
+        (a, b), (first, second) = section.rewards, section.ends
+        if not {first, second} <= run.policies.keys():
+            return None
+        soups = {name: weight for name, weight in section.soups.items() if name in run.soups}
+        controls = {name: weight for name, weight in section.controls.items() if name in run.policies}
+        return Models((a, b), (first, second), _by_weight(soups), _by_weight(controls), section.start)
+    alone = {name: of[0] for name, policy in run.policies.items() if len(of := list(_optimized(policy))) == 1}
+    pairs = [
+        [name for name in alone if name in soup.members]
+        for soup in run.soups.values()
+        if len(soup.members) == 2 and soup.scale == 1
+    ]
+    pair = next((one for one in pairs if len({alone[name] for name in one}) == 2), None)
+    return None if pair is None else _of_soups(run, (alone[pair[0]], alone[pair[1]]), (pair[0], pair[1]))
+
+
+def _of_soups(run: ReportInput, rewards: tuple[str, str], ends: tuple[str, str]) -> Models:
+    """The front of two policies, with the controls that share their start and reference."""
+    (a, b), settings = rewards, {(run.policies[name].start, run.policies[name].reference) for name in ends}
     soups = {
         name: soup.weights[soup.members.index(ends[1])]
         for name, soup in run.soups.items()
         if sorted(soup.members) == sorted(ends) and soup.scale == 1
     }
     both = {
-        name: weights[b] / (weights[a] + weights[b])
-        for name, weights in own.items()
-        if {part for part, weight in weights.items() if weight} == {a, b}
+        name: of[b] / (of[a] + of[b])
+        for name, policy in run.policies.items()
+        if (of := _optimized(policy)).keys() == {a, b} and {(policy.start, policy.reference)} == settings
     }
     return Models((a, b), ends, _by_weight(soups), _by_weight(both), run.policies[ends[0]].start)
+
+
+def _optimized(policy: PolicyReport) -> dict[str, float]:
+    """The policy's own rewards that it is trained to raise; {} if it has none, or also lowers one."""
+    weights = {part: weight for part, weight in (policy.reward or {}).items() if weight}
+    return weights if all(weight > 0 for weight in weights.values()) else {}
 
 
 def _by_weight(weights: Mapping[str, float]) -> dict[str, float]:
@@ -65,7 +80,7 @@ def _by_weight(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def front(paired: Paired, run: ReportInput) -> dict[str, Any] | None:
-    """The front on each set of questions; None without two policies of one reward each.
+    """The front on each set of questions; None without soups of two policies of one reward each.
 
     {"rewards", "over", "sets": set → {"points", "matched", "hypervolume"}}. A point is {"model", "kind", "weight", "a", "b", "change"}
     with estimates of both rewards, and of their paired differences from the start. matched: for each weight that a soup and a control share, the difference soup − control

@@ -12,13 +12,11 @@ from matplotlib.axes import Axes
 
 from salsa_peft.report.findings import undecided
 from salsa_peft.report.format import Row, file_name, fixed, signed
-from salsa_peft.report.gather import PolicyReport, SoupReport
+from salsa_peft.report.gather import SOUP, PolicyReport, SoupReport
 from salsa_peft.report.headline import listed, measure_name
 from salsa_peft.report.sections.paired import Paired, interval
 from salsa_peft.report.style import MUTED, PAPER, Look, Panel, panel
 
-SFT_SOUP = "soup"
-"""Name of the soup of SFT models, with whose gain over its members that of a soup of policies is compared."""
 GAIN_OF_SFT, GAIN = "the soup of SFT models", ("is better than", "is worse than")
 CLAIM = "RL’d models are said to merge worse than SFT’d ones (arXiv 2606.18521)"
 
@@ -28,6 +26,12 @@ def made_of_policies(name: str, soups: Mapping[str, SoupReport], policies: Mappi
     if name in policies:
         return True
     return name in soups and all(made_of_policies(member, soups, policies) for member in soups[name].members)
+
+
+def sft_soup(soups: Mapping[str, SoupReport]) -> SoupReport | None:
+    """The soup of SFT models, with whose gain over its members that of a soup of policies is compared; None without it."""
+    soup = soups.get(SOUP)
+    return soup if soup is not None and soup.of_seeds else None
 
 
 def compare(
@@ -43,9 +47,9 @@ def compare(
     for name, soup in soups.items():
         if len(soup.members) < 2 or not made_of_policies(name, soups, policies):
             continue
-        controls = [other for other, one in soups.items() if len(one.members) == 1 and one.members[0] in soup.members]
+        controls = [other for other, one in soups.items() if one.is_shrunk and one.members[0] in soup.members]
         for dataset in paired.scores:
-            rows += _of_soup(paired, dataset, name, soup.members, controls, soups.get(SFT_SOUP))
+            rows += _of_soup(paired, dataset, name, soup.members, controls, sft_soup(soups))
     return rows
 
 
@@ -72,15 +76,15 @@ def _of_soup(
     for control in controls:
         if (found := scores(name, control)) is not None:
             add("control", control, found[0][0] - found[0][1], found[1])
-    if sft is not None and (found := scores(name, *members, SFT_SOUP, *sft.members)) is not None:
+    if sft is not None and (found := scores(name, *members, SOUP, *sft.members)) is not None:
         values, cut = found[0], 1 + len(members)
         gain, other = values[0] - values[1:cut].mean(axis=0), values[cut] - values[cut + 1 :].mean(axis=0)
         add("sft", "", gain - other, found[1])
     return rows
 
 
-def sentences(rows: Sequence[Row], replicates: int) -> list[str]:
-    """One sentence for each soup and comparison, then what could not be compared."""
+def sentences(rows: Sequence[Row], replicates: int, sft: bool = True) -> list[str]:
+    """One sentence for each soup and comparison, then what could not be compared. sft: whether there is an `sft_soup`."""
     soups = {soup: [row for row in rows if row["soup"] == soup] for soup in dict.fromkeys(row["soup"] for row in rows)}
     of_sft = {soup: of for soup, own in soups.items() if (of := [row for row in own if row["kind"] == "sft"])}
     found = []
@@ -94,10 +98,12 @@ def sentences(rows: Sequence[Row], replicates: int) -> list[str]:
             what = {"control": f"the shrunk policy {against}", "best": f"{against} ({_choice(replicates)})"}
             found.append(f"{soup}, the soup of {members}, {_said(of, what.get(kind, against))}.")
     if alone := [soup for soup in soups if soup not in of_sft]:
-        found.append(
-            f"{CLAIM}; this run cannot compare {listed(alone)} with the soup of SFT models, because not all members of that"
-            " soup were evaluated: add them to evaluate.models."
+        other = (
+            "the soup of SFT models, because not all members of that soup were evaluated: add them to evaluate.models"
         )
+        if not sft:
+            other = "a soup of SFT models, because the recipe’s section `soup` is no average of several seeds"
+        found.append(f"{CLAIM}; this run cannot compare {listed(alone)} with {other}.")
     if untested := [soup for soup, own in soups.items() if not any(row["kind"] == "control" for row in own)]:
         found.append(
             f"Whether averaging is the reason for what {listed(untested)} {'does' if len(untested) == 1 else 'do'} is not"

@@ -11,7 +11,7 @@ from salsa_peft.report.format import Row, file_name, is_number
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.headline import measure_name
 from salsa_peft.report.sections.paired import Paired, interval
-from salsa_peft.report.style import KNOWN, SPARE, Look, Panel, panel
+from salsa_peft.report.style import KNOWN, SPARE, Look, Panel, legend, panel
 from salsa_peft.utils.messages import number_in_name
 from salsa_peft.utils.statistics import mean_interval
 
@@ -171,6 +171,6 @@ def _frontier(name: str, dataset: str, points: Sequence[Row], others: Sequence[R
             cross(axes, one, look or KNOWN["mkl"], label)
             of_warp = of_warp or look is None
         axes.set(title=f"Score against KL from seed-0, “{dataset}”", xlabel="KL from seed-0, nats per answer", ylabel=measure)  # fmt: skip
-        axes.legend(loc="best")
+        legend(axes)
 
     return panel(name, f"{measure} against the KL from seed-0 on “{dataset}”: WARP’s sweep of η, and all policies", draw_on, 3.4)  # fmt: skip
