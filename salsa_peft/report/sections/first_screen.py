@@ -68,9 +68,10 @@ def _sum(weights: Mapping[str, float]) -> str:
 
 def note(name: str, policies: Mapping[str, PolicyReport], described: Mapping[str, str] = NOTHING_ELSE) -> str:
     """The description of a model in the headline's figure."""
-    if name in policies:
-        return kl_to(policies[name]) + (" (control)" if is_control(name, policies) else "")
     room = NOTE - max(0, len(name) - 9)
+    if name in policies:
+        control = " (control)" if is_control(name, policies) else ""
+        return shorten(kl_to(policies[name]), room - len(control), placeholder=" …") + control
     return shorten(describe(name, policies, described).partition(" (")[0], room, placeholder=" …")
 
 
