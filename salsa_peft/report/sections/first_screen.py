@@ -260,7 +260,17 @@ def sentences(
         a, b = _main_pair(compared, policies)
         parts = [gains(tables), "" if a in policies and b == START else versus(compared, a, b)]
         came_out.append(f"By {measure_name(compared[0]['measure'])}, {'; '.join(filter(None, parts))}.")
-    return {CAME_OUT: " ".join(came_out)} | _meaning(compared, judged, policies, replicates)
+    return {CAME_OUT: " ".join(came_out)} | _meaning(tables, compared, judged, policies, replicates)
+
+
+def _from_start(tables: Sequence[Row]) -> list[Row]:
+    """The differences of all policies from their start, which are not all among the main comparisons."""
+    return [
+        {**row["start"], "a": row["model"], "b": START, "dataset": part["dataset"]}
+        for part in tables
+        for row in part["rows"]
+        if row["policy"] and row["start"]
+    ]
 
 
 def _main_pair(compared: Sequence[Row], policies: Row) -> tuple[str, str]:
@@ -275,13 +285,17 @@ def _main_pair(compared: Sequence[Row], policies: Row) -> tuple[str, str]:
 
 
 def _meaning(
-    compared: Sequence[Row], judged: Sequence[Row], policies: Mapping[str, PolicyReport], replicates: int
+    tables: Sequence[Row],
+    compared: Sequence[Row],
+    judged: Sequence[Row],
+    policies: Mapping[str, PolicyReport],
+    replicates: int,
 ) -> dict[str, str]:
     here = "In this run" if replicates == 1 else f"Over {replicates} replicates"
     trained = bool(compared) and compared[0]["measure"] == "reward"
     if policies:
         clauses = [
-            effect(judged, policies, False) or effect(compared, policies, trained),
+            effect(judged, policies, False) or effect([*compared, *_from_start(tables)], policies, trained),
             averaging(judged, policies) or averaging(compared, policies),
         ]
         text = "; ".join(filter(None, clauses))
