@@ -104,7 +104,7 @@ def recipe_of_policy(recipe: Recipe, name: str) -> Recipe:
     changed: dict[str, Any] = {}
     section, rest = with_overrides(getattr(recipe, policy.algorithm), policy.overrides, f"{where}.overrides")
     if policy.kl_coef is not None:
-        section = dataclasses.replace(section, kl_coef=policy.kl_coef)
+        section, _ = with_overrides(section, {"kl_coef": policy.kl_coef}, where)
     changed[policy.algorithm] = section
     if policy.algorithm == "ppo":
         changed["generation"], rest = with_overrides(recipe.generation, rest, f"{where}.overrides")

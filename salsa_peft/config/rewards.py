@@ -159,8 +159,12 @@ def check_function(where: str, value: str) -> None:
 
 
 def check_signature(where: str, value: str) -> None:
-    """Raise SalsaError for positional-only arguments, because rewards are called by keyword, as in TRL."""
+    """Raise SalsaError for positional-only arguments or none, because rewards are called by keyword, as in TRL."""
     arguments = _arguments(value)
+    require(
+        arguments is None or bool(arguments.posonlyargs or arguments.args or arguments.kwonlyargs or arguments.kwarg),
+        f"{where}: {value.rpartition(':')[2]} takes no arguments, but rewards are called with completions=…; add them",
+    )
     names = [] if arguments is None else [argument.arg for argument in arguments.posonlyargs]
     require(
         not names,

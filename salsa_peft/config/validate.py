@@ -72,6 +72,11 @@ def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
     check_model(f"policies.{name}.start", policy.start, recipe)
     for reference in references:
         check_reference(f"policies.{name}.reference", reference, recipe)
+    require(
+        policy.kl_coef != 0 or policy.algorithm == "ppo",
+        f"policies.{name}.kl_coef: must be more than 0, because with 0 TRL's {policy.algorithm} trainer ignores the"
+        " reference",
+    )
     _check_own_settings(name, policy, recipe)
     _check_algorithm(f"policies.{name}", policy, references, recipe_of_policy(recipe, name))
 
@@ -144,10 +149,6 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
         not sync or recipe.adapter is not None,
         f"{where}.reference: with full weights, sync_every works with algorithm ppo only, not {algorithm}; use ppo, or"
         " adapters (--lora)",
-    )
-    require(
-        policy.kl_coef != 0,
-        f"{where}.kl_coef: must be more than 0, because with 0 TRL's {algorithm} trainer ignores the reference",
     )
     require(
         len(references) == 1 or algorithm != "grpo",

@@ -50,8 +50,8 @@ def main(
             sets = [*args.set, *([] if args.replicates is None else [f"replicates={args.replicates}"])]
             checks = (check_local, check, check_revisions)
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=sets, more=checks)
-            check_jobs(args.jobs, loaded.recipe.replicates)
             folder = run_folder(loaded, args.output_dir)
+            check_jobs(args.jobs, loaded.recipe.replicates)
             kept = kept_commits(folder, loaded.recipe, report_of is not None)
             recipe = with_commits(loaded.recipe, record=not args.dry_run, kept=kept)
             commits = found_commits(loaded.recipe, recipe)

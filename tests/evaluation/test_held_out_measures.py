@@ -81,7 +81,9 @@ def test_a_recipes_parts_of_weight_zero_are_measures(
     """`reward` is what the policies maximize, without them."""
     parts = [(FunctionReward(f, tokenizer), weight, f.__name__) for f, weight in ((one, 3.0), (of_copies, 0.0))]
     monkeypatch.setattr(landscape, "recipe_reward", lambda *_: WeightedReward(parts))
-    job: Any = SimpleNamespace(recipe=SimpleNamespace(toy=None, generation=Generation()), inputs={})
+    job: Any = SimpleNamespace(
+        recipe=SimpleNamespace(toy=None, generation=Generation(), measures_parts=False), inputs={}
+    )
     found = landscape.measures(job, make_base(), SimpleNamespace(tokenizer=tokenizer))  # type: ignore[arg-type]
     assert list(found) == ["reward", "of_copies"]
     assert isinstance(found["of_copies"], HeldOut) and found["of_copies"].reward is parts[1][0]

@@ -66,12 +66,12 @@ def test_thousands_of_bad_recipes(tmp_path: Path, tally: Callable[..., None], co
 
 def test_the_watch_sees_what_a_recipe_may_not_do(tmp_path: Path) -> None:
     """A good recipe by the same judge: it is told what began, a file that was written, a trace."""
-    made = "import sys, pathlib\nsys.path.insert(0, {here!r})\nimport bad_recipes\nfrom unittest import mock\nfrom salsa_peft.recipe import __main__ as command\n{more}"
+    made = "import sys, pathlib\nsys.path.insert(0, {here!r})\nimport bad_recipes\nfrom unittest import mock\nfrom salsa_peft.recipe import __main__ as command\nfrom salsa_peft.utils.errors import SalsaError\n{more}"
     more = """
 folder = pathlib.Path(sys.argv[1]); import os; os.chdir(folder); sys.addaudithook(bad_recipes.watch)
 good = bad_recipes.good()["tiny"].encode()
 for effect in (lambda *_, **__: sys.stdout.write("x"), lambda *_, **__: open("x", "w"), lambda *_, **__: os.system("true"), lambda *_, **__: 1 / 0):
-    with mock.patch.object(command, "load_recipe", side_effect=effect), mock.patch.object(command, "run_folder", side_effect=command.SalsaError("no")):
+    with mock.patch.object(command, "load_recipe", side_effect=effect), mock.patch.object(command, "run_folder", side_effect=SalsaError("no")):
         print(bad_recipes.wrong(bad_recipes.Bad("x", good), folder, [])[0].split("\\n")[0])
 """
     argv = [sys.executable, "-c", made.format(here=str(HERE), more=more), str(tmp_path)]

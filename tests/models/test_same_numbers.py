@@ -103,7 +103,7 @@ def test_ppo_evaluation_landscape_and_measures_compute_the_same_numbers(
     """Scores and log-probs of the same adapter and the same tokens are equal to the bit."""
     context = make_context(dtype, lora)
     model: Any = adapters.attach(context.load_base(), tmp_path / "seed-0", "policy", trainable=True)
-    config = ppo_config(context, "ppo", tmp_path / "run")
+    config = ppo_config(context, tmp_path / "run")
     assert config.bf16 is (dtype == "bfloat16")
     prompts = [{"input_ids": list(range(5 + row, 12 + row))} for row in range(ROWS)]
     reward = AdapterReward(model, tmp_path / "reward")
@@ -152,7 +152,7 @@ def test_trained_full_weights_compute_what_frozen_ones_do(
     assert {weight.dtype for weight in policy.parameters()} == {precision.PRECISIONS[chosen].weights}
     prompts = [{"input_ids": list(range(5 + row, 12 + row))} for row in range(ROWS)]
     trainer = SalsaPPOTrainer(
-        policy, args=ppo_config(context, "ppo", tmp_path / "run"), train_dataset=prompts, references=[reference], reward_funcs=length_reward, processing_class=context.tokenizer
+        policy, args=ppo_config(context, tmp_path / "run"), train_dataset=prompts, references=[reference], reward_funcs=length_reward, processing_class=context.tokenizer
     )  # fmt: skip
     rollout = roll_out(trainer, ROWS)
     assert rollout.kl.abs().max() == 0

@@ -76,7 +76,7 @@ class TestSeeds:
         own = [
             [policy.overrides["seed"] for name, policy in of.policies.items() if "warp" in name] for of in (one, two)
         ]
-        assert own == ([[4, 5], [1004, 1005]] if not overrides else [[9, 9], [1009, 1009]])
+        assert own == ([[4, 5], [1004, 1005]] if not overrides else [[9, 10], [1009, 1010]])
         assert identity(one)[0] == identity(two)[0]
         assert f"ppo 1004, {own[1][0]}, {own[1][1]}" in identity(two)[1]
         (here / "saved.yaml").write_text(dump_yaml(two.as_data()))

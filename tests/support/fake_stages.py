@@ -31,8 +31,17 @@ policies:
 FAKE = {name: stage._replace(run="fake_stages:run") for name, stage in STAGES.items()}
 
 
+def as_in_a_terminal() -> None:
+    """Let SIGINT interrupt this process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: Path, recipe_file: str, *words: str, **options: Any) -> subprocess.Popen[str]:
-    """The command with these stages on a recipe in `folder`; options: Popen's."""
+    """The command with these stages on a recipe in `folder`; options: Popen's.
+
+    A shell's background job ignores SIGINT, and its children with it: this one is as in a terminal, wherever the tests run.
+    """
+    options.setdefault("preexec_fn", as_in_a_terminal)
     argv = [sys.executable, __file__, recipe_file, "--lora", *words]
     path = os.pathsep.join([str(SUPPORT), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path}
