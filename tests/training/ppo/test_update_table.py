@@ -316,6 +316,7 @@ def test_an_interruption_closes_the_bar(
     assert sys.stderr is stream
 
 
+@pytest.mark.slow
 def test_a_start_from_a_name_warns_of_nothing(tmp_path: Path, tokenizer: Any) -> None:
     """Neither PEFT's deprecated names nor the libraries that it tries; in a new process, where all is imported first."""
     import tiny
