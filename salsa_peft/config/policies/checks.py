@@ -19,12 +19,10 @@ from salsa_peft.utils.messages import short
 
 def check_soups(recipe: Recipe) -> None:
     """Raise SalsaError for names of soups that are taken, for unknown members, and for circles."""
-    models = [*recipe.policies, *recipe.soups, *recipe.evaluate.controls]
-    for name in models:
-        same = [other for other in models if other != name and other.lower() == name.lower()]
-        require(
-            not same, f"policies, soups: {short(name)} and {short((same or [''])[0])} differ only in case; rename one"
-        )
+    first: dict[str, str] = {}
+    for name in (*recipe.policies, *recipe.soups, *recipe.evaluate.controls):
+        other = first.setdefault(name.lower(), name)
+        require(other == name, f"policies, soups: {short(other)} and {short(name)} differ only in case; rename one")
     for name in recipe.soups:
         check_name("soups", name)
         check_result_name(f"soups.{name}", name)
