@@ -73,6 +73,35 @@ def test_the_first_move_is_exact_and_later_ones_say_what_they_lose(policy: Any) 
     assert told > 0.01
 
 
+def test_an_ema_follows_the_policy_by_its_decay(make_base: Any, make_adapter: Any, tmp_path: Path) -> None:
+    """ref ← decay · ref + (1 − decay) · policy after every update: full weights, and an adapter's dense deltas."""
+    (ema,) = parse_reference("p", {"ema": {"decay": 0.9}})
+    assert (ema.of_policy("salsa").members, ema.sync_every) == (["salsa"], 1)
+    model, reference = make_base(), make_base()
+    wanted = {name: parameter.detach().clone() for name, parameter in reference.named_parameters()}
+    frozen = FrozenReference(ema.label, None, reference, ema.sync_every, ema.mixup_alpha)
+    for update in (1, 2, 3):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(update))
+                wanted[name] = 0.9 * wanted[name] + 0.1 * parameter
+        reference_sync.sync(model, None, [frozen], update)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], rtol=0, atol=1e-5)
+
+    adapters.save(make_adapter(make_base(), "default", 1, r=4), "default", tmp_path / "start")
+    policy = adapters.attach(make_base(), tmp_path / "start", "policy", trainable=True)
+    moving = attach_reference(policy, ema.of_policy("start"), {"start": tmp_path / "start"}, "ema", tmp_path / "start")
+    start = deltas(policy, "policy")
+    with torch.no_grad():
+        for parameter in adapters.parameters(policy, "policy"):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    assert reference_sync.sync(policy, "policy", [moving], 1) == pytest.approx(0, abs=1e-6)
+    ended = deltas(policy, "policy")
+    for place, value in deltas(policy, "ema").items():
+        torch.testing.assert_close(value, 0.9 * start[place] + 0.1 * ended[place], rtol=0, atol=1e-5)
+
+
 def test_full_weights_move_in_place(make_base: Any) -> None:
     """θ_ref ← (1 − α) θ_ref + α θ_policy."""
     model, reference = make_base(), make_base(1)
